@@ -1,0 +1,141 @@
+"""Products of arrays, written over *labels* instead of axis numbers.
+
+An operand is an array and one label (any hashable) per axis. Labels that two operands
+share are summed over, unless they are asked for in the output. That is all a factored
+weight needs in order to meet an activation, whichever axes the activation contracts.
+
+Every product here returns the dtype it was accumulated in: float32 for the narrow
+floating dtypes, the operands' own dtype otherwise. Callers add up what they have to add
+and round once.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeAlias
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+Label: TypeAlias = Hashable
+Labels: TypeAlias = Sequence[Label]
+
+
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
+    are chosen here on purpose."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which sums of products of `dtype` are accumulated."""
+    dtype = jnp.dtype(dtype)
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if is_narrow else dtype
+
+
+def _accumulate(
+    product: Callable[[Array, Array, jnp.dtype | None], Array], x: Array, y: Array
+) -> Array:
+    """`product(x, y, preferred_element_type)` in the wide dtype of `x` and `y`.
+
+    The tangents are products in the operands' own narrow dtype, as those of a plain
+    layer are: differentiating through `preferred_element_type` would make them products
+    of wide arrays (and for a convolution, whose operands must agree, an error). It is a
+    JVP with symbolic zeros, not a VJP, because a VJP below the `vmap` around every
+    Equinox layer forms one gradient per example.
+    """
+    accumulator = wide(x.dtype)
+    if accumulator == x.dtype:
+        return product(x, y, None)
+
+    @jax.custom_jvp
+    def accumulated(x, y):
+        return product(x, y, accumulator)
+
+    def jvp(primals, tangents):
+        (x, y), (x_dot, y_dot) = primals, tangents
+        out = product(x, y, accumulator)
+        out_dot = jnp.zeros_like(out)
+        if not isinstance(x_dot, SymbolicZero):
+            out_dot += product(x_dot, y, None).astype(accumulator)
+        if not isinstance(y_dot, SymbolicZero):
+            out_dot += product(x, y_dot, None).astype(accumulator)
+        return out, out_dot
+
+    accumulated.defjvp(jvp, symbolic_zeros=True)
+    return accumulated(x, y)
+
+
+def product(
+    x: Array,
+    x_labels: Labels,
+    y: Array,
+    y_labels: Labels,
+    out_labels: Labels,
+    dtype: DTypeLike,
+) -> Array:
+    """The sum over every label of `x` and `y` that is not among `out_labels`.
+
+    A label that only one operand has must be among `out_labels`.
+
+    **Returns:**
+
+    An array with one axis per label of `out_labels`, in `wide(dtype)`; `x` and `y` are
+    cast to `dtype` before they meet.
+    """
+    shared = [label for label in x_labels if label in y_labels]
+    batch = [label for label in shared if label in out_labels]
+    summed = [label for label in shared if label not in out_labels]
+    x_free = [label for label in x_labels if label not in shared]
+    y_free = [label for label in y_labels if label not in shared]
+
+    def positions(labels: Labels, wanted: Labels) -> tuple[int, ...]:
+        return tuple(list(labels).index(label) for label in wanted)
+
+    dimension_numbers = (
+        (positions(x_labels, summed), positions(y_labels, summed)),
+        (positions(x_labels, batch), positions(y_labels, batch)),
+    )
+
+    def dot_general(x, y, preferred_element_type):
+        return lax.dot_general(
+            x, y, dimension_numbers, preferred_element_type=preferred_element_type
+        )
+
+    out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype))
+    order = positions(batch + x_free + y_free, out_labels)
+    return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
+
+
+def convolution(
+    x: Array,
+    kernel: Array,
+    dtype: DTypeLike,
+    *,
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    groups: int,
+) -> Array:
+    """`jax.lax.conv_general_dilated` of `x (batch, in, *spatial)` with
+    `kernel (out, in / groups, *window)`, both cast to `dtype`, in `wide(dtype)`."""
+
+    def conv(x, kernel, preferred_element_type):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides,
+            padding,
+            lhs_dilation=lhs_dilation,
+            rhs_dilation=rhs_dilation,
+            feature_group_count=groups,
+            preferred_element_type=preferred_element_type,
+        )
+
+    return _accumulate(conv, x.astype(dtype), kernel.astype(dtype))

@@ -1,0 +1,307 @@
+"""The layers that stand in the place of adapted ones.
+
+Each keeps the module it stands for inside, with nothing changed but its weight, and
+passes for it: attributes and `isinstance` answer as that module does.
+"""
+
+import dataclasses
+import warnings
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
+
+from ._geometry import conv_geometry
+from ._operators import matmul
+from ._weight import AbstractLoraWeight
+
+
+class MaterialiseWarning(UserWarning):
+    """A dense weight was formed where a factored one could not be used."""
+
+
+class AbstractLoraLayer(eqx.Module):
+    """A module some of whose weights are adapted, in that module's place."""
+
+    wrapped: eqx.AbstractVar[Any]
+    """The module as it was, but with each adapted weight an `AbstractLoraWeight`."""
+
+    adapts: ClassVar[tuple[type, ...]]
+    """The types, exactly these, that it stands for."""
+
+    by_default: ClassVar[bool]
+    """Whether a filter that only names what is around such a module selects it."""
+
+    has_dropout: ClassVar[bool]
+    """Whether it has a field `dropout`, for the input of the low-rank branch."""
+
+    is_lookup: ClassVar[bool]
+    """Whether its weight is looked up in rather than multiplied with."""
+
+    def __getattr__(self, name: str) -> Any:
+        # `wrapped` is missing only while Python builds or copies the object.
+        if name == "wrapped" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+    # Models ask `isinstance(layer, eqx.nn.Linear)` and would take another branch.
+    # `type(layer)` remains the truth.
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self.wrapped)
+
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        # The default is refused by `pickle`, because of `__class__`.
+        fields = dataclasses.fields(type(self))
+        return type(self), tuple(getattr(self, field.name) for field in fields)
+
+
+class LoraLinear(AbstractLoraLayer):
+    """An `equinox.nn.Linear` with a factored weight."""
+
+    wrapped: eqx.nn.Linear
+    dropout: eqx.nn.Dropout | None = None
+
+    adapts = (eqx.nn.Linear,)
+    by_default = True
+    has_dropout = True
+    is_lookup = False
+
+    def __call__(self, x: ArrayLike, *, key: PRNGKeyArray | None = None) -> Array:
+        """**Arguments:**
+
+        - `x`: The input, of shape `(in_features,)`, or `()` if `in_features` is
+            `"scalar"`. Use `jax.vmap` for a batch.
+        - `key`: For the dropout on the low-rank branch, if there is any.
+
+        **Returns:**
+
+        An array of shape `(out_features,)`, or `()`, and of the dtype that the plain
+        layer returns; for bfloat16 and float16 it is rounded once, from float32.
+
+        **Raises:**
+
+        `ValueError` if the layer is a stack of layers, or if `key` is missing.
+        """
+        linear = self.wrapped
+        if not isinstance(linear.weight, AbstractLoraWeight):
+            return linear(jnp.asarray(x), key=key)
+        _check_unstacked(linear, linear.weight, 2)
+        with jax.named_scope("lorax.LoraLinear"):
+            x = jnp.asarray(x)
+            if linear.in_features == "scalar":
+                if x.shape != ():
+                    raise ValueError(f"`x` must have shape (), not {x.shape}.")
+                x = x[None]
+            low_rank_x = _dropped(self.dropout, x, key)
+            y = matmul(linear.weight, x, low_rank_x=low_rank_x)
+            y = _add_bias(y, jnp.result_type(x, linear.weight.dtype), linear.bias)
+            return y.reshape(()) if linear.out_features == "scalar" else y
+
+
+class LoraConv(AbstractLoraLayer):
+    """An `equinox.nn.Conv` or `equinox.nn.ConvTranspose`, of any number of spatial
+    dimensions, with a factored kernel.
+
+    `a (rank, in / groups, *window)` is a kernel with `rank` outputs, which all groups
+    share, and `b (out, rank)` mixes those: the update has the kernel's own shape.
+    """
+
+    wrapped: eqx.nn.Conv | eqx.nn.ConvTranspose
+    dropout: eqx.nn.Dropout | None = None
+
+    adapts = (
+        eqx.nn.Conv,
+        eqx.nn.Conv1d,
+        eqx.nn.Conv2d,
+        eqx.nn.Conv3d,
+        eqx.nn.ConvTranspose,
+        eqx.nn.ConvTranspose1d,
+        eqx.nn.ConvTranspose2d,
+        eqx.nn.ConvTranspose3d,
+    )
+    by_default = True
+    has_dropout = True
+    is_lookup = False
+
+    def __call__(self, x: Array, *, key: PRNGKeyArray | None = None) -> Array:
+        """**Arguments:**
+
+        - `x`: The image, of shape `(in_channels, *spatial)`. Use `jax.vmap` for a
+            batch.
+        - `key`: For the dropout on the low-rank branch, if there is any.
+
+        **Returns:**
+
+        An array of shape `(out_channels, *spatial)` and of the dtype that the plain
+        layer returns; for bfloat16 and float16 it is rounded once, from float32.
+
+        **Raises:**
+
+        `ValueError` if the layer is a stack of layers, if `x` has the wrong number of
+        axes, or if `key` is missing.
+        """
+        conv = self.wrapped
+        if not isinstance(conv.weight, AbstractLoraWeight):
+            return conv(x, key=key)
+        _check_unstacked(conv, conv.weight, conv.num_spatial_dims + 2)
+        if x.ndim != conv.num_spatial_dims + 1:
+            raise ValueError(
+                f"`x` must have {conv.num_spatial_dims + 1} axes, (in_channels, "
+                f"*spatial), but has shape {x.shape}. For a batch use `jax.vmap`."
+            )
+        with jax.named_scope("lorax.LoraConv"):
+            dtype = jnp.result_type(x, conv.weight.dtype)
+            x = x.astype(dtype)
+            pad, geometry = conv_geometry(conv, x.shape[1:])
+            low_rank_x = _dropped(self.dropout, x, key)
+            y = conv.weight.convolve(
+                pad(x)[None],
+                low_rank_x=None if low_rank_x is None else pad(low_rank_x)[None],
+                groups=conv.groups,
+                **geometry,
+            )
+            return _add_bias(y[0], dtype, conv.bias)
+
+
+class LoraEmbedding(AbstractLoraLayer):
+    """An `equinox.nn.Embedding` with a factored table."""
+
+    wrapped: eqx.nn.Embedding
+
+    adapts = (eqx.nn.Embedding,)
+    by_default = False
+    has_dropout = False
+    is_lookup = True
+
+    def __call__(
+        self, x: Int[ArrayLike, ""], *, key: PRNGKeyArray | None = None
+    ) -> Array:
+        """**Arguments:**
+
+        - `x`: The index, an integer of shape `()`. Use `jax.vmap` for several.
+        - `key`: Ignored.
+
+        **Returns:**
+
+        An array of shape `(embedding_size,)` and of the dtype of the table.
+
+        **Raises:**
+
+        `ValueError` if the layer is a stack of layers, or if `x` is not a scalar.
+        """
+        embedding = self.wrapped
+        if isinstance(embedding.weight, AbstractLoraWeight):
+            _check_unstacked(embedding, embedding.weight, 2)
+        # The table knows how to be indexed, which is all that its layer does.
+        with jax.named_scope("lorax.LoraEmbedding"):
+            return embedding(x, key=key)
+
+
+class LoraModule(AbstractLoraLayer):
+    """Any other module with factored weights in the place of some of its arrays.
+
+    It runs the module's own code. As long as that multiplies them with `@` and indexes
+    them, they stay factored; otherwise they are materialised, with a
+    `MaterialiseWarning`. The reparameterisations `equinox.nn.WeightNorm` and
+    `equinox.nn.SpectralNorm` take the norm of their weight and so always form it.
+    """
+
+    wrapped: eqx.Module
+
+    adapts = ()
+    by_default = False
+    has_dropout = False
+    is_lookup = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module itself: same arguments, same result."""
+        module: Any = self.wrapped
+        with jax.named_scope("lorax.LoraModule"):
+            if isinstance(module, NORMS):
+                return _materialised(module)(*args, **kwargs)
+            try:
+                return module(*args, **kwargs)
+            except TypeError as error:
+                dense = _materialised(module)
+                cause = error
+            result = dense(*args, **kwargs)
+        warnings.warn(
+            f"{type(module).__name__} does more with its adapted weights than `@` and "
+            f"indexing, so they were materialised. JAX said: {cause}",
+            MaterialiseWarning,
+            stacklevel=2,
+        )
+        return result
+
+
+NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
+"""The modules that rewrite a weight of the layer they hold whenever they are called."""
+
+
+def layer_for(module: Any) -> type[AbstractLoraLayer]:
+    """The layer that stands for `module`."""
+    for layer in (LoraLinear, LoraConv, LoraEmbedding):
+        if type(module) in layer.adapts:
+            return layer
+    return LoraModule
+
+
+def is_layer(node: Any) -> bool:
+    """Whether `node` is one of the layers here, which pass for other modules."""
+    return issubclass(type(node), AbstractLoraLayer)
+
+
+def is_weight(node: Any) -> bool:
+    """Whether `node` is a factored weight."""
+    return isinstance(node, AbstractLoraWeight)
+
+
+def kernel_axes(module: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The row and the column axes, counted from the end, of a weight of `module`.
+    `num_spatial_dims` marks a convolution; elsewhere the last two axes are the
+    matrix."""
+    spatial = getattr(module, "num_spatial_dims", 0)
+    if not isinstance(spatial, int) or ndim < spatial + 2:
+        spatial = 0
+    return (-spatial - 2,), tuple(range(-spatial - 1, 0))
+
+
+def _materialised(module: Any) -> Any:
+    return jax.tree.map(
+        lambda x: x.materialise() if is_weight(x) else x, module, is_leaf=is_weight
+    )
+
+
+def _check_unstacked(module: Any, weight: AbstractLoraWeight, ndim: int) -> None:
+    if weight.ndim != ndim:
+        raise ValueError(
+            f"This {type(module).__name__} is a stack of layers: its `weight` has "
+            f"shape {weight.shape}, {ndim} axes of which belong to one layer. Call it "
+            "below `eqx.filter_vmap` or `jax.lax.scan` over the leading axes."
+        )
+
+
+def _dropped(
+    dropout: eqx.nn.Dropout | None, x: Array, key: PRNGKeyArray | None
+) -> Array | None:
+    """The input of the low-rank branch where it is not that of the base."""
+    if dropout is None:
+        return None
+    if key is None and not dropout.inference:
+        raise ValueError(
+            f"`key=None`, but this layer was adapted with `dropout={dropout.p}`. Pass "
+            "`key=...` where the model calls the layer, or switch dropout off with "
+            "`eqx.nn.inference_mode(model)`."
+        )
+    return dropout(x, key=key)
+
+
+def _add_bias(y: Array, dtype: jnp.dtype, bias: Array | None) -> Array:
+    """`y` plus `bias`, rounded once, to the dtype that a plain layer returns if its
+    product without the bias is of `dtype`."""
+    if bias is None:
+        return y.astype(dtype)
+    return (y + bias.astype(y.dtype)).astype(jnp.result_type(dtype, bias.dtype))

@@ -1,0 +1,194 @@
+"""LoRA itself: the weight `w + scale * (b · a)`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ._contract import Label, Labels
+from ._weight import AbstractLoraWeight, RANK, Weight
+
+
+class LoraWeight(AbstractLoraWeight):
+    """`stop_gradient(w) + scale * (b · a)`: low-rank adaptation of a weight.
+
+    The axes of `w` are *rows* (owned by `b`), *columns* (owned by `a`) and, all the
+    others, *batch* axes that the three share, such as the layers of a stack: slicing
+    every leaf along a leading batch axis, as `jax.lax.scan` and `jax.vmap` do, gives a
+    valid `LoraWeight`. For the weight of a linear layer that is
+
+    - `w`: `(*batch, out, in)`,
+    - `b`: `(*batch, out, rank)`,
+    - `a`: `(*batch, rank, in)`.
+
+    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised.
+
+    ??? cite
+
+        [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685),
+        section 4.1; [A Rank Stabilization Scaling Factor for Fine-Tuning with
+        LoRA](https://arxiv.org/abs/2312.03732).
+    """
+
+    w: Weight
+    b: Array
+    a: Array
+    # Static on purpose: as a scalar array `alpha` would be trained by `jax.grad` over
+    # the tree, and could not be sliced by a `scan` over stacked layers.
+    alpha: float = eqx.field(static=True, default=1.0)
+    # Counted from the end, because `scan` and `vmap` take leading axes away.
+    rows: tuple[int, ...] = eqx.field(static=True, default=(-2,))
+    columns: tuple[int, ...] = eqx.field(static=True, default=(-1,))
+    rank_stabilised: bool = eqx.field(static=True, default=False)
+    # The axes of `w` in the order in which this weight shows them, `None` if the same.
+    order: tuple[int, ...] | None = eqx.field(static=True, default=None)
+
+    frozen = ("w",)
+
+    def __init__(
+        self,
+        w: Weight,
+        b: Array,
+        a: Array,
+        alpha: float = 1.0,
+        rows: Sequence[int] = (-2,),
+        columns: Sequence[int] = (-1,),
+        *,
+        rank_stabilised: bool = False,
+    ):
+        """**Arguments:**
+
+        - `w`: The base, of any shape with two axes or more and of inexact dtype.
+        - `b`: The row factor, of shape `(*batch, *rows, rank)`.
+        - `a`: The column factor, of shape `(*batch, rank, *columns)`. The dtype of the
+            factors may be wider than that of `w`.
+        - `alpha`: The numerator of the scale.
+        - `rows`: The axes of `w` that `b` owns.
+        - `columns`: The axes of `w` that `a` owns.
+        - `rank_stabilised`: Whether the scale is `alpha / sqrt(rank)`.
+
+        **Raises:**
+
+        `ValueError` if the three shapes do not fit each other.
+        """
+        self.w = w
+        self.b = b
+        self.a = a
+        self.alpha = float(alpha)
+        self.rows = _from_the_end(rows, w.ndim, "rows")
+        self.columns = _from_the_end(columns, w.ndim, "columns")
+        self.rank_stabilised = rank_stabilised
+        self.order = None
+
+        if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
+            raise ValueError(
+                f"`rows={tuple(rows)}` and `columns={tuple(columns)}` must name "
+                f"different axes of `w`, at least one each; `w` has shape {w.shape}."
+            )
+        rank = a.shape[-1 - len(self.columns)] if a.ndim > len(self.columns) else 0
+        factors = factor_shapes(w.shape, self.rows, self.columns, rank)
+        if (b.shape, a.shape) != factors or rank == 0:
+            raise ValueError(
+                f"`b` {b.shape} and `a` {a.shape} do not fit `w` {w.shape} with "
+                f"`rows={self.rows}` and `columns={self.columns}`: they must be of "
+                "shapes (*batch, *rows, rank) and (*batch, rank, *columns)"
+                + (f", here {factors[0]} and {factors[1]}." if rank else ".")
+            )
+
+    def as_lora(self) -> "LoraWeight":
+        return self
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return self.a.shape[-1 - len(self.columns)]
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `b · a`."""
+        return self.alpha / (
+            math.sqrt(self.rank) if self.rank_stabilised else self.rank
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.w.shape[axis] for axis in self.shown_axes())
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.w.dtype
+
+    def replace(self, **changes: Any) -> "LoraWeight":
+        """This weight with other values in some fields, unchecked."""
+        # Not by `__init__`: a view keeps what that does not take.
+        new = object.__new__(LoraWeight)
+        for field in dataclasses.fields(self):
+            value = changes.get(field.name, getattr(self, field.name))
+            object.__setattr__(new, field.name, value)
+        return new
+
+    def shown_axes(self) -> tuple[int, ...]:
+        """The axes of `w`, counted from its end, in the order of `shape`."""
+        ndim = self.w.ndim
+        if self.order is None:
+            return tuple(range(-ndim, 0))
+        # Leading axes that `scan` or `vmap` took away are no longer there to be shown.
+        return tuple(axis for axis in self.order if axis >= -ndim)
+
+    def reordered(self, axes: Sequence[int]) -> "LoraWeight":
+        """A view with the axes in another order, as of `jnp.transpose`."""
+        shown = self.shown_axes()
+        return self.replace(order=tuple(shown[axis] for axis in axes))
+
+    def stored_labels(self, labels: Labels) -> tuple[Label, ...]:
+        """`labels`, given in the order shown, in the order in which `w` is stored."""
+        by_axis = dict(zip(self.shown_axes(), labels, strict=True))
+        return tuple(by_axis[axis] for axis in range(-self.w.ndim, 0))
+
+    def batch_axes(self) -> tuple[int, ...]:
+        """The axes of `w` that are neither rows nor columns, counted from its end."""
+        owned = {*self.rows, *self.columns}
+        return tuple(axis for axis in range(-self.w.ndim, 0) if axis not in owned)
+
+    def b_axes(self, stored: Labels) -> list[Label]:
+        """The labels of the axes of `b`; `stored` are those of `w`."""
+        return [stored[axis] for axis in (*self.batch_axes(), *self.rows)] + [RANK]
+
+    def a_axes(self, stored: Labels) -> list[Label]:
+        """The labels of the axes of `a`; `stored` are those of `w`."""
+        batch = [stored[axis] for axis in self.batch_axes()]
+        return [*batch, RANK, *(stored[axis] for axis in self.columns)]
+
+    def map_axis(self, axis: int, fn: Callable[[Weight, int], Any]) -> "LoraWeight":
+        """This weight with `fn(array, position of axis)` in the place of each array
+        that has the axis of `w` named by the negative `axis`."""
+        everywhere = range(-self.w.ndim, 0)
+        w = fn(self.w, axis % self.w.ndim)
+        b_axes, a_axes = self.b_axes(everywhere), self.a_axes(everywhere)
+        b = fn(self.b, b_axes.index(axis)) if axis in b_axes else self.b
+        a = fn(self.a, a_axes.index(axis)) if axis in a_axes else self.a
+        return self.replace(w=w, b=b, a=a)
+
+
+def factor_shapes(
+    shape: Sequence[int], rows: Sequence[int], columns: Sequence[int], rank: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of `b` and `a` for a base of `shape`; `rows` and `columns` are counted
+    from the end."""
+    owned = {*rows, *columns}
+    batch = [shape[axis] for axis in range(-len(shape), 0) if axis not in owned]
+    b = (*batch, *(shape[axis] for axis in rows), rank)
+    a = (*batch, rank, *(shape[axis] for axis in columns))
+    return b, a
+
+
+def _from_the_end(axes: Sequence[int], ndim: int, name: str) -> tuple[int, ...]:
+    if not all(-ndim <= axis < ndim for axis in axes):
+        raise ValueError(
+            f"`{name}={tuple(axes)}` names an axis that a `w` of {ndim} axes has not."
+        )
+    return tuple(axis - ndim if axis >= 0 else axis for axis in axes)

@@ -1,0 +1,223 @@
+"""Filters: from what a user names to places in a model."""
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, TypeGuard
+
+import equinox as eqx
+import jax.tree_util as jtu
+import numpy as np
+
+from ._layers import is_weight
+from ._tree import children, Place, Places
+
+
+Pattern: TypeAlias = str | re.Pattern[str]
+Filter: TypeAlias = Any
+"""`None`, a pattern or a list of patterns, a predicate on modules, or a filter spec: a
+pytree prefix of the model with bools or predicates at its leaves."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """What one part of a filter, such as one pattern of a list, names."""
+
+    label: str
+    """The part as the user wrote it, for messages."""
+
+    places: list[Place]
+    """The places that it names directly, never empty."""
+
+    one_by_one: bool = False
+    """Whether it marks leaf by leaf, as a filter spec does, and not by a rule that may
+    well name more than is meant."""
+
+
+def named_places(
+    model: Any, places: Places, filter: Filter, argument: str
+) -> list[Named]:
+    """What `filter` names in `model`, whose places are `places`.
+
+    **Raises:**
+
+    `ValueError` if any part of the filter names nothing, or if a filter spec does not
+    fit the model. `TypeError` if it is none of the things that a filter can be.
+    """
+    # A spec comes before a callable: modules, and so specs for them, are callable.
+    if type(filter) is type(model) or isinstance(filter, bool | np.bool_):
+        return [_named_by_spec(places, filter, argument)]
+    if _is_pattern(filter):
+        return [_named_by_pattern(places.all, filter, argument)]
+    if _is_collection(filter) and all(map(_is_pattern, filter)):
+        if not filter:
+            raise ValueError(
+                f"`{argument}={filter!r}` names nothing: it is empty. Available: "
+                f"{available(places.all)}."
+            )
+        return [_named_by_pattern(places.all, x, argument) for x in filter]
+    if callable(filter):
+        return [_named_by_predicate(places.all, filter, argument)]
+    if _is_collection(filter) and all(callable(x) for x in filter):
+        return [_named_by_predicate(places.all, x, argument) for x in filter]
+    if isinstance(filter, dict | list | tuple):
+        return [_named_by_spec(places, filter, argument)]
+    raise TypeError(
+        f"`{argument}={filter!r}` is not a filter. Pass a path pattern such as "
+        "'blocks.*.attention.query' or a list of them, a predicate on modules such as "
+        "`lambda node: isinstance(node, eqx.nn.Linear)`, or a pytree of bools."
+    )
+
+
+def matches(pattern: Pattern, path: Sequence[str]) -> bool:
+    """Whether `pattern` names the place at `path`.
+
+    A compiled regular expression must match the full dotted path. A glob without a dot
+    matches a name anywhere. One with dots is matched name by name from the root; `**`
+    stands for any number of names.
+    """
+    dotted = ".".join(path)
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(dotted) is not None
+    names = dotted.split(".")
+    if "." not in pattern:
+        return bool(path) and fnmatch.fnmatchcase(names[-1], pattern)
+    return _matches_globs(pattern.split("."), names)
+
+
+def matches_around(pattern: Pattern, path: Sequence[str]) -> bool:
+    """Whether `pattern` names the place at `path` or anything around it."""
+    return any(matches(pattern, path[:i]) for i in range(len(path) + 1))
+
+
+def no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
+    """The message for a pattern that matches none of the paths `names`: near misses
+    first."""
+    paths = [".".join(path) for path in names]
+    components = list(dict.fromkeys(part for path in paths for part in path.split(".")))
+    near = [f"**.{label}"] if _matches_any(f"**.{label}", paths) else []
+    near += difflib.get_close_matches(label, components, cutoff=0.6)
+    near += difflib.get_close_matches(label, paths, cutoff=0.6)
+    near = list(dict.fromkeys(near))[:3]
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"`{argument}={label!r}` matched nothing.{hint}"
+
+
+def available(places: Iterable[Place]) -> str:
+    """A short list of the arrays that could be adapted, numbered siblings as one."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for place in places:
+        if place.is_array and len(place.node.shape) >= 2:
+            path = re.sub(r"(?<![^.])\d+(?![^.])", "*", place.dotted)
+            shapes.setdefault(path, []).append(tuple(place.node.shape))
+    listed = []
+    for path, found in shapes.items():
+        kinds = list(dict.fromkeys(map(str, found)))
+        several = f" × {len(found)}" if len(found) > 1 else ""
+        listed.append(f"{path} {' or '.join(kinds[:3])}{several}")
+    if not listed:
+        return "no array with two axes or more in this model"
+    more = f", and {len(listed) - 20} more" if len(listed) > 20 else ""
+    return ", ".join(listed[:20]) + more
+
+
+def _named_by_pattern(
+    places: Sequence[Place], pattern: Pattern, argument: str
+) -> Named:
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    found = [place for place in places if matches(pattern, place.path)]
+    # Modules come first: `"*"` means every layer, not also every array in one.
+    modules = [place for place in found if not place.is_array]
+    arrays = [place for place in found if place.is_array]
+    if not found:
+        message = no_match(argument, text, [place.path for place in places])
+        raise ValueError(f"{message} Available: {available(places)}.")
+    return Named(f"`{argument}={text!r}`", modules or arrays)
+
+
+def _named_by_predicate(
+    places: Sequence[Place], predicate: Callable[[Any], Any], argument: str
+) -> Named:
+    if isinstance(predicate, type):
+        kind = predicate
+        label = f"`{argument}={kind.__name__}`"
+        predicate = lambda node: isinstance(node, kind)  # noqa: E731
+    else:
+        label = f"the predicate `{argument}`"
+    modules = [place for place in places if isinstance(place.node, eqx.Module)]
+    found = [x for x in modules if not is_weight(x.node) and predicate(x.node)]
+    if not found:
+        kinds = sorted({type(place.module).__name__ for place in modules})
+        raise ValueError(
+            f"{label} matched nothing. It sees the modules, not the arrays, of the "
+            f"model; these are of the types {', '.join(kinds) or '(none)'}."
+        )
+    return Named(label, found)
+
+
+def _named_by_spec(places: Places, spec: Any, argument: str) -> Named:
+    by_steps = {place.steps: place for place in places.all}
+    marked: list[Place] = []
+
+    def visit(spec: Any, node: Any, steps: tuple[int, ...], path: str) -> None:
+        if isinstance(spec, bool | np.bool_):
+            if spec and steps in by_steps:
+                marked.append(by_steps[steps])
+            return
+        level = children(node)
+        if is_weight(node):
+            if type(spec) is type(node) and any(jtu.tree_leaves(spec)):
+                marked.append(by_steps[steps])
+            return
+        spec_level = children(spec)
+        if level is not None and spec_level is not None and spec_level[1] == level[1]:
+            for i, ((name, child), (_, spec_child)) in enumerate(
+                zip(level[0], spec_level[0])
+            ):
+                visit(spec_child, child, (*steps, i), f"{path}.{name}".lstrip("."))
+        elif callable(spec) and not isinstance(spec, eqx.Module) and steps in by_steps:
+            below = list(places.beneath(by_steps[steps]))
+            marked.extend(_named_by_predicate(below, spec, argument).places)
+        elif spec is not None or node is not None:
+            raise ValueError(
+                f"`{argument}` is a filter spec whose structure does not fit the "
+                f"model: at {path or 'the root'} it has a {type(spec).__name__} where "
+                f"the model has a {type(node).__name__}. Make it from the model: "
+                "`jax.tree.map(lambda _: False, model)`, then `eqx.tree_at(...)`."
+            )
+
+    visit(spec, places.root.node, (), "")
+    # What is no array and holds none, such as an activation function, has no say.
+    found = [x for x in marked if any(y.is_array for y in places.beneath(x))]
+    if not found:
+        raise ValueError(
+            f"`{argument}` is a filter spec that marks nothing as `True`. Available: "
+            f"{available(places.all)}."
+        )
+    return Named(f"the filter spec `{argument}`", found, one_by_one=True)
+
+
+def _matches_globs(globs: Sequence[str], names: Sequence[str]) -> bool:
+    if not globs:
+        return not names
+    if globs[0] == "**":
+        return any(_matches_globs(globs[1:], names[i:]) for i in range(len(names) + 1))
+    return (
+        bool(names)
+        and fnmatch.fnmatchcase(names[0], globs[0])
+        and _matches_globs(globs[1:], names[1:])
+    )
+
+
+def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
+    return any(matches(pattern, path.split(".")) for path in paths)
+
+
+def _is_pattern(filter: Any) -> TypeGuard[Pattern]:
+    return isinstance(filter, str | re.Pattern)
+
+
+def _is_collection(filter: Any) -> bool:
+    return isinstance(filter, list | tuple | set | frozenset)

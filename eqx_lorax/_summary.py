@@ -1,0 +1,195 @@
+"""What an adapted model trains, and what that costs."""
+
+import dataclasses
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from ._layers import is_weight
+from ._select import Filter
+from ._surgery import base_of
+from ._train import adapter_spec, trainable
+from ._tree import Places
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetSummary:
+    """One adapted weight."""
+
+    path: str
+    kind: str
+    """The type of the module that holds it."""
+    shape: tuple[int, ...]
+    dtype: str
+    rank: int
+    scale: float
+    trained: int
+    """The number of elements of the factors."""
+    frozen: int
+    """The number of elements of the base."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What `lorax.summary` found. Its `str` is a table."""
+
+    targets: tuple[TargetSummary, ...]
+    trained: int
+    """The number of trained elements, in the targets and elsewhere."""
+    trained_bytes: int
+    frozen: int
+    """The number of all other elements."""
+    frozen_bytes: int
+    adam_bytes: int
+    """The size of Adam's state for what is trained."""
+    full_adam_bytes: int
+    """The size of Adam's state for training the base model as a whole."""
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                target.path,
+                target.kind,
+                "×".join(map(str, target.shape)),
+                target.dtype,
+                str(target.rank),
+                f"{target.scale:g}",
+                f"{target.trained:,}",
+                f"{target.frozen:,}",
+            )
+            for target in self.targets
+        ]
+        share = self.trained / max(self.trained + self.frozen, 1)
+        lines = [
+            f"trained     {self.trained:>15,}  {_size(self.trained_bytes):>8}  "
+            f"({share:.2%} of all)",
+            f"frozen      {self.frozen:>15,}  {_size(self.frozen_bytes):>8}",
+            f"Adam state  {'':>15}  {_size(self.adam_bytes):>8}  "
+            f"({_size(self.full_adam_bytes)} for full fine-tuning)",
+        ]
+        return "\n".join([_table(rows), *lines])
+
+
+_COLUMNS = ("target", "module", "shape", "dtype", "rank", "scale", "trained", "frozen")
+_RIGHT = ("rank", "scale", "trained", "frozen")
+
+
+def summary(model: PyTree, also: Filter = None) -> Summary:
+    """What is adapted in a model, how much of it is trained, and the memory that takes.
+
+    !!! example
+
+        ```python
+        print(lorax.summary(model))
+        ```
+
+    **Arguments:**
+
+    - `model`: Any model; the arrays may be abstract (`equinox.filter_eval_shape`).
+    - `also`: What is trained besides the adapters, as of `lorax.trainable`.
+
+    **Returns:**
+
+    A `lorax.Summary`. As a string it is a table, drawn by `rich` if that is installed.
+
+    **Raises:**
+
+    `ValueError` if any part of `also` names nothing.
+    """
+    spec = adapter_spec(model) if also is None else trainable(model, also)
+    params, frozen = eqx.partition(model, spec)
+    base = jax.tree.map(base_of, model, is_leaf=is_weight)
+    return Summary(
+        targets=tuple(
+            _target(place) for place in Places(model).all if is_weight(place.node)
+        ),
+        trained=_count(params),
+        trained_bytes=_bytes(params),
+        frozen=_count(frozen),
+        frozen_bytes=_bytes(frozen),
+        adam_bytes=_adam_bytes(params),
+        full_adam_bytes=_adam_bytes(eqx.filter(base, _is_inexact)),
+    )
+
+
+def _target(place: Any) -> TargetSummary:
+    weight = place.node
+    lora = weight.as_lora()
+    params = eqx.filter(weight, weight.trainable())
+    return TargetSummary(
+        path=place.dotted,
+        kind=type(place.owner.module).__name__ if place.owner else "",
+        shape=tuple(weight.shape),
+        dtype=jnp.dtype(weight.dtype).name,
+        rank=lora.rank,
+        scale=lora.scale,
+        trained=_count(params),
+        frozen=_count(base_of(weight)),
+    )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _is_inexact(x: Any) -> bool:
+    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _count(tree: PyTree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if _is_array(x))
+
+
+def _bytes(tree: PyTree) -> int:
+    arrays = [x for x in jax.tree.leaves(tree) if _is_array(x)]
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+
+
+def _adam_bytes(params: PyTree) -> int:
+    return _bytes(eqx.filter_eval_shape(optax.adam(1e-3).init, params))
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    try:
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return _plain_table(rows)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in _COLUMNS:
+        justify = "right" if name in _RIGHT else "left"
+        table.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # As wide as it gets: a table that is cut to the terminal hides the paths.
+    console = Console(width=10_000)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line)
+
+
+def _plain_table(rows: list[tuple[str, ...]]) -> str:
+    lines = [_COLUMNS, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    aligned = [
+        "  ".join(
+            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, line, widths)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([aligned[0], "-" * max(map(len, aligned)), *aligned[1:]])

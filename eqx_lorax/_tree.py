@@ -1,0 +1,141 @@
+"""Models as trees of named places, and surgery on them.
+
+Everything goes one level at a time, by what JAX flattens, and not by attribute paths:
+that is how it reaches inside containers, `jax.tree_util.Partial` and bound methods.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import numpy as np
+
+from ._layers import is_layer, is_weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Place:
+    """A node of a model and where it is.
+
+    An adapted layer and the module inside it are one place, so that paths do not change
+    with adaptation; `steps` tell them apart.
+    """
+
+    path: tuple[str, ...]
+    """The names on the way from the root."""
+
+    steps: tuple[int, ...]
+    """The number of each child on the way from the root."""
+
+    node: Any
+    """The node, an adapted layer as itself."""
+
+    owner: "Place | None"
+    """The module around it."""
+
+    @property
+    def module(self) -> Any:
+        """The node, an adapted layer as the module it stands for."""
+        return self.node.wrapped if is_layer(self.node) else self.node
+
+    @property
+    def is_array(self) -> bool:
+        """Whether there is an array here, or a factored weight in the place of one."""
+        return is_weight(self.node) or isinstance(
+            self.node, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+        )
+
+    @property
+    def dotted(self) -> str:
+        """The path as it is written in filters and messages."""
+        return ".".join(self.path) or "<the model itself>"
+
+    def holds(self, other: "Place") -> bool:
+        """Whether `other` is this place or beneath it."""
+        return other.steps[: len(self.steps)] == self.steps
+
+
+def children(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
+    """The named children of `node` and how to put it together again; `None` if JAX sees
+    a leaf. A factored weight is a leaf here: it stands for an array."""
+    if is_weight(node) or node is None:
+        return None
+    keyed, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if jtu.treedef_is_leaf(treedef):
+        return None
+    return [(_name(key), child) for (key,), child in keyed], treedef
+
+
+def _walk(model: Any) -> Iterator[Place]:
+    def visit(place: Place) -> Iterator[Place]:
+        yield place
+        yield from beneath(place, place.node, place.steps)
+
+    def beneath(place: Place, node: Any, steps: tuple[int, ...]) -> Iterator[Place]:
+        level = children(node)
+        if level is None:
+            return
+        owner = place if _is_module(place.node) else place.owner
+        for step, (name, child) in enumerate(level[0]):
+            below = (*steps, step)
+            if is_layer(node) and child is node.wrapped:
+                yield from beneath(place, child, below)
+            else:
+                yield from visit(Place((*place.path, name), below, child, owner))
+
+    yield from visit(Place((), (), model, None))
+
+
+class Places:
+    """All the places of a model, a node before its children."""
+
+    def __init__(self, model: Any):
+        self.all = list(_walk(model))
+        self._index = {place: i for i, place in enumerate(self.all)}
+
+    @property
+    def root(self) -> Place:
+        return self.all[0]
+
+    def beneath(self, place: Place) -> Iterator[Place]:
+        """The places at and beneath `place`."""
+        rest = itertools.islice(self.all, self._index[place], None)
+        return itertools.takewhile(place.holds, rest)
+
+
+def rebuild(model: Any, edits: Mapping[tuple[int, ...], Callable[[Any], Any]]) -> Any:
+    """`model` with the node at each of the `steps` replaced by what its edit makes of
+    it, innermost first. What is not on the way to an edit is not touched: it remains
+    the same object."""
+    on_the_way = {steps[:i] for steps in edits for i in range(len(steps))}
+
+    def visit(node: Any, steps: tuple[int, ...]) -> Any:
+        if steps in on_the_way:
+            level = children(node)
+            assert level is not None
+            named, treedef = level
+            node = treedef.unflatten(
+                [visit(child, (*steps, i)) for i, (_, child) in enumerate(named)]
+            )
+        return edits[steps](node) if steps in edits else node
+
+    return visit(model, ())
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, eqx.Module)
+
+
+def _name(key: Any) -> str:
+    match key:
+        case jtu.GetAttrKey(name=name):
+            return name
+        case jtu.SequenceKey(idx=index):
+            return str(index)
+        case jtu.DictKey(key=name) | jtu.FlattenedIndexKey(key=name):
+            return str(name)
+    return str(key).strip(".[]'\"")
