@@ -19,53 +19,49 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from ._arrays import wide
+
 
 Label: TypeAlias = Hashable
 Labels: TypeAlias = Sequence[Label]
 
 
-def promote(*dtypes: DTypeLike) -> jnp.dtype:
-    """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
-    are chosen here on purpose."""
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*dtypes)
-
-
-def wide(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which sums of products of `dtype` are accumulated."""
-    dtype = jnp.dtype(dtype)
-    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
-    return jnp.dtype(jnp.float32) if is_narrow else dtype
-
-
 def _accumulate(
-    product: Callable[[Array, Array, jnp.dtype | None], Array], x: Array, y: Array
+    product: Callable[[Array, Array, jnp.dtype | None], Array],
+    x: Array,
+    y: Array,
+    y_is_frozen: bool,
 ) -> Array:
-    """`product(x, y, preferred_element_type)` in the wide dtype of `x` and `y`.
+    """`product(x, y, preferred_element_type)` in the wide dtype of `x` and `y`, and
+    without a tangent for `y` if that is frozen.
 
     The tangents are products in the operands' own narrow dtype, as those of a plain
     layer are: differentiating through `preferred_element_type` would make them products
-    of wide arrays (and for a convolution, whose operands must agree, an error). It is a
-    JVP with symbolic zeros, not a VJP, because a VJP below the `vmap` around every
-    Equinox layer forms one gradient per example.
+    of wide arrays (and for a convolution, whose operands must agree, an error). And
+    where `jax.lax.stop_gradient(y)` would be a new array, of which `scan` keeps a copy
+    for each layer, here the backward pass uses `y` itself.
+
+    It is a JVP with symbolic zeros, not a VJP, because a VJP below the `vmap` around
+    every Equinox layer forms one gradient per example.
     """
     accumulator = wide(x.dtype)
-    if accumulator == x.dtype:
+    preferred = None if accumulator == x.dtype else accumulator
+    if preferred is None and not y_is_frozen:
         return product(x, y, None)
 
     @jax.custom_jvp
     def accumulated(x, y):
-        return product(x, y, accumulator)
+        return product(x, y, preferred)
 
     def jvp(primals, tangents):
         (x, y), (x_dot, y_dot) = primals, tangents
-        out = product(x, y, accumulator)
-        out_dot = jnp.zeros_like(out)
+        out = product(x, y, preferred)
+        terms = []
         if not isinstance(x_dot, SymbolicZero):
-            out_dot += product(x_dot, y, None).astype(accumulator)
-        if not isinstance(y_dot, SymbolicZero):
-            out_dot += product(x, y_dot, None).astype(accumulator)
-        return out, out_dot
+            terms.append(product(x_dot, y, None).astype(accumulator))
+        if not y_is_frozen and not isinstance(y_dot, SymbolicZero):
+            terms.append(product(x, y_dot, None).astype(accumulator))
+        return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
 
     accumulated.defjvp(jvp, symbolic_zeros=True)
     return accumulated(x, y)
@@ -78,10 +74,13 @@ def product(
     y_labels: Labels,
     out_labels: Labels,
     dtype: DTypeLike,
+    *,
+    y_is_frozen: bool = False,
 ) -> Array:
     """The sum over every label of `x` and `y` that is not among `out_labels`.
 
-    A label that only one operand has must be among `out_labels`.
+    A label that only one operand has must be among `out_labels`. If `y` is frozen, no
+    derivative is taken in it.
 
     **Returns:**
 
@@ -107,7 +106,7 @@ def product(
             x, y, dimension_numbers, preferred_element_type=preferred_element_type
         )
 
-    out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype))
+    out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype), y_is_frozen)
     order = positions(batch + x_free + y_free, out_labels)
     return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
 
@@ -122,9 +121,11 @@ def convolution(
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     groups: int,
+    kernel_is_frozen: bool = False,
 ) -> Array:
     """`jax.lax.conv_general_dilated` of `x (batch, in, *spatial)` with
-    `kernel (out, in / groups, *window)`, both cast to `dtype`, in `wide(dtype)`."""
+    `kernel (out, in / groups, *window)`, both cast to `dtype`, in `wide(dtype)`. If
+    the kernel is frozen, no derivative is taken in it."""
 
     def conv(x, kernel, preferred_element_type):
         return lax.conv_general_dilated(
@@ -138,4 +139,4 @@ def convolution(
             preferred_element_type=preferred_element_type,
         )
 
-    return _accumulate(conv, x.astype(dtype), kernel.astype(dtype))
+    return _accumulate(conv, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)

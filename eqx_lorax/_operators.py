@@ -73,7 +73,7 @@ def matmul(
         x_labels,
         labels,
         [*out_batch, *out],
-        None if low_rank_x is None else low_rank_x.astype(dtype),
+        low_rank_x=None if low_rank_x is None else low_rank_x.astype(dtype),
     )
     broadcast = jnp.broadcast_shapes(tuple(batch), x_batch)
     return y.reshape(*broadcast, *y.shape[len(out_batch) :])

@@ -5,7 +5,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
@@ -16,6 +16,8 @@ from ._tree import children, Place, Places
 
 
 Pattern: TypeAlias = str | re.Pattern[str]
+_JIT_WRAPPER = type(eqx.filter_jit(lambda: None))
+
 Filter: TypeAlias = Any
 """`None`, a pattern or a list of patterns, a predicate on modules, or a filter spec: a
 pytree prefix of the model with bools or predicates at its leaves."""
@@ -46,23 +48,19 @@ def named_places(
     `ValueError` if any part of the filter names nothing, or if a filter spec does not
     fit the model. `TypeError` if it is none of the things that a filter can be.
     """
-    # A spec comes before a callable: modules, and so specs for them, are callable.
-    if type(filter) is type(model) or isinstance(filter, bool | np.bool_):
-        return [_named_by_spec(places, filter, argument)]
-    if _is_pattern(filter):
-        return [_named_by_pattern(places.all, filter, argument)]
-    if _is_collection(filter) and all(map(_is_pattern, filter)):
+    if _is_rule(filter, model):
+        return [_named_by_rule(places, filter, argument)]
+    if isinstance(filter, list | tuple | set | frozenset):
         if not filter:
             raise ValueError(
                 f"`{argument}={filter!r}` names nothing: it is empty. Available: "
                 f"{available(places.all)}."
             )
-        return [_named_by_pattern(places.all, x, argument) for x in filter]
-    if callable(filter):
-        return [_named_by_predicate(places.all, filter, argument)]
-    if _is_collection(filter) and all(callable(x) for x in filter):
-        return [_named_by_predicate(places.all, x, argument) for x in filter]
-    if isinstance(filter, dict | list | tuple):
+        if all(_is_rule(x, model) for x in filter):
+            return [_named_by_rule(places, x, argument) for x in filter]
+    if type(filter) is type(model) or isinstance(
+        filter, bool | np.bool_ | dict | list | tuple
+    ):
         return [_named_by_spec(places, filter, argument)]
     raise TypeError(
         f"`{argument}={filter!r}` is not a filter. Pass a path pattern such as "
@@ -98,8 +96,9 @@ def no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
     paths = [".".join(path) for path in names]
     components = list(dict.fromkeys(part for path in paths for part in path.split(".")))
     near = [f"**.{label}"] if _matches_any(f"**.{label}", paths) else []
-    near += difflib.get_close_matches(label, components, cutoff=0.6)
-    near += difflib.get_close_matches(label, paths, cutoff=0.6)
+    if "." not in label:
+        near += difflib.get_close_matches(label, components)
+    near += difflib.get_close_matches(label, paths)
     near = list(dict.fromkeys(near))[:3]
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"`{argument}={label!r}` matched nothing.{hint}"
@@ -109,6 +108,11 @@ def available(places: Iterable[Place]) -> str:
     """A short list of the arrays that could be adapted, numbered siblings as one."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for place in places:
+        if type(place.node) is _JIT_WRAPPER:
+            return (
+                f"nothing inside the `eqx.filter_jit` at {place.dotted}, which hides "
+                "its modules; adapt the model first and jit it after"
+            )
         if place.is_array and len(place.node.shape) >= 2:
             path = re.sub(r"(?<![^.])\d+(?![^.])", "*", place.dotted)
             shapes.setdefault(path, []).append(tuple(place.node.shape))
@@ -172,6 +176,8 @@ def _named_by_spec(places: Places, spec: Any, argument: str) -> Named:
                 marked.append(by_steps[steps])
             return
         spec_level = children(spec)
+        if level is not None and not level[0] and type(spec) is type(node):
+            return
         if level is not None and spec_level is not None and spec_level[1] == level[1]:
             for i, ((name, child), (_, spec_child)) in enumerate(
                 zip(level[0], spec_level[0])
@@ -215,9 +221,14 @@ def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
     return any(matches(pattern, path.split(".")) for path in paths)
 
 
-def _is_pattern(filter: Any) -> TypeGuard[Pattern]:
-    return isinstance(filter, str | re.Pattern)
+def _is_rule(filter: Any, model: Any) -> bool:
+    """Whether it is a pattern or a predicate, and not a filter spec: modules, and so
+    specs for them, are callable too."""
+    is_pattern = isinstance(filter, str | re.Pattern)
+    return is_pattern or callable(filter) and type(filter) is not type(model)
 
 
-def _is_collection(filter: Any) -> bool:
-    return isinstance(filter, list | tuple | set | frozenset)
+def _named_by_rule(places: Places, rule: Any, argument: str) -> Named:
+    if isinstance(rule, str | re.Pattern):
+        return _named_by_pattern(places.all, rule, argument)
+    return _named_by_predicate(places.all, rule, argument)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from ._arrays import is_array, is_inexact
 from ._layers import is_weight
 from ._select import Filter
 from ._surgery import base_of
@@ -113,7 +114,7 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
         frozen=_count(frozen),
         frozen_bytes=_bytes(frozen),
         adam_bytes=_adam_bytes(params),
-        full_adam_bytes=_adam_bytes(eqx.filter(base, _is_inexact)),
+        full_adam_bytes=_adam_bytes(eqx.filter(base, is_inexact)),
     )
 
 
@@ -133,20 +134,12 @@ def _target(place: Any) -> TargetSummary:
     )
 
 
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
-def _is_inexact(x: Any) -> bool:
-    return _is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
-
-
 def _count(tree: PyTree) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if _is_array(x))
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if is_array(x))
 
 
 def _bytes(tree: PyTree) -> int:
-    arrays = [x for x in jax.tree.leaves(tree) if _is_array(x)]
+    arrays = [x for x in jax.tree.leaves(tree) if is_array(x)]
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 

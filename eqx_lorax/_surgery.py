@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, PRNGKeyArray
 
-from ._contract import promote
+from ._arrays import promote
 from ._init import Init, initial_factor, key_for
 from ._layers import is_layer, is_weight, kernel_axes, layer_for
 from ._lora import factor_shapes, LoraWeight
@@ -316,10 +316,11 @@ def _check_ranks(targets: Sequence[Target], ranks: Sequence[Any]) -> None:
             for path, (rank, limit, shape) in list(too_large.items())[:5]
         )
         more = f"; and {len(too_large) - 5} more" if len(too_large) > 5 else ""
-        fix = {path: limit for path, (_, limit, _) in list(too_large.items())[:5]}
+        fix: dict[str, Any] = {path: x[1] for path, x in list(too_large.items())[:5]}
+        fix["*"] = next(iter(too_large.values()))[0]
         raise ValueError(
-            f"{listed}{more}. Give these a rank of their own, `rank={fix}` with "
-            "`'*': ...` last for the others, or leave them out of `filter`."
+            f"{listed}{more}. Give these a rank of their own, `rank={fix}`, or leave "
+            "them out of `filter`."
         )
 
 

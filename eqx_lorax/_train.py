@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from ._arrays import is_inexact
 from ._layers import is_weight
 from ._select import available, Filter, named_places
 from ._tree import Places, rebuild
@@ -50,7 +51,7 @@ def trainable(model: PyTree, also: Filter = None) -> PyTree[bool]:
             array
             for place in named.places
             for array in places.beneath(place)
-            if eqx.is_inexact_array_like(array.node) and array.is_array
+            if is_inexact(array.node)
         ]
         if not arrays:
             raise ValueError(

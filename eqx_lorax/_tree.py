@@ -10,10 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.tree_util as jtu
-import numpy as np
 
+from ._arrays import is_array
 from ._layers import is_layer, is_weight
 
 
@@ -45,9 +44,7 @@ class Place:
     @property
     def is_array(self) -> bool:
         """Whether there is an array here, or a factored weight in the place of one."""
-        return is_weight(self.node) or isinstance(
-            self.node, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
-        )
+        return is_weight(self.node) or is_array(self.node)
 
     @property
     def dotted(self) -> str:
@@ -82,6 +79,8 @@ def _walk(model: Any) -> Iterator[Place]:
         owner = place if _is_module(place.node) else place.owner
         for step, (name, child) in enumerate(level[0]):
             below = (*steps, step)
+            if child is None:
+                continue
             if is_layer(node) and child is node.wrapped:
                 yield from beneath(place, child, below)
             else:

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from . import _contract, _operators
-from ._contract import Label, Labels, promote, wide
+from ._arrays import is_inexact, promote, wide
+from ._contract import Label, Labels
 from ._operators import index_at
 
 
@@ -91,7 +92,7 @@ class AbstractLoraWeight(eqx.Module):
 
     def trainable(self: _Self) -> _Self:
         """The same structure with a bool at each leaf: `True` where it is trained."""
-        spec = jax.tree.map(eqx.is_inexact_array_like, self)
+        spec = jax.tree.map(is_inexact, self)
         never = [getattr(self, name) for name in self.frozen]
         return eqx.tree_at(
             lambda tree: [getattr(tree, name) for name in self.frozen],
@@ -137,7 +138,9 @@ class AbstractLoraWeight(eqx.Module):
         x_labels: Labels,
         labels: Labels,
         out_labels: Labels,
+        *,
         low_rank_x: Array | None = None,
+        is_frozen: bool = False,
     ) -> Array:
         """The contraction of `x` with this weight, through the rank axis.
 
@@ -150,6 +153,7 @@ class AbstractLoraWeight(eqx.Module):
         - `out_labels`: The labels of the result's axes.
         - `low_rank_x`: What the low-rank branch sees in the place of `x` (which is how
             dropout touches only that branch).
+        - `is_frozen`: Whether the factors are frozen too, as below another adapter.
 
         **Returns:**
 
@@ -184,16 +188,34 @@ class AbstractLoraWeight(eqx.Module):
             if label in wanted
         ]
         hidden = _contract.product(
-            x, x_labels, first, first_labels, hidden_labels, dtype
+            x,
+            x_labels,
+            first,
+            first_labels,
+            hidden_labels,
+            dtype,
+            y_is_frozen=is_frozen,
         )
         hidden = hidden * lora.scale
         update = _contract.product(
-            hidden, hidden_labels, second, second_labels, out_labels, hidden.dtype
+            hidden,
+            hidden_labels,
+            second,
+            second_labels,
+            out_labels,
+            hidden.dtype,
+            y_is_frozen=is_frozen,
         )
         return _add(base, update)
 
     def convolve(
-        self, x: Array, *, groups: int, low_rank_x: Array | None = None, **conv: Any
+        self,
+        x: Array,
+        *,
+        groups: int,
+        low_rank_x: Array | None = None,
+        is_frozen: bool = False,
+        **conv: Any,
     ) -> Array:
         """The convolution of `x (batch, in, *spatial)` with this kernel, of shape
         `(out, in / groups, *window)`: first with `a` as the kernel, then through `b`.
@@ -204,6 +226,7 @@ class AbstractLoraWeight(eqx.Module):
         - `groups`: The number of feature groups. Every group has rows of `b` of its own
             and shares `a`, so the update has the kernel's own shape.
         - `low_rank_x`: What the low-rank branch sees in the place of `x`.
+        - `is_frozen`: Whether the factors are frozen too, as below another adapter.
         - `conv`: `window_strides`, `padding`, `lhs_dilation`, `rhs_dilation`, as of
             `jax.lax.conv_general_dilated`.
 
@@ -221,17 +244,20 @@ class AbstractLoraWeight(eqx.Module):
         out, rank = lora.b.shape
         # The groups share `a`, so to it they are as good as further images.
         per_group = x.reshape(batch * groups, channels // groups, *spatial)
-        hidden = _contract.convolution(per_group, lora.a, dtype, groups=1, **conv)
+        hidden = _contract.convolution(
+            per_group, lora.a, dtype, groups=1, kernel_is_frozen=is_frozen, **conv
+        )
         window = hidden.shape[2:]
         hidden = hidden.reshape(batch, groups, rank, *window) * lora.scale
         axes = [f"spatial {i}" for i in range(len(window))]
         update = _contract.product(
-            lora.b.reshape(groups, out // groups, rank),
-            ["group", "out", RANK],
             hidden,
             ["batch", "group", RANK, *axes],
+            lora.b.reshape(groups, out // groups, rank),
+            ["group", "out", RANK],
             ["batch", "group", "out", *axes],
             hidden.dtype,
+            y_is_frozen=is_frozen,
         )
         return _add(base, update.reshape(batch, out, *window))
 
@@ -279,17 +305,17 @@ def _add(base: Array, update: Array) -> Array:
 def _contract_any(
     x: Array, x_labels: Labels, w: Weight, labels: Labels, out_labels: Labels
 ) -> Array:
-    w = lax.stop_gradient(w)
     if isinstance(w, AbstractLoraWeight):
-        return w.contract(x, x_labels, labels, out_labels)
-    return _contract.product(x, x_labels, w, labels, out_labels, x.dtype)
+        return w.contract(x, x_labels, labels, out_labels, is_frozen=True)
+    return _contract.product(
+        x, x_labels, w, labels, out_labels, x.dtype, y_is_frozen=True
+    )
 
 
 def _convolve_any(x: Array, w: Weight, **conv: Any) -> Array:
-    w = lax.stop_gradient(w)
     if isinstance(w, AbstractLoraWeight):
-        return w.convolve(x, **conv)
-    return _contract.convolution(x, w, x.dtype, **conv)
+        return w.convolve(x, is_frozen=True, **conv)
+    return _contract.convolution(x, w, x.dtype, kernel_is_frozen=True, **conv)
 
 
 def _look_up_any(w: Weight, position: int, index: ArrayLike) -> Array:

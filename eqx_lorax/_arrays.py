@@ -1,0 +1,33 @@
+"""What counts as an array, and which dtypes products are computed in."""
+
+from typing import Any, TypeGuard
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+
+def is_array(x: Any) -> TypeGuard[Array]:
+    """Whether `x` is an array: JAX's, NumPy's, or only its shape and dtype."""
+    return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def is_inexact(x: Any) -> TypeGuard[Array]:
+    """Whether `x` is an array of floating or complex dtype."""
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def promote(*dtypes: DTypeLike) -> jnp.dtype:
+    """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
+    are chosen here on purpose."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
+def wide(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype in which sums of products of `dtype` are accumulated."""
+    dtype = jnp.dtype(dtype)
+    is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.dtype(jnp.float32) if is_narrow else dtype

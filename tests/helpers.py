@@ -1,0 +1,139 @@
+"""References and tools that the tests share."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import eqx_lorax as lorax
+
+
+def is_weight(x: Any) -> bool:
+    return isinstance(x, lorax.AbstractLoraWeight)
+
+
+def weights(model: Any) -> list[lorax.LoraWeight]:
+    return [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
+
+
+def trained(model: Any, key, size: float = 0.5) -> Any:
+    """The model with random factors in the place of `b = 0`, as after training."""
+
+    def randomise(weight):
+        b = size * jr.normal(key, weight.b.shape, weight.b.dtype)
+        return eqx.tree_at(lambda w: w.b, weight, b)
+
+    return jax.tree.map(
+        lambda x: randomise(x) if is_weight(x) else x, model, is_leaf=is_weight
+    )
+
+
+def wide(x: Any) -> np.ndarray:
+    return np.asarray(x, np.complex128 if jnp.iscomplexobj(x) else np.float64)
+
+
+def dense_weight(weight: Any) -> np.ndarray:
+    """`w + scale * b a` in float64 by NumPy: matrices, stacks, and kernels whose rows
+    are one axis and whose columns are all that follow."""
+    if not is_weight(weight):
+        return wide(weight)
+    a, b = wide(weight.a), wide(weight.b)
+    batch = b.ndim - 2
+    update = b @ a.reshape(*a.shape[: batch + 1], -1)
+    return dense_weight(weight.w) + weight.scale * update.reshape(weight.w.shape)
+
+
+def dense64(model: Any) -> Any:
+    """The plain model in float64, with NumPy arrays, that `model` stands for."""
+    plain = lorax.unloraify(model, merge=False)
+    dense = iter([dense_weight(weight) for weight in weights(model)])
+    bases = {id(lorax_base(weight)) for weight in weights(model)}
+
+    def convert(x):
+        if id(x) in bases:
+            return next(dense)
+        return wide(x) if is_inexact(x) else x
+
+    return jax.tree.map(convert, plain)
+
+
+def lorax_base(weight: Any) -> Any:
+    while is_weight(weight):
+        weight = weight.w
+    return weight
+
+
+@eqx.filter_jit
+def run(model: Any, *inputs: Any) -> Any:
+    """`model(*inputs)`, compiled as a whole, which is faster than op by op."""
+    return model(*inputs)
+
+
+def call64(fn, *args):
+    """`fn(*args)`, compiled, with every inexact array in float64."""
+    with jax.enable_x64(True):
+        args = jax.tree.map(
+            lambda x: jnp.asarray(wide(x)) if is_inexact(x) else x, args
+        )
+        return jax.tree.map(np.asarray, eqx.filter_jit(fn)(*args))
+
+
+def is_inexact(x: Any) -> bool:
+    is_array = isinstance(x, jax.Array | np.ndarray)
+    return is_array and jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def assert_close(x: Any, y: Any, tolerance: float = 1e-5) -> None:
+    """Leaf by leaf, relative to the largest entry of the leaf."""
+    xs, ys = jax.tree.leaves(x), jax.tree.leaves(y)
+    assert len(xs) == len(ys)
+    for x, y in zip(xs, ys):
+        x, y = wide(x), wide(y)
+        assert x.shape == y.shape
+        size = max(np.abs(y).max(initial=0.0), 1e-3)
+        np.testing.assert_allclose(x / size, y / size, atol=tolerance, rtol=0)
+
+
+def assert_identical(x: Any, y: Any) -> None:
+    """The same structure, types, dtypes and bits."""
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for x, y in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
+        assert type(x) is type(y)
+        if eqx.is_array(x):
+            assert x.dtype == y.dtype
+            assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        else:
+            assert x is y or x == y
+
+
+def equations(jaxpr: Any):
+    """All equations of a jaxpr and of the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+def assert_no_dense(fn, model: Any, *args: Any) -> None:
+    """No array of a base's shape is computed by `fn(model, *args)`: those there are
+    are the bases themselves, untouched or cast."""
+    shapes = {tuple(weight.w.shape) for weight in weights(model)}
+    assert shapes
+    jaxpr = eqx.filter_make_jaxpr(fn)(model, *args)[0]
+    untouched = ("stop_gradient", "convert_element_type", "copy", "pjit", "jit", "rev")
+    computed = [
+        equation
+        for equation in equations(jaxpr.jaxpr)
+        for out in equation.outvars
+        if tuple(out.aval.shape) in shapes and equation.primitive.name not in untouched
+    ]
+    assert not computed, computed

@@ -1,0 +1,56 @@
+"""Every code block in the README and the docs is executed, page by page."""
+
+import pathlib
+import re
+import subprocess
+
+import jax
+import pytest
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def _as_for_users():
+    """Without the strictness of the tests."""
+    names = ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.own_errors
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_blocks(page, tmp_path, monkeypatch, _as_for_users):
+    blocks = BLOCK.findall(page.read_text())
+    assert blocks or page.parent.name == "api"
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page.stem}
+    for block in blocks:
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_links_lead_somewhere():
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md"]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_has_two_commands():
+    text = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(commands) == 2
+    assert all(len(command.strip().splitlines()) == 1 for command in commands)
+    gate = (ROOT / ".ci" / "run").read_text()
+    pattern = re.search(r"grep -E '([^']+)' README", gate)
+    assert pattern is not None
+    found = subprocess.run(
+        ["grep", "-E", pattern[1], ROOT / "README.md"], capture_output=True, text=True
+    )
+    assert found.stdout == commands[1]

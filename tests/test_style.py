@@ -1,0 +1,60 @@
+"""Rules that hold for every file."""
+
+import ast
+import inspect
+import pathlib
+import pkgutil
+
+import equinox as eqx
+import pytest
+
+import eqx_lorax as lorax
+
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "eqx_lorax").glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_public_jax_only(file):
+    assert "jax._src" not in file.read_text()
+    assert len(file.read_text().splitlines()) <= 400
+
+
+def _modules():
+    for info in pkgutil.iter_modules(lorax.__path__):
+        module = __import__(f"eqx_lorax.{info.name}", fromlist=["_"])
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            if issubclass(cls, eqx.Module) and cls.__module__ == module.__name__:
+                yield cls
+
+
+def test_modules_are_abstract_or_final():
+    modules = set(_modules())
+    assert len(modules) > 5
+    for cls in modules:
+        bases = [base for base in cls.__mro__[1:] if base in modules]
+        assert all(base.__name__.startswith("Abstract") for base in bases), cls
+        is_abstract = cls.__name__.startswith("Abstract")
+        assert is_abstract or not cls.__abstractmethods__
+
+
+def test_everything_public_is_documented():
+    for name in dir(lorax):
+        if not name.startswith("_") and inspect.getmodule(getattr(lorax, name)):
+            assert getattr(lorax, name).__doc__, name
+
+
+def test_core_imports_only_what_it_declares():
+    declared = {"jax", "equinox", "optax", "jaxtyping", "numpy", "rich"}
+    standard = __import__("sys").stdlib_module_names
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                top = name.split(".")[0]
+                assert top in declared or top in standard, f"{file.name}: {name}"

@@ -1,0 +1,79 @@
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import eqx_lorax as lorax
+
+
+@pytest.fixture
+def model(getkey):
+    model = [
+        eqx.nn.Linear(10, 20, dtype=jnp.bfloat16, key=getkey()),
+        eqx.nn.Conv2d(3, 4, 3, key=getkey()),
+        eqx.nn.LayerNorm(5),
+        jnp.arange(3),
+        "text",
+    ]
+    return lorax.loraify(model, rank=2, alpha=4, key=getkey())
+
+
+def test_numbers(model):
+    summary = lorax.summary(model)
+    linear, conv = summary.targets
+    assert (linear.path, linear.kind, linear.shape) == ("0.weight", "Linear", (20, 10))
+    assert (linear.dtype, linear.rank, linear.scale) == ("bfloat16", 2, 2.0)
+    assert (linear.trained, linear.frozen) == (60, 200)
+    assert (conv.kind, conv.trained, conv.frozen) == ("Conv2d", 2 * (4 + 27), 108)
+    assert summary.trained == 60 + 62
+    assert summary.trained_bytes == 4 * (60 + 62)
+    assert summary.frozen == 200 + 20 + 108 + 4 + 10 + 3
+    assert summary.frozen_bytes == 2 * 220 + 4 * 125
+    params, _ = lorax.partition(model)
+    state = optax.adam(1e-3).init(params)
+    assert summary.adam_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    plain = eqx.filter(lorax.unloraify(model, merge=False), eqx.is_inexact_array)
+    state = optax.adam(1e-3).init(plain)
+    assert summary.full_adam_bytes == sum(x.nbytes for x in jax.tree.leaves(state))
+    also = lorax.summary(model, also=eqx.nn.LayerNorm)
+    assert also.trained == summary.trained + 10
+
+
+def _lines(summary):
+    return [line.split() for line in str(summary).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("rich", (True, False))
+def test_table(rich, model, monkeypatch):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.box", None)
+    lines = _lines(lorax.summary(model))
+    row = ["0.weight", "Linear", "20×10", "bfloat16", "2", "2", "60", "200"]
+    assert lines[0][:3] == ["target", "module", "shape"]
+    assert row in lines
+    assert ["trained", "122", "488", "B", "(26.12%", "of", "all)"] in lines
+
+
+def test_table_of_long_paths_is_not_cut(getkey):
+    model = {"a" * 150: eqx.nn.Linear(4, 4, key=getkey())}
+    text = str(lorax.summary(lorax.loraify(model, rank=2, key=getkey())))
+    assert "a" * 150 + ".weight" in text
+
+
+def test_abstract_and_plain_models(model, getkey):
+    abstract = eqx.filter_eval_shape(lambda: model)
+    assert lorax.summary(abstract) == lorax.summary(model)
+    plain = lorax.summary(lorax.unloraify(model, merge=False))
+    assert plain.targets == () and plain.trained == 0
+
+
+def test_stacked_adapters(model, getkey):
+    twice = lorax.loraify(model, rank=1, stack=True, key=getkey())
+    summary = lorax.summary(twice)
+    assert [target.rank for target in summary.targets] == [1, 1]
+    assert summary.trained == 61
+    assert [target.frozen for target in summary.targets] == [200, 108]
+    assert lorax.summary(model).full_adam_bytes == summary.full_adam_bytes
