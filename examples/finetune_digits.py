@@ -245,11 +245,11 @@ def draw(
 
 def _parser() -> argparse.ArgumentParser:
     parser = toolbox.Parser(__doc__)
-    parser.add_training_flags(steps=300, rank=4, batch_size=64, learning_rate=1e-2)
+    parser.add_training_flags(steps=500, rank=4, batch_size=32, learning_rate=1e-2)
     parser.add_argument(
         "--pretrain-steps",
         type=toolbox.positive_int,
-        default=300,
+        default=500,
         help="training steps of the network itself",
     )
     parser.add_argument(

@@ -6,7 +6,6 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 
 import eqx_lorax as lorax
@@ -20,16 +19,35 @@ def weights(model: Any) -> list[lorax.LoraWeight]:
     return [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
 
 
-def trained(model: Any, key, size: float = 0.5) -> Any:
+def filled(make, dtype, key) -> Any:
+    """`make(dtype, key)` with other random numbers: NumPy's, which need not compile."""
+    random = np.random.default_rng(np.asarray(key).ravel().tolist())
+    model = eqx.filter_eval_shape(make, dtype, key)
+    return jax.tree.map(
+        lambda x: _random(random, x) if isinstance(x, jax.ShapeDtypeStruct) else x,
+        model,
+    )
+
+
+def trained(model: Any) -> Any:
     """The model with random factors in the place of `b = 0`, as after training."""
+    random = np.random.default_rng(0)
 
     def randomise(weight):
-        b = size * jr.normal(key, weight.b.shape, weight.b.dtype)
-        return eqx.tree_at(lambda w: w.b, weight, b)
+        return eqx.tree_at(lambda w: w.b, weight, _random(random, weight.b))
 
     return jax.tree.map(
         lambda x: randomise(x) if is_weight(x) else x, model, is_leaf=is_weight
     )
+
+
+def _random(random: np.random.Generator, like: Any) -> jax.Array:
+    if not jnp.issubdtype(like.dtype, jnp.inexact):
+        return jnp.asarray(random.integers(0, 5, like.shape), like.dtype)
+    drawn = 0.5 * random.normal(size=like.shape)
+    if jnp.issubdtype(like.dtype, jnp.complexfloating):
+        drawn = drawn + 0.5j * random.normal(size=like.shape)
+    return jnp.asarray(drawn, like.dtype)
 
 
 def wide(x: Any) -> np.ndarray:

@@ -128,7 +128,7 @@ def test_wrong_inputs(getkey):
 
 @pytest.mark.parametrize("where", ("a", "b", "w"))
 def test_merging_what_is_not_finite(where, model, getkey):
-    adapted = trained(lorax.loraify(model, rank=2, key=getkey()), getkey())
+    adapted = trained(lorax.loraify(model, rank=2, key=getkey()))
     poisoned = eqx.tree_at(
         lambda m: getattr(m.layers[1].weight, where),
         adapted,
@@ -143,7 +143,7 @@ def test_merging_what_is_not_finite(where, model, getkey):
 
 def test_merging_what_overflows(getkey):
     model = eqx.nn.Linear(4, 4, dtype=jnp.float16, key=getkey())
-    adapted = trained(lorax.loraify(model, rank=2, key=getkey()), getkey())
+    adapted = trained(lorax.loraify(model, rank=2, key=getkey()))
     huge = eqx.tree_at(lambda m: m.weight.a, adapted, jnp.full((2, 4), 1e30))
     with pytest.raises(ValueError, match="overflow of the base's dtype"):
         lorax.unloraify(huge)
@@ -159,7 +159,7 @@ def test_messages_stay_short(getkey):
     with pytest.raises(ValueError) as error:
         lorax.loraify(many, key=getkey())
     assert len(str(error.value)) < 1000
-    adapted = trained(lorax.loraify(many, rank=1, key=getkey()), getkey())
+    adapted = trained(lorax.loraify(many, rank=1, key=getkey()))
     nan = jax.tree.map(lambda x: np.nan * x if eqx.is_inexact_array(x) else x, adapted)
     with pytest.raises(ValueError) as error:
         lorax.unloraify(nan)

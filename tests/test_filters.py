@@ -160,7 +160,7 @@ UNMATCHED = {
     "part of a name": ("proj", "matched nothing"),
     "not from the root": ("attention.query_proj", r"'\*\*\.attention.query_proj'"),
     "typo in a path": ("blocks.0.mpl.2", "Did you mean 'blocks.0.mlp.2'"),
-    "index": ("blocks.2", r"Available: .*blocks\.\*\.mlp\.0\.weight \(8, 4\) × 2"),
+    "index": ("blocks.2", r"Available: .*blocks\.\*\.mlp\.\*\.weight \(8, 4\) or"),
     "regex of a part": (re.compile("query"), "matched nothing"),
     "empty string": ("", "matched nothing"),
     "empty list": ([], "empty"),
