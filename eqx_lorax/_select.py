@@ -176,8 +176,6 @@ def _named_by_spec(places: Places, spec: Any, argument: str) -> Named:
                 marked.append(by_steps[steps])
             return
         spec_level = children(spec)
-        if level is not None and not level[0] and type(spec) is type(node):
-            return
         if level is not None and spec_level is not None and spec_level[1] == level[1]:
             for i, ((name, child), (_, spec_child)) in enumerate(
                 zip(level[0], spec_level[0])

@@ -62,7 +62,7 @@ def children(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
     if is_weight(node) or node is None:
         return None
     keyed, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
-    if jtu.treedef_is_leaf(treedef):
+    if keyed and not keyed[0][0]:
         return None
     return [(_name(key), child) for (key,), child in keyed], treedef
 

@@ -28,12 +28,15 @@ def _as_for_users():
 @pytest.mark.own_errors
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_blocks(page, tmp_path, monkeypatch, _as_for_users):
-    blocks = BLOCK.findall(page.read_text())
+    text = page.read_text()
+    blocks = list(BLOCK.finditer(text))
     assert blocks or page.parent.name == "api"
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
     for block in blocks:
-        exec(compile(block, str(page), "exec"), namespace)
+        # So that a traceback shows the line of the page.
+        code = "\n" * (text[: block.start()].count("\n") + 1) + block[1]
+        exec(compile(code, str(page), "exec"), namespace)
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""Other people's models, as their authors wrote them: adapt, train three steps, merge."""
+"""Other people's models, as they wrote them: adapt, train three steps, merge."""
 
 import equinox as eqx
 import jax
