@@ -89,27 +89,42 @@ def test_equimo_vision_transformer(getkey):
     adapt_train_merge(model, None, call, getkey, targets=sum(map(linear, leaves)) + 1)
 
 
-def test_equimo_mobilenet(getkey):
-    """Depthwise and pointwise convolutions, squeeze and excitation."""
-    from equimo.models.mobilenet import MobileNetv3
+def test_equimo_inverted_residual(getkey):
+    """The block of MobileNet: pointwise and depthwise convolutions, and squeeze and
+    excitation between them."""
+    from equimo.layers.convolution import MBConv
 
-    model = MobileNetv3(
-        in_channels=3,
-        hidden_sizes=[16, 24],
-        out_sizes=[16, 24, 32],
-        use_se=[True, False],
-        kernel_sizes=[3, 5],
-        strides=[2, 1],
-        act_layers=[jax.nn.relu, jax.nn.relu],
-        key=getkey(),
+    model = eqx.nn.inference_mode(
+        MBConv(8, 8, mid_channels=16, kernel_size=3, se=True, key=getkey())
     )
-    del model
+    image, key = jr.normal(getkey(), (8, 9, 9)), getkey()
+    call = lambda model: model(image, key=key)  # noqa: E731
+    conv = lambda x: isinstance(x, eqx.nn.Conv | eqx.nn.Linear)  # noqa: E731
+    found = [x for x in jax.tree.leaves(model, is_leaf=conv) if conv(x)]
+    assert any(getattr(x, "groups", 1) > 1 for x in found)
+    adapt_train_merge(model, None, call, getkey, targets=len(found), rank=2)
 
 
 def test_expaloma(getkey):
-    """Ships its weights; raw arrays in modules of its own, and no layer of Equinox."""
+    """A graph network that ships its weights: raw arrays in modules of its own, one
+    inside the other, and no layer of Equinox."""
     from expaloma.featurize import from_rdkit_mol, graph_to_jax
-    from expaloma.infer import load_eqx
+    from expaloma.infer import charges_for_smiles, load_eqx
+    from expaloma.paths import bundled_eqx_path
     from rdkit import Chem
 
-    del from_rdkit_mol, graph_to_jax, load_eqx, Chem
+    smiles = "CC(=O)Oc1ccccc1C(=O)O"
+    graph = from_rdkit_mol(Chem.MolFromSmiles(smiles))
+    x, senders, receivers, reference = graph_to_jax(graph)
+    segments = jnp.zeros(len(x), jnp.int32)
+    model = load_eqx(bundled_eqx_path())
+
+    def call(model):
+        return model(x, senders, receivers, segments, 1, 0.0, q_ref=reference)
+
+    assert_close(call(model).reshape(-1), charges_for_smiles(smiles), 1e-4)
+    adapt_train_merge(
+        model, ["w_self", "w_neigh", "w_f_in"], call, getkey, targets=9, rank=8
+    )
+    # The model itself holds the last one, and is wrapped.
+    adapt_train_merge(model, "w_readout", call, getkey, targets=1, rank=2)
