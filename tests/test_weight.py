@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, assert_no_dense, dense_weight, run, wide
+from helpers import assert_close, assert_no_dense, dense_weight, equations, run, wide
 from hypothesis import given, settings, strategies as st
 
 import eqx_lorax as lorax
@@ -99,7 +99,7 @@ def test_the_product_is_x_first(getkey):
     under `scan` no transposed copy of the base is made."""
     weight, xs = make(getkey()), jr.normal(getkey(), (4, 7))
     jaxpr = jax.make_jaxpr(jax.vmap(lambda x: x @ weight.T))(xs)
-    primitives = [equation.primitive.name for equation in jaxpr.eqns]
+    primitives = [equation.primitive.name for equation in equations(jaxpr.jaxpr)]
     assert "transpose" not in primitives
     assert primitives.count("dot_general") == 3
 
@@ -271,8 +271,19 @@ def contractions(draw):
 
 
 @given(contractions(), st.integers(0, 2**31))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_any_contraction(contraction, seed):
+    _check_contraction(contraction, seed)
+
+
+@pytest.mark.nightly
+@given(contractions(), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=1000)
+def test_any_contraction_at_length(contraction, seed):
+    _check_contraction(contraction, seed)
+
+
+def _check_contraction(contraction, seed):
     shape, rows, columns, rank, order, x_labels, out_labels, sizes = contraction
     key, x_key = jr.split(jr.key(seed))
     weight = make(key, shape, rank, rows=rows, columns=columns)
@@ -356,7 +367,7 @@ def test_narrow_tangents_stay_narrow(dtype, getkey):
     jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones(7, dtype))
     base_products = [
         equation
-        for equation in jaxpr.eqns
+        for equation in equations(jaxpr.jaxpr)
         if equation.primitive.name == "dot_general"
         and any(v.aval.shape == (5, 7) for v in equation.invars)
     ]
