@@ -32,7 +32,7 @@ def milliseconds(fn: Callable[[], Any], repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     flags = parser.parse_args()
@@ -40,9 +40,7 @@ def main() -> None:
     key = jax.random.key(0)
     keys = jax.random.split(key, max(LAYERS))
     layers = [eqx.nn.Linear(flags.width, flags.width, key=key) for key in keys]
-    print(
-        f"{'layers':>7}{'loraify':>12}{'a layer':>10}{'unloraify':>12}{'a layer':>10}"
-    )
+    print(f"{'layers':>7}{'loraify':>12}{'each':>10}{'unloraify':>12}{'each':>10}")
     for count in LAYERS:
         model = layers[:count]
         adapted = lorax.loraify(model, rank=4, key=key)

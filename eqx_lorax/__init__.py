@@ -11,7 +11,11 @@ from ._layers import (
     MaterialiseWarning as MaterialiseWarning,
 )
 from ._lora import LoraWeight as LoraWeight
-from ._summary import Summary as Summary, summary as summary
+from ._summary import (
+    Summary as Summary,
+    summary as summary,
+    TargetSummary as TargetSummary,
+)
 from ._surgery import loraify as loraify, unloraify as unloraify
 from ._train import (
     filter_grad as filter_grad,

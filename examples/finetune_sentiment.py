@@ -244,7 +244,9 @@ def draw(losses: Sequence[float], before: float, after: float, file: Path) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = toolbox.Parser(__doc__)
-    parser.add_training_flags(steps=250, rank=8, batch_size=16, learning_rate=2e-3)
+    # Chosen by the accuracy on 2,000 of the rows to train on; what is held out had no
+    # say.
+    parser.add_training_flags(steps=350, rank=8, batch_size=12, learning_rate=3e-3)
     parser.add_argument(
         "--targets",
         nargs="+",
@@ -253,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what to adapt, such as 'feed_forward' or 'bert.encoder.layers.5.**.key'",
     )
     for name, default, help in [
-        ("--length", 32, "tokens to which reviews are cut and padded"),
+        ("--length", 40, "tokens to which reviews are cut and padded"),
         ("--train-rows", 7000, "reviews to train on"),
         ("--test-rows", 1024, "reviews to hold out"),
     ]:
