@@ -54,7 +54,7 @@ class LoraWeight(AbstractLoraWeight):
         w: Weight,
         b: Array,
         a: Array,
-        alpha: float = 1.0,
+        alpha: int | float = 1.0,
         rows: Sequence[int] = (-2,),
         columns: Sequence[int] = (-1,),
         *,

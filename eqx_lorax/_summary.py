@@ -147,7 +147,7 @@ def _adam_bytes(params: PyTree) -> int:
     return _bytes(eqx.filter_eval_shape(optax.adam(1e-3).init, params))
 
 
-def _size(count: float) -> str:
+def _size(count: int | float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -35,8 +35,8 @@ def loraify(
     filter: Filter = None,
     *,
     rank: PerTarget[int] = _DEFAULT_RANK,
-    alpha: PerTarget[float | None] = None,
-    dropout: PerTarget[float] = 0.0,
+    alpha: PerTarget[int | float | None] = None,
+    dropout: PerTarget[int | float] = 0.0,
     init: Init = "uniform",
     dtype: DTypeLike | None = None,
     rank_stabilised: bool = False,
@@ -127,7 +127,7 @@ def loraify(
                 target,
                 array,
                 rank=rank_,
-                alpha=rank_ if alpha_ is None else alpha_,
+                alpha=float(rank_ if alpha_ is None else alpha_),
                 init=init,
                 dtype=dtype,
                 rank_stabilised=rank_stabilised,
@@ -225,7 +225,7 @@ def _axes(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return kernel_axes(array.owner.module, len(array.node.shape))
 
 
-def _wrapping(place: Place, rate: float) -> Callable[[Any], Any]:
+def _wrapping(place: Place, rate: int | float) -> Callable[[Any], Any]:
     """What puts the layer for the module at `place` around it."""
     layer: Any = layer_for(place.module)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too.
-Weight: TypeAlias = Union[Array, "AbstractLoraWeight"]
+Weight: TypeAlias = Union[Array, np.ndarray, "AbstractLoraWeight"]
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 # The label of the rank axis. Unlike any axis of a weight, those being integers.
@@ -308,14 +308,16 @@ def _contract_any(
     if isinstance(w, AbstractLoraWeight):
         return w.contract(x, x_labels, labels, out_labels, is_frozen=True)
     return _contract.product(
-        x, x_labels, w, labels, out_labels, x.dtype, y_is_frozen=True
+        x, x_labels, jnp.asarray(w), labels, out_labels, x.dtype, y_is_frozen=True
     )
 
 
 def _convolve_any(x: Array, w: Weight, **conv: Any) -> Array:
     if isinstance(w, AbstractLoraWeight):
         return w.convolve(x, is_frozen=True, **conv)
-    return _contract.convolution(x, w, x.dtype, kernel_is_frozen=True, **conv)
+    return _contract.convolution(
+        x, jnp.asarray(w), x.dtype, kernel_is_frozen=True, **conv
+    )
 
 
 def _look_up_any(w: Weight, position: int, index: ArrayLike) -> Array:
@@ -327,7 +329,7 @@ def _look_up_any(w: Weight, position: int, index: ArrayLike) -> Array:
 
 def _materialise(w: Weight) -> Array:
     if not isinstance(w, AbstractLoraWeight):
-        return w.astype(wide(w.dtype))
+        return jnp.asarray(w, wide(w.dtype))
     lora = w.as_lora()
     base = _materialise(lax.stop_gradient(lora.w))
     stored = range(-lora.w.ndim, 0)

@@ -330,6 +330,7 @@ class Scaled(eqx.Module):
         return jnp.einsum("ij,j->i", self.weight, x)
 
 
+@pytest.mark.own_errors
 def test_materialises_with_a_warning(getkey):
     adapted = lorax.loraify(
         [Scaled(jr.normal(getkey(), (5, 4)))], Scaled, rank=2, key=getkey()
