@@ -324,7 +324,7 @@ def _look_up_any(w: Weight, position: int, index: ArrayLike) -> Array:
     w = lax.stop_gradient(w)
     if isinstance(w, AbstractLoraWeight):
         return w.look_up(position, index)
-    return index_at(w, position, index).astype(wide(w.dtype))
+    return index_at(jnp.asarray(w), position, index).astype(wide(w.dtype))
 
 
 def _materialise(w: Weight) -> Array:
