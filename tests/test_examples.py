@@ -54,7 +54,7 @@ def test_minilm_embeds_meaning():
 def test_digits(tmp_path):
     import finetune_digits
 
-    small = "--pretrain-steps 60 --steps 60 --batch-size 32".split()
+    small = "--pretrain-steps 150 --steps 250 --batch-size 32".split()
     result = finetune_digits.main([*small, "--output", str(tmp_path)])
     assert result.upright > result.turned_before
     assert result.turned_after > result.turned_before + 0.2
