@@ -35,8 +35,8 @@ class Model(eqx.Module):
     own: OwnLinear
     sub: SubLinear
     heads: dict
-    name: str = "model"
-    position_ids: jax.Array | None = None
+    name: str
+    position_ids: jax.Array
 
     def __init__(self, key):
         keys = jax.random.split(key, 8)
@@ -50,6 +50,7 @@ class Model(eqx.Module):
             "b.c": eqx.nn.Linear(4, 4, key=keys[7]),
         }
         self.position_ids = jnp.arange(6)[None]
+        self.name = "model"
 
 
 ATTENTION = ("query_proj", "key_proj", "value_proj", "output_proj")
