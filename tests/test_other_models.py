@@ -109,7 +109,8 @@ def test_expaloma(getkey):
     """A graph network that ships its weights: raw arrays in modules of its own, one
     inside the other, and no layer of Equinox."""
     from expaloma.featurize import from_rdkit_mol, graph_to_jax
-    from expaloma.infer import charges_for_smiles, load_eqx
+    from expaloma.infer import charges_for_smiles
+    from expaloma.nn.model import load_eqx
     from expaloma.paths import bundled_eqx_path
     from rdkit import Chem
 
