@@ -22,8 +22,9 @@ def install_hint() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
         raise SystemExit(
-            f"Missing the package {error.name!r}. Install what the examples need with: "
+            f"Missing the package {package!r}. Install what the examples need with: "
             "pip install -e '.[examples]'"
         ) from None
 
