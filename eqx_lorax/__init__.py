@@ -2,15 +2,28 @@
 
 import importlib.metadata
 
+from ._function import lora as lora
+from ._layer import AbstractLoraLayer as AbstractLoraLayer
 from ._layers import (
-    AbstractLoraLayer as AbstractLoraLayer,
     LoraConv as LoraConv,
     LoraEmbedding as LoraEmbedding,
     LoraLinear as LoraLinear,
     LoraModule as LoraModule,
-    MaterialiseWarning as MaterialiseWarning,
 )
 from ._lora import LoraWeight as LoraWeight
+from ._optimizer import wrap_optimizer as wrap_optimizer
+from ._params import (
+    init_lora as init_lora,
+    merge_params as merge_params,
+    split_lora_params as split_lora_params,
+)
+from ._report import MaterialiseWarning as MaterialiseWarning
+from ._spec import (
+    LORA_FREEZE as LORA_FREEZE,
+    LORA_FULL as LORA_FULL,
+    LoraSpec as LoraSpec,
+    simple_spec as simple_spec,
+)
 from ._summary import (
     Summary as Summary,
     summary as summary,

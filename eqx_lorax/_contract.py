@@ -10,7 +10,7 @@ and round once.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.lax as lax
@@ -24,6 +24,39 @@ from ._arrays import wide
 
 Label: TypeAlias = Hashable
 Labels: TypeAlias = Sequence[Label]
+# As `jax.lax.dot_general` and `jax.lax.conv_general_dilated` take it.
+Precision: TypeAlias = Any
+
+# The label of the rank axis. Unlike any axis of a weight, those being integers.
+RANK = "rank"
+
+
+class NotFactored(Exception):
+    """What is asked of a weight has no form that keeps base and factors apart. The
+    message says why, as the end of a sentence."""
+
+
+def portable(precision: Precision) -> Precision:
+    """`precision`, or `None` if it is one that only operands of some dtype can have,
+    such as the algorithm for a narrow base, which its wide factors are not."""
+    parts = precision if isinstance(precision, tuple) else (precision,)
+    return precision if all(isinstance(p, lax.Precision) for p in parts) else None
+
+
+def varying(gain: Array, labels: Labels) -> tuple[Array, list[Label]]:
+    """`gain` and its labels without the axes of size one."""
+    along = [i for i, size in enumerate(gain.shape) if size != 1]
+    return gain.reshape([gain.shape[i] for i in along]), [labels[i] for i in along]
+
+
+def scaled(y: Array, labels: Labels, gain: Array, gain_labels: Labels) -> Array:
+    """`y` times `gain`, which is constant along the axes that it does not have or of
+    which it has one entry. All others must be among `labels`."""
+    gain, gain_labels = varying(gain, gain_labels)
+    order = [label for label in labels if label in gain_labels]
+    gain = lax.transpose(gain, [gain_labels.index(label) for label in order])
+    along = [i for i, label in enumerate(labels) if label in gain_labels]
+    return y * lax.broadcast_in_dim(gain.astype(y.dtype), y.shape, along)
 
 
 def _accumulate(
@@ -76,6 +109,7 @@ def product(
     dtype: DTypeLike,
     *,
     y_is_frozen: bool = False,
+    precision: Precision = None,
 ) -> Array:
     """The sum over every label of `x` and `y` that is not among `out_labels`.
 
@@ -103,7 +137,11 @@ def product(
 
     def dot_general(x, y, preferred_element_type):
         return lax.dot_general(
-            x, y, dimension_numbers, preferred_element_type=preferred_element_type
+            x,
+            y,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
         )
 
     out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype), y_is_frozen)
@@ -116,27 +154,23 @@ def convolution(
     kernel: Array,
     dtype: DTypeLike,
     *,
-    window_strides: Sequence[int],
-    padding: str | Sequence[tuple[int, int]],
-    lhs_dilation: Sequence[int],
-    rhs_dilation: Sequence[int],
-    groups: int,
     kernel_is_frozen: bool = False,
+    **conv: Any,
 ) -> Array:
-    """`jax.lax.conv_general_dilated` of `x (batch, in, *spatial)` with
-    `kernel (out, in / groups, *window)`, both cast to `dtype`, in `wide(dtype)`. If
-    the kernel is frozen, no derivative is taken in it."""
+    """`jax.lax.conv_general_dilated` of `x` with `kernel`, both cast to `dtype`, in
+    `wide(dtype)`. If the kernel is frozen, no derivative is taken in it.
 
-    def conv(x, kernel, preferred_element_type):
+    **Arguments:**
+
+    - `conv`: All other arguments of `jax.lax.conv_general_dilated`, with
+        `dimension_numbers` as `jax.lax.ConvDimensionNumbers`.
+    """
+
+    def convolve(x, kernel, preferred_element_type):
         return lax.conv_general_dilated(
-            x,
-            kernel,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            feature_group_count=groups,
-            preferred_element_type=preferred_element_type,
+            x, kernel, **conv, preferred_element_type=preferred_element_type
         )
 
-    return _accumulate(conv, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)
+    return _accumulate(
+        convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen
+    )

@@ -4,58 +4,19 @@ Each keeps the module it stands for inside, with nothing changed but its weight,
 passes for it: attributes and `isinstance` answer as that module does.
 """
 
-import dataclasses
-import warnings
-from typing import Any, ClassVar
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 
+from ._convolution import channels_first, convolve
+from ._function import lora
 from ._geometry import conv_geometry
+from ._layer import AbstractLoraLayer
 from ._operators import matmul
 from ._weight import AbstractLoraWeight
-
-
-class MaterialiseWarning(UserWarning):
-    """A dense weight was formed where a factored one could not be used."""
-
-
-class AbstractLoraLayer(eqx.Module):
-    """A module some of whose weights are adapted, in that module's place."""
-
-    wrapped: eqx.AbstractVar[Any]
-    """The module as it was, but with each adapted weight an `AbstractLoraWeight`."""
-
-    adapts: ClassVar[tuple[type, ...]]
-    """The types, exactly these, that it stands for."""
-
-    by_default: ClassVar[bool]
-    """Whether a filter that only names what is around such a module selects it."""
-
-    has_dropout: ClassVar[bool]
-    """Whether it has a field `dropout`, for the input of the low-rank branch."""
-
-    is_lookup: ClassVar[bool]
-    """Whether its weight is looked up in rather than multiplied with."""
-
-    def __getattr__(self, name: str) -> Any:
-        # `wrapped` is missing only while Python builds or copies the object.
-        if name == "wrapped" or name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.wrapped, name)
-
-    # Models ask `isinstance(layer, eqx.nn.Linear)` and would take another branch.
-    # `type(layer)` remains the truth.
-    @property
-    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return type(self.wrapped)
-
-    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # The default is refused by `pickle`, because of `__class__`.
-        fields = dataclasses.fields(type(self))
-        return type(self), tuple(getattr(self, field.name) for field in fields)
 
 
 class LoraLinear(AbstractLoraLayer):
@@ -157,10 +118,12 @@ class LoraConv(AbstractLoraLayer):
             x = x.astype(dtype)
             pad, geometry = conv_geometry(conv, x.shape[1:])
             low_rank_x = _dropped(self.dropout, x, key)
-            y = conv.weight.convolve(
+            y = convolve(
+                conv.weight,
                 pad(x)[None],
                 low_rank_x=None if low_rank_x is None else pad(low_rank_x)[None],
-                groups=conv.groups,
+                dimension_numbers=channels_first(x.ndim + 1),
+                feature_group_count=conv.groups,
                 **geometry,
             )
             return _add_bias(y[0], dtype, conv.bias)
@@ -203,10 +166,11 @@ class LoraEmbedding(AbstractLoraLayer):
 class LoraModule(AbstractLoraLayer):
     """Any other module with factored weights in the place of some of its arrays.
 
-    It runs the module's own code. As long as that multiplies them with `@` and indexes
-    them, they stay factored; otherwise they are materialised, with a
-    `MaterialiseWarning`. The reparameterisations `equinox.nn.WeightNorm` and
-    `equinox.nn.SpectralNorm` take the norm of their weight and so always form it.
+    It runs the module's own code, and its other methods, through `lorax.lora`: whatever
+    that does with the arrays, they stay factored where they can, and are materialised
+    with a `lorax.MaterialiseWarning` where not. The reparameterisations
+    `equinox.nn.WeightNorm` and `equinox.nn.SpectralNorm` take the norm of their weight
+    and so always form it.
     """
 
     wrapped: eqx.Module
@@ -219,22 +183,10 @@ class LoraModule(AbstractLoraLayer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself: same arguments, same result."""
         module: Any = self.wrapped
+        always_forms = isinstance(module, NORMS)
         with jax.named_scope("lorax.LoraModule"):
-            if isinstance(module, NORMS):
-                return _materialised(module)(*args, **kwargs)
-            try:
-                return module(*args, **kwargs)
-            except TypeError as error:
-                dense = _materialised(module)
-                cause = error
-            result = dense(*args, **kwargs)
-        warnings.warn(
-            f"{type(module).__name__} does more with its adapted weights than `@` and "
-            f"indexing, so they were materialised. JAX said: {cause}",
-            MaterialiseWarning,
-            stacklevel=2,
-        )
-        return result
+            call = lora(module, on_materialise="allow" if always_forms else "warn")
+            return call(*args, **kwargs)
 
 
 NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
@@ -249,16 +201,6 @@ def layer_for(module: Any) -> type[AbstractLoraLayer]:
     return LoraModule
 
 
-def is_layer(node: Any) -> bool:
-    """Whether `node` is one of the layers here, which pass for other modules."""
-    return issubclass(type(node), AbstractLoraLayer)
-
-
-def is_weight(node: Any) -> bool:
-    """Whether `node` is a factored weight."""
-    return isinstance(node, AbstractLoraWeight)
-
-
 def kernel_axes(module: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The row and the column axes, counted from the end, of a weight of `module`.
     `num_spatial_dims` marks a convolution; elsewhere the last two axes are the
@@ -267,12 +209,6 @@ def kernel_axes(module: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...
     if not isinstance(spatial, int) or ndim < spatial + 2:
         spatial = 0
     return (-spatial - 2,), tuple(range(-spatial - 1, 0))
-
-
-def _materialised(module: Any) -> Any:
-    return jax.tree.map(
-        lambda x: x.materialise() if is_weight(x) else x, module, is_leaf=is_weight
-    )
 
 
 def _check_unstacked(module: Any, weight: AbstractLoraWeight, ndim: int) -> None:

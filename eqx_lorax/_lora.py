@@ -9,12 +9,12 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._contract import Label, Labels
-from ._weight import AbstractLoraWeight, RANK, Weight
+from ._contract import Label, Labels, RANK
+from ._weight import AbstractLoraWeight, Weight
 
 
 class LoraWeight(AbstractLoraWeight):
-    """`stop_gradient(w) + scale * (b · a)`: low-rank adaptation of a weight.
+    """`gain * (stop_gradient(w) + scale * (b · a))`: low-rank adaptation of a weight.
 
     The axes of `w` are *rows* (owned by `b`), *columns* (owned by `a`) and, all the
     others, *batch* axes that the three share, such as the layers of a stack: slicing
@@ -25,7 +25,9 @@ class LoraWeight(AbstractLoraWeight):
     - `b`: `(*batch, out, rank)`,
     - `a`: `(*batch, rank, in)`.
 
-    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised.
+    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised. There is a
+    `gain` only where code has multiplied the weight with something constant along its
+    rows or its columns.
 
     ??? cite
 
@@ -46,8 +48,11 @@ class LoraWeight(AbstractLoraWeight):
     rank_stabilised: bool = eqx.field(static=True, default=False)
     # The axes of `w` in the order in which this weight shows them, `None` if the same.
     order: tuple[int, ...] | None = eqx.field(static=True, default=None)
+    # With all the axes of `w`: of their size along the batch axes, of that or one along
+    # others.
+    gain: Array | None = None
 
-    frozen = ("w",)
+    frozen = ("w", "gain")
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class LoraWeight(AbstractLoraWeight):
         self.columns = _from_the_end(columns, w.ndim, "columns")
         self.rank_stabilised = rank_stabilised
         self.order = None
+        self.gain = None
 
         if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
             raise ValueError(
@@ -136,8 +142,10 @@ class LoraWeight(AbstractLoraWeight):
         ndim = self.w.ndim
         if self.order is None:
             return tuple(range(-ndim, 0))
-        # Leading axes that `scan` or `vmap` took away are no longer there to be shown.
-        return tuple(axis for axis in self.order if axis >= -ndim)
+        # Leading axes that `scan` or `vmap` took away are no longer there to be shown,
+        # those that they added come first.
+        shown = tuple(axis for axis in self.order if axis >= -ndim)
+        return (*range(-ndim, -len(shown)), *shown)
 
     def reordered(self, axes: Sequence[int]) -> "LoraWeight":
         """A view with the axes in another order, as of `jnp.transpose`."""
@@ -163,15 +171,21 @@ class LoraWeight(AbstractLoraWeight):
         batch = [stored[axis] for axis in self.batch_axes()]
         return [*batch, RANK, *(stored[axis] for axis in self.columns)]
 
-    def map_axis(self, axis: int, fn: Callable[[Weight, int], Any]) -> "LoraWeight":
-        """This weight with `fn(array, position of axis)` in the place of each array
-        that has the axis of `w` named by the negative `axis`."""
-        everywhere = range(-self.w.ndim, 0)
-        w = fn(self.w, axis % self.w.ndim)
-        b_axes, a_axes = self.b_axes(everywhere), self.a_axes(everywhere)
-        b = fn(self.b, b_axes.index(axis)) if axis in b_axes else self.b
-        a = fn(self.a, a_axes.index(axis)) if axis in a_axes else self.a
-        return self.replace(w=w, b=b, a=a)
+    def map_arrays(self, fn: Callable[[Any, Labels], Any]) -> "LoraWeight":
+        """This weight with `fn(array, labels)` in the place of each of its arrays. The
+        labels are the axes of `w`, counted from its end, and `RANK`; `None` stands for
+        an axis along which there is only one entry for all of `w`."""
+        stored = range(-self.w.ndim, 0)
+        gain = self.gain
+        if gain is not None:
+            shared = [i if gain.shape[i] == self.w.shape[i] else None for i in stored]
+            gain = fn(gain, shared)
+        return self.replace(
+            w=fn(self.w, stored),
+            b=fn(self.b, self.b_axes(stored)),
+            a=fn(self.a, self.a_axes(stored)),
+            gain=gain,
+        )
 
 
 def factor_shapes(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from ._contract import Label
+from ._contract import Label, Labels
+from ._gather import take
 
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def getitem(lora: "LoraWeight", item: Any) -> "LoraWeight | Array":
     for position, index in enumerate(items):
         if isinstance(index, slice) and index != slice(None):
             axis = lora.shown_axes()[position]
-            lora = lora.map_axis(axis, lambda x, at, i=index: index_at(x, at, i))
+            lora = lora.map_arrays(
+                lambda x, axes, axis=axis, i=index: _sliced(x, axes, axis, i)
+            )
     picked = [i for i, index in enumerate(items) if not isinstance(index, slice)]
     if not picked:
         return lora
@@ -94,19 +97,11 @@ def getitem(lora: "LoraWeight", item: Any) -> "LoraWeight | Array":
         if position != 0 or jnp.ndim(index) != 0:
             raise _unsupported_index(item)
         return lora[index][tuple(items[1:])]
+    return take(lora, position, index)
 
-    axis = lora.shown_axes()[position]
-    if axis not in lora.batch_axes():
-        return lora.look_up(position, index).astype(lora.dtype)
-    if position != 0 or axis != -lora.w.ndim:
-        # `rows` and `columns` count from the end: only the first axis may change.
-        raise _unsupported_index(item)
-    picked_ndim = lora.w.ndim - 1 + jnp.ndim(index)
-    order = lora.order
-    if order is not None:
-        order = (*range(-picked_ndim, 1 - lora.w.ndim), *lora.shown_axes()[1:])
-    lora = lora.map_axis(axis, lambda x, at: index_at(x, at, index))
-    return lora.replace(order=order)
+
+def _sliced(x: Any, axes: Labels, axis: int, index: slice) -> Any:
+    return x[tuple(index if label == axis else slice(None) for label in axes)]
 
 
 def _full_index(item: Any, ndim: int) -> list[Any]:
@@ -144,8 +139,3 @@ def _unsupported_index(item: Any) -> TypeError:
         "(one at a time, after the leading integers) and slices can. For anything else "
         "form the array: `weight.materialise()[...]`."
     )
-
-
-def index_at(x: Any, position: int, index: Any) -> Any:
-    """`x`, an array or a weight, indexed along the axis at `position`."""
-    return x[(*(slice(None),) * position, index)]

@@ -11,8 +11,8 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._layers import is_weight
 from ._tree import children, Place, Places
+from ._weight import is_weight
 
 
 Pattern: TypeAlias = str | re.Pattern[str]

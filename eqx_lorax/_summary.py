@@ -11,11 +11,11 @@ import optax
 from jaxtyping import PyTree
 
 from ._arrays import is_array, is_inexact
-from ._layers import is_weight
 from ._select import Filter
 from ._surgery import base_of
 from ._train import adapter_spec, trainable
 from ._tree import Places
+from ._weight import is_weight
 
 
 @dataclasses.dataclass(frozen=True)

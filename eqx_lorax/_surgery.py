@@ -15,12 +15,13 @@ from jaxtyping import Array, Bool, PRNGKeyArray
 
 from ._arrays import promote
 from ._init import Init, initial_factor, key_for
-from ._layers import is_layer, is_weight, kernel_axes, layer_for
+from ._layer import is_layer
+from ._layers import kernel_axes, layer_for
 from ._lora import factor_shapes, LoraWeight
 from ._select import Filter, Pattern
 from ._targets import find_targets, per_target, summarised, Target
 from ._tree import Place, Places, rebuild
-from ._weight import AbstractLoraWeight
+from ._weight import AbstractLoraWeight, is_weight
 
 
 _Model = TypeVar("_Model")
@@ -370,23 +371,30 @@ def _check_fresh_key(array: Place, a: Array) -> None:
 
 def _finite(places: Sequence[Place], arrays: list[Array]) -> list[Array]:
     """`arrays` if all of them are finite."""
-
-    def message(dotted: Sequence[str]) -> str:
-        more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
-        return (
-            f"Merging gives values that are not finite in {', '.join(dotted[:8])}"
-            f"{more}; nothing was merged. Look for NaN in the factors or for overflow "
-            "of the base's dtype, or drop the adapters with "
-            "`lorax.unloraify(model, merge=False)`."
-        )
-
+    dotted = [place.dotted for place in places]
     flags: list[Bool[Array, ""]] = [jnp.isfinite(array).all() for array in arrays]
     if any(isinstance(flag, jax.core.Tracer) for flag in flags):
         return [
-            eqx.error_if(array, ~flag, message([place.dotted]))
-            for place, array, flag in zip(places, arrays, flags)
+            eqx.error_if(array, ~flag, _not_finite([path]))
+            for path, array, flag in zip(dotted, arrays, flags)
         ]
-    bad = [place.dotted for place, flag in zip(places, flags) if not flag]
-    if bad:
-        raise ValueError(message(bad))
+    check_finite(dotted, [bool(flag) for flag in flags])
     return arrays
+
+
+def check_finite(dotted: Sequence[str], flags: Sequence[bool]) -> None:
+    """Raises `ValueError` if the weights of some of the paths do not merge to something
+    finite."""
+    bad = [path for path, flag in zip(dotted, flags) if not flag]
+    if bad:
+        raise ValueError(_not_finite(bad))
+
+
+def _not_finite(dotted: Sequence[str]) -> str:
+    more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
+    return (
+        f"Merging gives values that are not finite in {', '.join(dotted[:8])}"
+        f"{more}; nothing was merged. Look for NaN in the factors or for overflow "
+        "of the base's dtype, or drop the adapters with "
+        "`lorax.unloraify(model, merge=False)`."
+    )

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from ._layers import is_weight, layer_for, LoraModule, NORMS
+from ._layers import layer_for, LoraModule, NORMS
 from ._select import (
     available,
     Filter,
@@ -18,6 +18,7 @@ from ._select import (
     Pattern,
 )
 from ._tree import Place, Places
+from ._weight import is_weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ import jax
 from jaxtyping import PyTree
 
 from ._arrays import is_inexact
-from ._layers import is_weight
 from ._select import available, Filter, named_places
 from ._tree import Places, rebuild
+from ._weight import is_weight
 
 
 _Model = TypeVar("_Model")

@@ -13,7 +13,8 @@ import equinox as eqx
 import jax.tree_util as jtu
 
 from ._arrays import is_array
-from ._layers import is_layer, is_weight
+from ._layer import is_layer
+from ._weight import is_weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

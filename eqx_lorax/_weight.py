@@ -2,20 +2,26 @@
 
 import abc
 import math
-from typing import Any, ClassVar, TYPE_CHECKING, TypeAlias, TypeVar, Union
+from typing import (
+    Any,
+    ClassVar,
+    TYPE_CHECKING,
+    TypeAlias,
+    TypeGuard,
+    TypeVar,
+    Union,
+)
 
 import equinox as eqx
 import jax
-import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from . import _contract, _operators
-from ._arrays import is_inexact, promote, wide
-from ._contract import Label, Labels
-from ._operators import index_at
+from . import _contract, _operators, _views
+from ._arrays import is_inexact, promote
+from ._contract import Labels, portable, Precision
 
 
 if TYPE_CHECKING:
@@ -24,10 +30,9 @@ if TYPE_CHECKING:
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too.
 Weight: TypeAlias = Union[Array, np.ndarray, "AbstractLoraWeight"]
+# What a program over weights computes with.
+Value: TypeAlias = Union[Array, "AbstractLoraWeight"]
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
-
-# The label of the rank axis. Unlike any axis of a weight, those being integers.
-RANK = "rank"
 
 
 class AbstractLoraWeight(eqx.Module):
@@ -88,7 +93,7 @@ class AbstractLoraWeight(eqx.Module):
     def materialise(self) -> Array:
         """The array this stands for: base plus update, added in float32 or wider and
         rounded once to `dtype`. Differentiable in the factors, not in the base."""
-        return _materialise(self).astype(self.dtype)
+        return _views.dense(self).astype(self.dtype)
 
     def trainable(self: _Self) -> _Self:
         """The same structure with a bool at each leaf: `True` where it is trained."""
@@ -98,6 +103,7 @@ class AbstractLoraWeight(eqx.Module):
             lambda tree: [getattr(tree, name) for name in self.frozen],
             spec,
             jax.tree.map(lambda _: False, never),
+            is_leaf=lambda x: x is None,
         )
 
     def __matmul__(self, x: ArrayLike) -> Array:
@@ -120,8 +126,7 @@ class AbstractLoraWeight(eqx.Module):
     def astype(self, dtype: DTypeLike) -> "LoraWeight":
         """The weight of another dtype: that of the base. The factors, which may be
         wider, keep theirs."""
-        lora = self.as_lora()
-        return eqx.tree_at(lambda lora: lora.w, lora, lora.w.astype(dtype))
+        return _views.convert(self, dtype)
 
     def __getitem__(self, item: Any) -> "LoraWeight | Array":
         """Indexing, as of an array, by integers, integer arrays and slices.
@@ -141,6 +146,7 @@ class AbstractLoraWeight(eqx.Module):
         *,
         low_rank_x: Array | None = None,
         is_frozen: bool = False,
+        precision: Precision = None,
     ) -> Array:
         """The contraction of `x` with this weight, through the rank axis.
 
@@ -154,6 +160,7 @@ class AbstractLoraWeight(eqx.Module):
         - `low_rank_x`: What the low-rank branch sees in the place of `x` (which is how
             dropout touches only that branch).
         - `is_frozen`: Whether the factors are frozen too, as below another adapter.
+        - `precision`: As of `jax.lax.dot_general`.
 
         **Returns:**
 
@@ -161,9 +168,20 @@ class AbstractLoraWeight(eqx.Module):
         """
         lora = self.as_lora()
         stored = lora.stored_labels(labels)
-        base = _contract_any(x, x_labels, lora.w, stored, out_labels)
+        low_rank_x = x if low_rank_x is None else low_rank_x
+        gain, gain_labels = lora.gain, stored
+        if gain is not None:
+            gain, gain_labels = _contract.varying(gain, stored)
+            if not set(gain_labels) <= set(out_labels):
+                # What is summed over is scaled before.
+                x, _ = _scaled_before(x, x_labels, gain, gain_labels)
+                low_rank_x, x_labels = _scaled_before(
+                    low_rank_x, x_labels, gain, gain_labels
+                )
+                gain = None
+        base = _contract_any(x, x_labels, lora.w, stored, out_labels, precision)
 
-        x = x if low_rank_x is None else low_rank_x
+        x, precision = low_rank_x, portable(precision)
         # The factor that owns more of what is summed goes first: it shrinks `x` most.
         summed = [
             math.prod(
@@ -195,6 +213,7 @@ class AbstractLoraWeight(eqx.Module):
             hidden_labels,
             dtype,
             y_is_frozen=is_frozen,
+            precision=precision,
         )
         hidden = hidden * lora.scale
         update = _contract.product(
@@ -205,141 +224,54 @@ class AbstractLoraWeight(eqx.Module):
             out_labels,
             hidden.dtype,
             y_is_frozen=is_frozen,
+            precision=precision,
         )
-        return _add(base, update)
-
-    def convolve(
-        self,
-        x: Array,
-        *,
-        groups: int,
-        low_rank_x: Array | None = None,
-        is_frozen: bool = False,
-        **conv: Any,
-    ) -> Array:
-        """The convolution of `x (batch, in, *spatial)` with this kernel, of shape
-        `(out, in / groups, *window)`: first with `a` as the kernel, then through `b`.
-
-        **Arguments:**
-
-        - `x`: The images, already of the dtype that the result is to have.
-        - `groups`: The number of feature groups. Every group has rows of `b` of its own
-            and shares `a`, so the update has the kernel's own shape.
-        - `low_rank_x`: What the low-rank branch sees in the place of `x`.
-        - `is_frozen`: Whether the factors are frozen too, as below another adapter.
-        - `conv`: `window_strides`, `padding`, `lhs_dilation`, `rhs_dilation`, as of
-            `jax.lax.conv_general_dilated`.
-
-        **Returns:**
-
-        The images `(batch, out, *spatial)`, not yet rounded: in float32 where `x` or a
-        factor is narrow.
-        """
-        lora = self.as_lora()
-        base = _convolve_any(x, lora.w, groups=groups, **conv)
-
-        x = x if low_rank_x is None else low_rank_x
-        dtype = promote(x.dtype, lora.a.dtype, lora.b.dtype)
-        batch, channels, *spatial = x.shape
-        out, rank = lora.b.shape
-        # The groups share `a`, so to it they are as good as further images.
-        per_group = x.reshape(batch * groups, channels // groups, *spatial)
-        hidden = _contract.convolution(
-            per_group, lora.a, dtype, groups=1, kernel_is_frozen=is_frozen, **conv
-        )
-        window = hidden.shape[2:]
-        hidden = hidden.reshape(batch, groups, rank, *window) * lora.scale
-        axes = [f"spatial {i}" for i in range(len(window))]
-        update = _contract.product(
-            hidden,
-            ["batch", "group", RANK, *axes],
-            lora.b.reshape(groups, out // groups, rank),
-            ["group", "out", RANK],
-            ["batch", "group", "out", *axes],
-            hidden.dtype,
-            y_is_frozen=is_frozen,
-        )
-        return _add(base, update.reshape(batch, out, *window))
-
-    def look_up(self, position: int, index: ArrayLike) -> Array:
-        """The entries at `index` along the axis at `position`; the axes of `index`
-        stand where that axis stood. Not yet rounded: in float32 where a dtype is
-        narrow."""
-        lora = self.as_lora()
-        axis = lora.shown_axes()[position]
-        stored: list[Label] = list(range(-lora.w.ndim, 0))
-        index_labels: list[Label] = [f"index {i}" for i in range(jnp.ndim(index))]
-
-        def indexed(labels: list[Label]) -> list[Label]:
-            at = labels.index(axis)
-            return labels[:at] + index_labels + labels[at + 1 :]
-
-        base = _look_up_any(lora.w, axis % lora.w.ndim, index)
-        b, b_labels = lora.b, lora.b_axes(stored)
-        a, a_labels = lora.a, lora.a_axes(stored)
-        if axis in b_labels:
-            b, b_labels = index_at(b, b_labels.index(axis), index), indexed(b_labels)
-        if axis in a_labels:
-            a, a_labels = index_at(a, a_labels.index(axis), index), indexed(a_labels)
-        found_labels = indexed(stored)
-        update = lora.scale * _contract.product(
-            b, b_labels, a, a_labels, found_labels, promote(b.dtype, a.dtype)
-        )
-        shown: list[Label] = list(lora.shown_axes())
-        order = [found_labels.index(label) for label in indexed(shown)]
-        return lax.transpose(_add(base, update), order)
+        y = _views.add(base, update)
+        if gain is None:
+            return y
+        return _contract.scaled(y, out_labels, gain, gain_labels)
 
 
 def _round(y: Array, weight: AbstractLoraWeight, x: ArrayLike) -> Array:
     return y.astype(jnp.result_type(x, weight.dtype))
 
 
-def _add(base: Array, update: Array) -> Array:
-    dtype = promote(base.dtype, update.dtype)
-    return base.astype(dtype) + update.astype(dtype)
-
-
-# A base is an array or again a weight: the four things that are done to a base.
-
-
 def _contract_any(
-    x: Array, x_labels: Labels, w: Weight, labels: Labels, out_labels: Labels
+    x: Array,
+    x_labels: Labels,
+    w: Weight,
+    labels: Labels,
+    out_labels: Labels,
+    precision: Precision,
 ) -> Array:
+    """`contract` of an array or of another weight, frozen."""
     if isinstance(w, AbstractLoraWeight):
-        return w.contract(x, x_labels, labels, out_labels, is_frozen=True)
+        return w.contract(
+            x, x_labels, labels, out_labels, is_frozen=True, precision=precision
+        )
+    w = jnp.asarray(w)
     return _contract.product(
-        x, x_labels, jnp.asarray(w), labels, out_labels, x.dtype, y_is_frozen=True
+        x,
+        x_labels,
+        w,
+        labels,
+        out_labels,
+        x.dtype,
+        y_is_frozen=True,
+        precision=precision,
     )
 
 
-def _convolve_any(x: Array, w: Weight, **conv: Any) -> Array:
-    if isinstance(w, AbstractLoraWeight):
-        return w.convolve(x, is_frozen=True, **conv)
-    return _contract.convolution(
-        x, jnp.asarray(w), x.dtype, kernel_is_frozen=True, **conv
-    )
+def _scaled_before(
+    x: Array, x_labels: Labels, gain: Array, gain_labels: Labels
+) -> tuple[Array, Labels]:
+    missing = [label for label in gain_labels if label not in x_labels]
+    sizes = [gain.shape[gain_labels.index(label)] for label in missing]
+    x = _views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
+    x_labels = [*x_labels, *missing]
+    return _contract.scaled(x, x_labels, gain, gain_labels), x_labels
 
 
-def _look_up_any(w: Weight, position: int, index: ArrayLike) -> Array:
-    w = lax.stop_gradient(w)
-    if isinstance(w, AbstractLoraWeight):
-        return w.look_up(position, index)
-    return index_at(jnp.asarray(w), position, index).astype(wide(w.dtype))
-
-
-def _materialise(w: Weight) -> Array:
-    if not isinstance(w, AbstractLoraWeight):
-        return jnp.asarray(w, wide(w.dtype))
-    lora = w.as_lora()
-    base = _materialise(lax.stop_gradient(lora.w))
-    stored = range(-lora.w.ndim, 0)
-    update = lora.scale * _contract.product(
-        lora.b,
-        lora.b_axes(stored),
-        lora.a,
-        lora.a_axes(stored),
-        stored,
-        promote(lora.b.dtype, lora.a.dtype),
-    )
-    dense = _add(base, update)
-    return lax.transpose(dense, [axis % dense.ndim for axis in lora.shown_axes()])
+def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:
+    """Whether `node` is a factored weight."""
+    return isinstance(node, AbstractLoraWeight)

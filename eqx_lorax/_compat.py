@@ -1,0 +1,79 @@
+"""What differs between versions of JAX, and what of a traced program has no public
+reader."""
+
+import inspect
+import os
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.extend.core as jec
+
+
+# Since JAX 0.11 there is one class of jaxprs, before there are closed and open ones.
+Jaxpr: TypeAlias = Any
+
+_PACKAGES = tuple(
+    os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
+    for module in (jax, eqx)
+) + (os.path.dirname(os.path.abspath(__file__)) + os.sep,)
+
+
+def closed(jaxpr: Jaxpr) -> Jaxpr:
+    """`jaxpr`, whichever kind it is of, as one that holds its constants."""
+    is_closed = isinstance(jaxpr, jec.ClosedJaxpr)
+    return jaxpr if is_closed else jec.ClosedJaxpr(jaxpr, ())
+
+
+def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    """A jaxpr that takes its constants as its first inputs, and these."""
+    inner = jaxpr.jaxpr
+    taking = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])
+    return taking, jaxpr.consts
+
+
+def scan_counts(params: dict[str, Any], inputs: int) -> tuple[int, int]:
+    """The number of constants and of carried values of a `scan`."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    parts = params["ft_in"].update(list(range(inputs))).unpack()
+    consts, carry, _ = (len(list(part)) for part in parts)
+    return consts, carry
+
+
+def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
+    """The axes that a `shard_map` maps over."""
+    before_0_10 = "manual_axes" in params
+    return params["manual_axes" if before_0_10 else "newly_manual_axes"]
+
+
+def source_line(equation: Any) -> tuple[str, int] | None:
+    """The file and line of the innermost call that is neither JAX's, nor Equinox's, nor
+    this library's."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback is not None else ():
+        if not _is_library(frame.file_name):
+            return frame.file_name, frame.line_num
+    return None
+
+
+def calling_line() -> tuple[str, int] | None:
+    """As `source_line`, of the call that is being executed."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if not _is_library(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def is_library_code(jaxpr: Jaxpr) -> bool:
+    """Whether `jaxpr` was traced from a function of a library. It may then have been
+    traced long ago, for somebody else."""
+    where = getattr(jaxpr.jaxpr.debug_info, "func_src_info", None) or ""
+    return _is_library(where.rpartition(" at ")[2])
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_PACKAGES) or file.startswith("<")

@@ -1,0 +1,248 @@
+"""How a factored kernel meets images."""
+
+from collections.abc import Sequence
+from typing import Any, TYPE_CHECKING
+
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from . import _contract
+from ._arrays import is_array, promote
+from ._contract import Label, NotFactored, portable, Precision, RANK
+from ._views import add
+
+
+if TYPE_CHECKING:
+    from ._lora import LoraWeight
+    from ._weight import Weight
+
+
+def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
+    """The layout of Equinox and PyTorch: images `(batch, channels, *spatial)`, kernels
+    `(out, in / groups, *window)`, of `ndim` axes each."""
+    axes = tuple(range(ndim))
+    return lax.ConvDimensionNumbers(axes, axes, axes)
+
+
+def convolve(
+    w: "Weight",
+    x: Array,
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int = 1,
+    precision: Precision = None,
+    low_rank_x: Array | None = None,
+    is_frozen: bool = False,
+    **conv: Any,
+) -> Array:
+    """The convolution of images with a kernel, one of whose factors owns the window.
+
+    The factor that owns the window is a kernel itself, of `rank` outputs if the other
+    factor owns the kernel's outputs (that one then mixes them into the true ones), of
+    `rank` inputs if the other one owns its inputs (that one then mixes the image's
+    channels first).
+
+    **Arguments:**
+
+    - `w`: The kernel, an array or a weight.
+    - `x`: The images, already of the dtype that the result is to have.
+    - `dimension_numbers`: The layout of images, kernel and result.
+    - `feature_group_count`: The number of groups. Every group has outputs of its own in
+        the factor that owns them, and shares the factor that owns the inputs, so the
+        update has the kernel's own shape.
+    - `low_rank_x`: What the low-rank branch sees in the place of `x`.
+    - `is_frozen`: Whether the factors are frozen too, as below another adapter.
+    - `conv`: `window_strides`, `padding`, `lhs_dilation`, `rhs_dilation`, as of
+        `jax.lax.conv_general_dilated`.
+
+    **Returns:**
+
+    The images, not yet rounded: in float32 where `x` or a factor is narrow.
+
+    **Raises:**
+
+    `NotFactored` if both factors own axes of the window, or neither.
+    """
+    if is_array(w):
+        return _contract.convolution(
+            x,
+            jnp.asarray(w),
+            x.dtype,
+            kernel_is_frozen=True,
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+            **conv,
+        )
+    lora = w.as_lora()
+    shown = lora.shown_axes()
+    kernel_axes = tuple(shown[axis] for axis in dimension_numbers.rhs_spec)
+    mixer_owns = _mixer(lora, kernel_axes)
+    conv |= dict(dimension_numbers=dimension_numbers)
+    base = convolve(
+        lora.w,
+        x,
+        is_frozen=True,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        **conv
+        | dict(
+            dimension_numbers=dimension_numbers._replace(
+                rhs_spec=tuple(axis % w.ndim for axis in kernel_axes)
+            )
+        ),
+    )
+    branch = _outputs_mixed if mixer_owns == "outputs" else _inputs_mixed
+    update = branch(
+        lora,
+        x if low_rank_x is None else low_rank_x,
+        kernel_axes,
+        groups=feature_group_count,
+        is_frozen=is_frozen,
+        precision=portable(precision),
+        **conv,
+    )
+    y = add(base, lora.scale * update)
+    if lora.gain is None:
+        return y
+    outputs, *others = kernel_axes
+    if any(lora.gain.shape[axis] != 1 for axis in others):
+        raise NotFactored("the kernel is scaled along its inputs or its window")
+    feature = dimension_numbers.out_spec[1]
+    gain = lora.gain.reshape(-1)
+    return _contract.scaled(y, range(y.ndim), gain, [feature])
+
+
+def _mixer(lora: "LoraWeight", kernel_axes: Sequence[int]) -> str:
+    """What the factor without a window owns: the kernel's `"outputs"` or `"inputs"`."""
+    outputs, inputs, *window = kernel_axes
+    window = [axis for axis in window if lora.w.shape[axis] != 1]
+    for mixer, kernel in ((lora.rows, lora.columns), (lora.columns, lora.rows)):
+        if all(axis in kernel for axis in window):
+            if outputs in mixer and inputs in kernel:
+                return "outputs"
+            if inputs in mixer and outputs in kernel:
+                return "inputs"
+    raise NotFactored("no factor of the kernel owns its whole window")
+
+
+def _factors(
+    lora: "LoraWeight", mixed: int, kernel_axes: Sequence[int]
+) -> tuple[Array, Array]:
+    """The factor that owns the axis `mixed`, as `(size, rank)`, and the other one with
+    the axes `(rank, *kernel_axes)` but `mixed`."""
+    b_labels = lora.b_axes(range(-lora.w.ndim, 0))
+    a_labels = lora.a_axes(range(-lora.w.ndim, 0))
+    factors = [(lora.b, b_labels), (lora.a, a_labels)]
+    mixer, kernel = factors if mixed in b_labels else factors[::-1]
+    others = [axis for axis in kernel_axes if axis != mixed]
+    return _laid_out(*mixer, [mixed, RANK]), _laid_out(*kernel, [RANK, *others])
+
+
+def _laid_out(x: Array, labels: Sequence[Label], wanted: Sequence[Label]) -> Array:
+    """`x` with the axes `wanted`; what it lacks or has too many are of size one."""
+    extra = [i for i, label in enumerate(labels) if label not in wanted]
+    labels = [label for label in labels if label in wanted]
+    x = lax.squeeze(x, extra)
+    present = [label for label in wanted if label in labels]
+    x = lax.transpose(x, [labels.index(label) for label in present])
+    return lax.expand_dims(x, [i for i, v in enumerate(wanted) if v not in labels])
+
+
+def _outputs_mixed(
+    lora: "LoraWeight",
+    x: Array,
+    kernel_axes: Sequence[int],
+    *,
+    groups: int,
+    is_frozen: bool,
+    precision: Precision,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    **conv: Any,
+) -> Array:
+    mixer, kernel = _factors(lora, kernel_axes[0], kernel_axes)
+    dtype = promote(x.dtype, mixer.dtype, kernel.dtype)
+    lhs_spec, _, out_spec = dimension_numbers
+    # Channels first, for the groups: they share the kernel, so to it they are as good
+    # as further images.
+    numbers = channels_first(x.ndim)
+    if groups == 1:
+        numbers = numbers._replace(lhs_spec=lhs_spec, out_spec=out_spec)
+    else:
+        x = lax.transpose(x, lhs_spec)
+        batch, channels, *spatial = x.shape
+        x = x.reshape(batch * groups, channels // groups, *spatial)
+    hidden = _contract.convolution(
+        x,
+        kernel,
+        dtype,
+        kernel_is_frozen=is_frozen,
+        dimension_numbers=numbers,
+        precision=precision,
+        **conv,
+    )
+    names = ["batch", RANK, *(f"window {i}" for i in range(x.ndim - 2))]
+    out_labels = [names[out_spec.index(i)] for i in range(x.ndim)]
+    feature = out_spec[1]
+    out_labels[feature : feature + 1] = ["group", "out"]
+    if groups == 1:
+        hidden = lax.expand_dims(hidden, [feature])
+        labels = [RANK if label == "out" else label for label in out_labels]
+    else:
+        hidden = hidden.reshape(-1, groups, *hidden.shape[1:])
+        labels = ["batch", "group", *names[1:]]
+    update = _contract.product(
+        hidden,
+        labels,
+        mixer.reshape(groups, -1, mixer.shape[1]),
+        ["group", "out", RANK],
+        out_labels,
+        hidden.dtype,
+        y_is_frozen=is_frozen,
+        precision=precision,
+    )
+    return lax.collapse(update, feature, feature + 2)
+
+
+def _inputs_mixed(
+    lora: "LoraWeight",
+    x: Array,
+    kernel_axes: Sequence[int],
+    *,
+    groups: int,
+    is_frozen: bool,
+    precision: Precision,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    **conv: Any,
+) -> Array:
+    mixer, kernel = _factors(lora, kernel_axes[1], kernel_axes)
+    dtype = promote(x.dtype, mixer.dtype, kernel.dtype)
+    feature = dimension_numbers.lhs_spec[1]
+    shape = list(x.shape)
+    shape[feature : feature + 1] = [groups, mixer.shape[0]]
+    labels: list[Label] = list(range(x.ndim))
+    labels[feature : feature + 1] = ["group", "in"]
+    out_labels = [RANK if label == "in" else label for label in labels]
+    hidden = _contract.product(
+        x.reshape(shape),
+        labels,
+        mixer,
+        ["in", RANK],
+        out_labels,
+        dtype,
+        y_is_frozen=is_frozen,
+        precision=precision,
+    )
+    hidden = lax.collapse(hidden, feature, feature + 2)
+    out, *window = range(1, kernel.ndim)
+    return _contract.convolution(
+        hidden,
+        lax.transpose(kernel, [out, 0, *window]),
+        hidden.dtype,
+        kernel_is_frozen=is_frozen,
+        dimension_numbers=dimension_numbers._replace(rhs_spec=tuple(range(x.ndim))),
+        feature_group_count=groups,
+        precision=precision,
+        **conv,
+    )

@@ -1,0 +1,183 @@
+"""The function door: LoRA for any JAX function."""
+
+import abc
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, get_args, ParamSpec, TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import Array
+
+from . import _compat
+from ._interpreter import evaluate
+from ._report import Materialised, OnMaterialise, Report
+from ._weight import AbstractLoraWeight, is_weight, Value
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def lora(
+    fn: Callable[_Parameters, _Result],
+    *,
+    on_materialise: OnMaterialise = "warn",
+) -> Callable[_Parameters, _Result]:
+    """A function that computes what `fn` does, with factored weights in its arguments.
+
+    `fn` is any JAX function, written for arrays: `fn` sees an array wherever there is
+    an `AbstractLoraWeight`, and every product with that array is computed from base and
+    factors. It is traced, as by `jax.jit`, and may itself be transformed, contain
+    transformations, and be a module, a bound method or a `functools.partial` that holds
+    weights.
+
+    !!! example
+
+        ```python
+        def model(params, x):
+            for w in params:
+                x = jax.nn.relu(x @ w)
+            return jnp.sum(x)
+
+        params = lorax.init_lora(params, 64, jax.random.key(0))
+        lorax.lora(model)(params, x)
+        ```
+
+    **Arguments:**
+
+    - `fn`: Any JAX function. As in `jax.jit`, its Python control flow cannot depend on
+        the values of arrays; on anything else that it is given, it can.
+    - `on_materialise`: What happens where only the dense weight will do: it is formed
+        silently (`"allow"`), with a `lorax.MaterialiseWarning` for each line of code
+        where that happens (`"warn"`), or not at all, but the warning is raised
+        (`"error"`).
+
+    **Returns:**
+
+    A function with the arguments and the results of `fn`. Without any weight in its
+    arguments it is `fn`.
+
+    **Raises:**
+
+    `ValueError` if `on_materialise` is none of these; what `fn` raises.
+    """
+    if on_materialise not in get_args(OnMaterialise):
+        raise ValueError(
+            f"`on_materialise={on_materialise!r}` must be one of "
+            f"{', '.join(map(repr, get_args(OnMaterialise)))}."
+        )
+    if not callable(fn):
+        raise ValueError(
+            f"`fn` must be a function, not a {type(fn).__name__}: `lorax.lora(fn)` "
+            "gives a function, which is then called with the parameters."
+        )
+
+    def with_weights(*args: Any, **kwargs: Any) -> Any:
+        return _call(fn, args, kwargs, on_materialise)
+
+    try:
+        return functools.wraps(fn)(with_weights)
+    except AttributeError:  # Not every callable has a name.
+        return with_weights
+
+
+class AbstractOpaque(eqx.Module):
+    """A module that may have to be left alone, with the weights it holds."""
+
+    @property
+    @abc.abstractmethod
+    def is_opaque(self) -> bool:
+        """Whether it computes with its weights itself."""
+
+
+def _is_opaque(node: Any) -> bool:
+    return issubclass(type(node), AbstractOpaque) and node.is_opaque
+
+
+class _Standing:
+    """A weight in whose place the function is to see an array."""
+
+    def __init__(self, weight: AbstractLoraWeight):
+        self.weight = weight
+
+
+def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any:
+    call, held = _opened(fn)
+    marked = jax.tree.map(
+        lambda x: _Standing(x) if is_weight(x) else x,
+        (held, args, kwargs),
+        is_leaf=lambda x: is_weight(x) or _is_opaque(x),
+    )
+    leaves, treedef = jax.tree.flatten(marked)
+    if not any(isinstance(leaf, _Standing) for leaf in leaves):
+        return fn(*args, **kwargs)
+    dynamic = [i for i, x in enumerate(leaves) if isinstance(x, _Standing | jax.Array)]
+    values = [_value(leaves[i]) for i in dynamic]
+    static_result: Any = None
+
+    def flat(*arrays: Array) -> list[Array]:
+        nonlocal static_result
+        filled = list(leaves)
+        for i, array in zip(dynamic, arrays):
+            filled[i] = array
+        held, args, kwargs = treedef.unflatten(filled)
+        result = call(held, *args, **kwargs)
+        arrays_out, static_result = eqx.partition(result, eqx.is_array)
+        return arrays_out
+
+    try:
+        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*map(_shaped, values))
+    except jax.errors.JAXTypeError as error:
+        error.add_note(_TRACED)
+        raise
+    report = Report(on_materialise)
+    outputs = evaluate(jaxpr, values, report)
+    outputs = [_returned(x, report) for x in outputs]
+    return eqx.combine(
+        jax.tree.unflatten(jax.tree.structure(shapes), outputs), static_result
+    )
+
+
+_TRACED = (
+    "`lorax.lora` traces its function as `jax.jit` does: Python's own control flow "
+    "cannot depend on the values of arrays. Use `jax.lax.cond`, `jax.numpy.where` and "
+    "the like, or pass what it depends on as a Python value."
+)
+
+
+def _value(leaf: Any) -> Value:
+    return leaf.weight if isinstance(leaf, _Standing) else leaf
+
+
+def _shaped(value: Value) -> Any:
+    if is_weight(value):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+    return value
+
+
+def _returned(value: Value, report: Report) -> Array:
+    if not is_weight(value):
+        return value
+    reason, at = "the function returns it", _compat.calling_line()
+    report.add(Materialised("return", value.shape, reason, at))
+    return value.materialise()
+
+
+def _opened(fn: Any) -> tuple[Callable[..., Any], Any]:
+    """A function `call` and a pytree `held` such that `call(held, ...)` is `fn(...)`,
+    and that all arrays that `fn` can be seen to hold are in `held`."""
+    if isinstance(fn, types.MethodType):
+        return lambda held, *args, **kwargs: fn.__func__(held, *args, **kwargs), (
+            fn.__self__
+        )
+    if isinstance(fn, functools.partial):
+        call, held = _opened(fn.func)
+        return (
+            lambda held, *args, **kwargs: call(
+                held[0], *held[1], *args, **{**held[2], **kwargs}
+            ),
+            (held, fn.args, fn.keywords),
+        )
+    return lambda held, *args, **kwargs: held(*args, **kwargs), fn

@@ -1,0 +1,175 @@
+"""Evaluating a traced program over factored weights.
+
+What has no weight among its operands is left exactly as JAX traced it, so that every
+custom derivative, name scope and effect in it is as it was. Of the rest, an equation
+is evaluated by the rule of its primitive, or else with the dense weights.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jec
+from jaxtyping import Array
+
+from . import _compat
+from ._compat import Jaxpr
+from ._contract import NotFactored
+from ._report import Materialised, Report
+from ._rules import RULES
+from ._weight import is_weight, Value
+
+
+class Equation:
+    """An equation some of whose operands are weights, as a rule sees it."""
+
+    def __init__(self, equation: Any, jaxpr: Jaxpr, report: Report):
+        self.primitive: Any = equation.primitive
+        self.params: dict[str, Any] = equation.params
+        self.out_avals: list[Any] = [var.aval for var in equation.outvars]
+        self._equation = equation
+        self._jaxpr = jaxpr
+        self._report = report
+        self._bodies: list[Body] = []
+
+    def bind(self, *values: Array) -> Sequence[Array]:
+        """The outputs for arrays, as JAX has them."""
+        equation = self._equation
+        places = [i for i, x in enumerate(equation.invars) if not _is_literal(x)]
+        inputs = [equation.invars[i] for i in places]
+        arguments = [values[i] for i in places]
+        return _run(self._jaxpr, [equation], inputs, equation.outvars, arguments)
+
+    def body(self, jaxpr: Jaxpr, *values: Any) -> "Body":
+        """A jaxpr within this equation as a function of arrays and weights like
+        `values`."""
+        body = _body(jaxpr, jax.tree.structure(values))
+        self._bodies.append(body)
+        return body
+
+    def dense(self, value: Value, reason: str) -> Array:
+        """The array that `value` stands for. If it is a weight, that is reported."""
+        if not is_weight(value):
+            return value
+        name = self.primitive.name
+        self._report.add(Materialised(name, value.shape, reason, self._at))
+        return value.materialise()
+
+    def evaluate(self, *values: Value) -> Sequence[Value]:
+        """The outputs for operands at least one of which is a weight."""
+        rule = RULES.get(self.primitive.name)
+        with _name_scope(self._equation), self._equation.ctx.manager:
+            try:
+                if rule is None:
+                    raise NotFactored("it has no factored form")
+                outputs = rule(self, *values)
+            except NotFactored as error:
+                outputs = self.bind(*(self.dense(x, str(error)) for x in values))
+        for body in self._bodies:
+            for found in body.report.found:
+                if body.is_library_code:
+                    found = dataclasses.replace(found, at=self._at)
+                self._report.add(found)
+        return outputs
+
+    @property
+    def _at(self) -> tuple[str, int] | None:
+        return _compat.source_line(self._equation)
+
+
+class Body:
+    """A jaxpr as a function of arrays and weights.
+
+    There is one for each jaxpr and each structure of its arguments, so that JAX, which
+    goes by the function, traces and compiles it once.
+    """
+
+    def __init__(self, jaxpr: Jaxpr):
+        self._jaxpr = _compat.closed(jaxpr)
+        self.is_library_code = _compat.is_library_code(self._jaxpr)
+        # What was found while it was traced, for every caller to report as its own.
+        self.report = Report("allow")
+
+    def __call__(self, *values: Value) -> list[Value]:
+        return evaluate(self._jaxpr, values, self.report)
+
+
+@functools.lru_cache(maxsize=1024)
+def _body(jaxpr: Jaxpr, structure: Any) -> Body:
+    return Body(jaxpr)
+
+
+def evaluate(jaxpr: Jaxpr, values: Sequence[Value], report: Report) -> list[Value]:
+    """The outputs of a closed jaxpr; what has to be materialised goes to `report`."""
+    if not any(map(is_weight, values)):
+        return jec.jaxpr_as_fun(jaxpr)(*values)
+    inner = jaxpr.jaxpr
+    variables = [*inner.constvars, *inner.invars]
+    known: dict[Any, Value] = dict(zip(variables, [*jaxpr.consts, *values]))
+    last_use = {var: i for i, eqn in enumerate(inner.eqns) for var in _read_by(eqn)}
+    last_use |= {var: len(inner.eqns) for var in _variables(inner.outvars)}
+    waiting: list[Any] = []
+
+    def run_waiting(before: int) -> None:
+        """What has no weights runs in one piece, just before what has."""
+        made = [var for eqn in waiting for var in eqn.outvars]
+        needed = dict.fromkeys(var for eqn in waiting for var in _read_by(eqn))
+        inputs = [var for var in needed if var not in set(made)]
+        outputs = [var for var in made if last_use.get(var, -1) >= before]
+        arguments = [known[var] for var in inputs]
+        forget(inputs, before)
+        known.update(zip(outputs, _run(inner, waiting, inputs, outputs, arguments)))
+        waiting.clear()
+
+    def forget(variables: Sequence[Any], before: int) -> None:
+        for var in variables:
+            if last_use[var] < before:
+                known.pop(var, None)
+
+    for i, equation in enumerate(inner.eqns):
+        if not any(is_weight(known.get(var)) for var in _read_by(equation)):
+            waiting.append(equation)
+            continue
+        run_waiting(i)
+        operands = [x.val if _is_literal(x) else known[x] for x in equation.invars]
+        outputs = Equation(equation, inner, report).evaluate(*operands)
+        known.update(zip(equation.outvars, outputs, strict=True))
+        forget(_read_by(equation), i + 1)
+    run_waiting(len(inner.eqns))
+    return [x.val if _is_literal(x) else known[x] for x in inner.outvars]
+
+
+def _name_scope(equation: Any) -> contextlib.AbstractContextManager[Any]:
+    name = str(equation.source_info.name_stack)
+    return jax.named_scope(name) if name else contextlib.nullcontext()
+
+
+def _is_literal(atom: Any) -> bool:
+    return isinstance(atom, jec.Literal)
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not _is_literal(atom)]
+
+
+def _read_by(equation: Any) -> list[Any]:
+    return _variables(equation.invars)
+
+
+def _run(
+    jaxpr: Jaxpr,
+    equations: Sequence[Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    values: Sequence[Array],
+) -> list[Array]:
+    """Some of the equations of a jaxpr, exactly as they are."""
+    if not equations:
+        return []
+    part = jaxpr.replace(
+        constvars=[], invars=inputs, outvars=list(outputs), eqns=list(equations)
+    )
+    return jec.jaxpr_as_fun(jec.ClosedJaxpr(part, ()))(*values)

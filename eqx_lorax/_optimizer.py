@@ -1,0 +1,96 @@
+"""Optimizers that know what is frozen."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import optax
+from jaxtyping import PyTree
+
+from ._spec import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
+from ._weight import is_weight
+
+
+@jax.tree_util.register_dataclass
+class NoUpdate:
+    """The update of what is frozen: added to an array it gives that very array, which
+    `jax.jit` then hands through without a copy."""
+
+    # NumPy on the left of `+` then leaves the sum to `__radd__`.
+    __array_ufunc__ = None
+
+    def __add__(self, other: Any) -> Any:
+        return other
+
+    __radd__ = __add__
+
+
+def wrap_optimizer(
+    optimizer: optax.GradientTransformation, spec: PyTree[SpecValue]
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that trains what the spec says and nothing else.
+
+    The optimizer inside never sees the frozen parameters: it has no state for them,
+    decays none of them, and their norms do not count where it clips.
+
+    **Arguments:**
+
+    - `optimizer`: Any Optax optimizer.
+    - `spec`: The spec that `lorax.init_lora` had, or a prefix of one.
+
+    **Returns:**
+
+    An Optax optimizer for the whole parameters, as `lorax.init_lora` returned them.
+    Apply its updates with `optax.apply_updates`, which leaves the frozen arrays the
+    very same.
+
+    **Raises:**
+
+    `ValueError`, when it is used, if the spec does not fit the tree, gives a rank to
+    what has no adapter, or freezes everything.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def trained(tree: PyTree) -> PyTree:
+        return map_spec(_trained, tree, spec)
+
+    def init(params: PyTree) -> Any:
+        params = trained(params)
+        if not jax.tree.leaves(params):
+            raise ValueError(
+                "`spec` freezes every parameter, so there is nothing to optimize."
+            )
+        return inner.init(params)
+
+    def update(
+        updates: PyTree, state: Any, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, Any]:
+        if params is not None:
+            params = trained(params)
+        new, state = inner.update(trained(updates), state, params, **extra)
+        # What is frozen is `None` in `new`, and an array in `updates`.
+        filled = jax.tree.map(
+            lambda old, new: NoUpdate() if new is None else new, updates, new
+        )
+        return filled, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _trained(path: str, x: Any, spec: SpecValue) -> Any:
+    """The parameter, or gradient, with `None` for what is frozen."""
+    if is_weight(x):
+        if spec == LORA_FREEZE:
+            return jax.tree.map(lambda _: None, x)
+        if spec == LORA_FULL:
+            raise ValueError(
+                f"`spec` has `lorax.LORA_FULL` at {path}, where there is an adapter, "
+                "the base of which is never trained. Merge it first, or give its rank."
+            )
+        return eqx.filter(x, x.trainable())
+    if spec not in (LORA_FREEZE, LORA_FULL):
+        raise ValueError(
+            f"`spec` has {spec!r} at {path}, where there is no adapter but an array. "
+            "Were these parameters passed through `lorax.init_lora`?"
+        )
+    return x if spec == LORA_FULL else None

@@ -1,0 +1,184 @@
+"""Adapters for trees of parameters: the interface of the original jax-lorax."""
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._arrays import is_array, is_inexact
+from ._init import key_for
+from ._lora import factor_shapes, LoraWeight
+from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
+from ._surgery import base_of, check_finite, unloraify
+from ._tree import Places, rebuild
+from ._weight import AbstractLoraWeight, is_weight
+
+
+def init_lora(
+    param_tree: PyTree,
+    spec: PyTree[SpecValue],
+    rng: PRNGKeyArray,
+    stddev: float = 0.01,
+    dtype: DTypeLike = jnp.float32,
+    alpha: float = 1.0,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+    """Parameters with a `lorax.LoraWeight` wherever the spec gives a rank, for a
+    function that is wrapped by `lorax.lora`.
+
+    **Arguments:**
+
+    - `param_tree`: A pytree of arrays. They are not copied.
+    - `spec`: A pytree of the same structure, or a prefix of one. For each array either
+        a rank, which factors its last axis against all others; a `lorax.LoraSpec`;
+        `lorax.LORA_FREEZE` or `lorax.LORA_FULL`. The last two leave the array as it is,
+        and say what `lorax.wrap_optimizer` and `lorax.split_lora_params` do with it.
+    - `rng`: A key. Each parameter gets one of its own, which depends on its path.
+    - `stddev`: That of the factor `a`, which is normal. The factor `b` is zero, so that
+        the fresh adapter adds exactly nothing.
+    - `dtype`: The dtype of the factors.
+    - `alpha`: The update is `alpha / rank * (b · a)`.
+    - `is_leaf`: As of `jax.tree.map`.
+
+    **Returns:**
+
+    A pytree like `param_tree`. For an array of shape `(*rows, n)` and the spec `rank`,
+    `b` is `(*rows, rank)` and `a` is `(rank, n)`.
+
+    **Raises:**
+
+    `ValueError`, naming the parameter, if a vector has a rank; if a rank is larger than
+    the smaller side, or negative; if the parameter is not inexact or has an adapter; if
+    the spec does not fit the tree.
+    """
+
+    def adapt(path: str, x: Any, spec: SpecValue) -> Any:
+        if not isinstance(spec, LoraSpec):
+            if spec in (LORA_FREEZE, LORA_FULL):
+                return x
+            spec = LoraSpec(int(spec))
+        _check_adaptable(path, x, spec)
+        try:
+            rows, columns = spec.axes(x.ndim)
+        except ValueError as error:
+            raise ValueError(f"{path}, of shape {x.shape}: {error}") from None
+        sides = [math.prod(x.shape[axis] for axis in axes) for axes in (rows, columns)]
+        if not 0 < spec.rank <= min(sides):
+            raise ValueError(
+                f"The rank {spec.rank} for {path}, of shape {x.shape}, must be from 1 "
+                f"to the smaller side, {min(sides)}."
+            )
+        b_shape, a_shape = factor_shapes(x.shape, rows, columns, spec.rank)
+        a = stddev * jr.normal(key_for(rng, path), a_shape, dtype)
+        return LoraWeight(
+            x,
+            jnp.zeros(b_shape, dtype),
+            a,
+            alpha if spec.alpha is None else spec.alpha,
+            rows,
+            columns,
+            rank_stabilised=spec.rank_stabilised,
+        )
+
+    return map_spec(adapt, param_tree, spec, is_leaf)
+
+
+def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:
+    if is_weight(x):
+        raise ValueError(
+            f"{path} already has an adapter. Merge it with `lorax.merge_params`, or "
+            "give `lorax.LORA_FREEZE`."
+        )
+    if is_array(x) and x.ndim < 2:
+        raise ValueError(
+            f"{path}, of shape {x.shape}, is a vector or a scalar and cannot have the "
+            f"rank {spec.rank}: give `lorax.LORA_FREEZE` or `lorax.LORA_FULL`."
+        )
+    if not is_inexact(x):
+        kind = f"an array of {x.dtype}" if is_array(x) else f"a {type(x).__name__}"
+        raise ValueError(
+            f"{path} is {kind} and cannot have the rank {spec.rank}: give "
+            "`lorax.LORA_FREEZE`."
+        )
+
+
+def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
+    """What is trained of some parameters, to be saved: the others, which are the bases
+    of all weights and what is marked with `lorax.LORA_FREEZE`, are `None`.
+
+    `equinox.combine(lorax.split_lora_params(params, spec), params)` is `params`.
+
+    **Arguments:**
+
+    - `params`: What `lorax.init_lora` returned.
+    - `spec`: The spec it had, or a prefix of one.
+
+    **Raises:**
+
+    `ValueError` if the spec does not fit the tree.
+    """
+
+    def keep(path: str, x: Any, spec: SpecValue) -> Any:
+        if is_weight(x):
+            return eqx.filter(x, x.trainable())
+        return None if spec == LORA_FREEZE else x
+
+    return map_spec(keep, params, spec)
+
+
+def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
+    """Parameters for the function that was not wrapped: every update is added to its
+    base, in float32 or wider, and rounded once.
+
+    **Arguments:**
+
+    - `lora_params`: What `lorax.init_lora` returned, trained or not.
+    - `destructive`: Whether each base is overwritten by the merged array. No second
+        copy of the parameters is then needed, and the arrays that `lora_params` was
+        made of can no longer be used.
+
+    **Raises:**
+
+    `ValueError` if there is no adapter, or if a merged value is not finite; then
+    nothing was changed.
+    """
+    places = Places(lora_params)
+    weights = [place for place in places.all if is_weight(place.node)]
+    leaves = [x for place in weights for x in jax.tree.leaves(place.node)]
+    is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    if not weights or not destructive or is_traced:
+        return unloraify(lora_params)
+    check_finite(
+        [place.dotted for place in weights],
+        [bool(_merges_to_finite(place.node)) for place in weights],
+    )
+    uses = collections.Counter(id(base_of(place.node)) for place in weights)
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        place.steps: _overwritten
+        if uses[id(base_of(place.node))] == 1
+        else AbstractLoraWeight.materialise
+        for place in weights
+    }
+    return rebuild(lora_params, edits)
+
+
+@eqx.filter_jit
+def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
+    return jnp.isfinite(weight.materialise()).all()
+
+
+@eqx.filter_jit(donate="first")
+def _donating(base: Any, others: Any) -> Array:
+    return eqx.combine(base, others).materialise()
+
+
+def _overwritten(weight: AbstractLoraWeight) -> Array:
+    factors, base = eqx.partition(weight, weight.trainable())
+    return _donating(base, factors)

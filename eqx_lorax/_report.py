@@ -1,0 +1,63 @@
+"""Where weights were formed densely, and how the user hears of it."""
+
+import dataclasses
+import warnings
+from typing import Any, Literal, TypeAlias
+
+
+OnMaterialise: TypeAlias = Literal["allow", "warn", "error"]
+
+
+class MaterialiseWarning(UserWarning):
+    """A dense weight was formed where a factored one could not be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Materialised:
+    """A place where a weight was formed densely."""
+
+    primitive: str
+    """What JAX calls the operation."""
+
+    shape: tuple[int, ...]
+    """The shape of the weight."""
+
+    reason: str
+    """Why it could not stay factored."""
+
+    at: tuple[str, int] | None
+    """The file and the line of the user's call, if it is known."""
+
+    def __str__(self) -> str:
+        where = "" if self.at is None else f" at {self.at[0]}:{self.at[1]}"
+        return (
+            f"`{self.primitive}`{where} forms the dense {self.shape} weight, base plus "
+            f"update, in each call, because {self.reason}. The result is right, and "
+            "takes the memory of a dense weight. If that is meant, say "
+            "`lorax.lora(fn, on_materialise='allow')`."
+        )
+
+
+# What Python asks for in order to show a warning once a place.
+_registry: dict[Any, Any] = {}
+
+
+class Report:
+    """What was materialised, each place once."""
+
+    def __init__(self, on_materialise: OnMaterialise):
+        self.found: dict[Materialised, None] = {}
+        self._on_materialise = on_materialise
+
+    def add(self, new: Materialised) -> None:
+        """Warns or raises, as if the user's own line did."""
+        if new in self.found:
+            return
+        self.found[new] = None
+        if self._on_materialise == "error":
+            raise MaterialiseWarning(str(new))
+        if self._on_materialise == "warn":
+            file, line = new.at or ("<unknown>", 0)
+            warnings.warn_explicit(
+                str(new), MaterialiseWarning, file, line, registry=_registry
+            )

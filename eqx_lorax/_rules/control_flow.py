@@ -1,0 +1,228 @@
+"""Primitives with programs inside them: each is made anew, by its public function, of
+the program over weights."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TYPE_CHECKING
+
+import jax
+import jax.core
+import jax.lax as lax
+from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import Array
+
+from .. import _compat, _views
+from .._weight import is_weight, Value
+
+
+if TYPE_CHECKING:
+    from .._interpreter import Body, Equation
+
+
+def _call(equation: "Equation", *values: Value) -> Sequence[Value]:
+    jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
+    return equation.body(jaxpr, *values)(*values)
+
+
+def _jit(equation: "Equation", *values: Value) -> Sequence[Value]:
+    params = equation.params
+    body = equation.body(params["jaxpr"], *values)
+    shardings = (tuple(params["in_shardings"]), tuple(params["out_shardings"]))
+    return _jitted(body, params["name"], *shardings)(*values)
+
+
+@functools.lru_cache(maxsize=1024)
+def _jitted(
+    body: "Body",
+    name: str,
+    in_shardings: tuple[Any, ...],
+    out_shardings: tuple[Any, ...],
+) -> Callable[..., Sequence[Value]]:
+    def run(*values: Value) -> Sequence[Value]:
+        values = tuple(map(_constrained, values, in_shardings))
+        return list(map(_constrained, body(*values), out_shardings))
+
+    run.__name__ = run.__qualname__ = name
+    return jax.jit(run)
+
+
+def _constrained(value: Value, sharding: Any) -> Value:
+    if is_weight(value) or not isinstance(sharding, Sharding):
+        return value
+    return lax.with_sharding_constraint(value, sharding)
+
+
+def _remat(equation: "Equation", *values: Value) -> Sequence[Value]:
+    """The primitive itself, of the rewritten program: what was differentiated already
+    stays so."""
+    params = equation.params
+    body = equation.body(params["jaxpr"], *values)
+    traced, shapes = jax.make_jaxpr(body, return_shape=True)(*values)
+    jaxpr, consts = _compat.opened(traced)
+    leaves = [*consts, *jax.tree.leaves(values)]
+    outputs = equation.primitive.bind(*leaves, **params | dict(jaxpr=jaxpr))
+    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+
+
+def _cond(equation: "Equation", index: Value, *values: Value) -> Sequence[Value]:
+    bodies = [equation.body(j, *values) for j in equation.params["branches"]]
+    shapes = [jax.eval_shape(body, *values) for body in bodies]
+    reason = "the branches do not return the same kind of weight"
+    same = [all(_alike(x, other) for other in xs) for x, *xs in zip(*shapes)]
+
+    def branch(body: "Body") -> Callable[..., Sequence[Value]]:
+        def run(*values: Value) -> Sequence[Value]:
+            outputs = body(*values)
+            return [
+                x if kept else equation.dense(x, reason)
+                for x, kept in zip(outputs, same)
+            ]
+
+        return body if all(same) else run
+
+    return lax.switch(index, [branch(body) for body in bodies], *values)
+
+
+def _alike(x: Any, y: Any) -> bool:
+    """Whether two shapes, of arrays or of weights, are of one structure and type."""
+    if jax.tree.structure(x) != jax.tree.structure(y):
+        return False
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y))
+    return all((i.shape, i.dtype) == (j.shape, j.dtype) for i, j in pairs)
+
+
+def _settle_carry(
+    equation: "Equation",
+    carry: Sequence[Value],
+    outputs: Callable[[Sequence[Value]], Sequence[Any]],
+) -> list[Value]:
+    """`carry` with those of its weights as arrays that the loop does not hand on as
+    weights of the same kind; `outputs` gives the shapes of what it hands on."""
+    reason = "the loop does not hand it on as the same kind of weight"
+    carry = list(carry)
+    while any(map(is_weight, carry)):
+        handed_on = outputs(carry)
+        changed = [
+            i
+            for i, (x, y) in enumerate(zip(carry, handed_on))
+            if is_weight(x) and not _alike(x, y)
+        ]
+        if not changed:
+            break
+        for i in changed:
+            carry[i] = equation.dense(carry[i], reason)
+    return carry
+
+
+def _handed_on(equation: "Equation", x: Value, like: Value) -> Value:
+    if is_weight(like):
+        return x
+    return equation.dense(x, "the loop carries an array there")
+
+
+def _while(equation: "Equation", *values: Value) -> Sequence[Value]:
+    params = equation.params
+    first, second = params["cond_nconsts"], params["body_nconsts"]
+    cond_consts, body_consts = values[:first], values[first : first + second]
+    carry = values[first + second :]
+
+    def step(carry: Sequence[Value]) -> list[Value]:
+        body = equation.body(params["body_jaxpr"], *body_consts, *carry)
+        outputs = body(*body_consts, *carry)
+        return [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
+
+    def goes_on(carry: Sequence[Value]) -> Array:
+        body = equation.body(params["cond_jaxpr"], *cond_consts, *carry)
+        (result,) = body(*cond_consts, *carry)
+        return result
+
+    def shapes(carry: Sequence[Value]) -> Sequence[Any]:
+        body = equation.body(params["body_jaxpr"], *body_consts, *carry)
+        return jax.eval_shape(body, *body_consts, *carry)
+
+    carry = _settle_carry(equation, carry, shapes)
+    return lax.while_loop(goes_on, step, carry)
+
+
+def _scan(equation: "Equation", *values: Value) -> Sequence[Value]:
+    params = equation.params
+    num_consts, num_carry = _compat.scan_counts(params, len(values))
+    consts = values[:num_consts]
+    carry = values[num_consts : num_consts + num_carry]
+    xs = [_sliceable(equation, x) for x in values[num_consts + num_carry :]]
+
+    def shapes(carry: Sequence[Value]) -> Sequence[Any]:
+        body = equation.body(params["jaxpr"], *consts, *carry, *xs)
+        slices = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
+        return jax.eval_shape(body, *consts, *carry, *slices)
+
+    carry = _settle_carry(equation, carry, shapes)
+    body = equation.body(params["jaxpr"], *consts, *carry, *xs)
+
+    def step(carry: Sequence[Value], xs: Sequence[Value]) -> Any:
+        outputs = body(*consts, *carry, *xs)
+        new = [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
+        return new, outputs[len(carry) :]
+
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    options = {name: params[name] for name in names if name in params}
+    carry, ys = lax.scan(step, carry, xs, **options)
+    return [*carry, *ys]
+
+
+def _sliceable(equation: "Equation", x: Value) -> Value:
+    """`x` with the axis that `scan` goes along first in each of its leaves."""
+    if not is_weight(x):
+        return x
+    lora = x.as_lora()
+    first = lora.shown_axes()[0]
+    if first not in lora.batch_axes():
+        return equation.dense(x, "a loop goes along its rows or columns")
+    if first == -lora.w.ndim:
+        return lora
+    return _views.in_order(lora)
+
+
+def _shard_map(equation: "Equation", *values: Value) -> Sequence[Value]:
+    params = equation.params
+    body = equation.body(params["jaxpr"], *values)
+
+    def run(*values: Value) -> Sequence[Array]:
+        reason = "it leaves a `shard_map`"
+        return [equation.dense(x, reason) for x in body(*values)]
+
+    mapped = jax.shard_map(
+        run,
+        mesh=params["mesh"],
+        in_specs=tuple(map(_spec, values, params["in_specs"])),
+        out_specs=list(params["out_specs"]),
+        check_vma=params["check_vma"],
+        axis_names=_compat.manual_axes(params),
+    )
+    return mapped(*values)
+
+
+def _spec(x: Value, spec: PartitionSpec) -> Any:
+    """The specs of the leaves of a weight, of which `spec` is that of the array."""
+    if not is_weight(x):
+        return spec
+    lora = x.as_lora()
+    by_axis = dict(zip(lora.shown_axes(), [*spec, *(None,) * lora.ndim]))
+    return lora.map_arrays(
+        lambda array, axes: PartitionSpec(*(by_axis.get(axis) for axis in axes))
+    )
+
+
+RULES: dict[str, Callable[..., Sequence[Any]]] = {
+    "checkpoint": _remat,
+    "closed_call": _call,
+    "cond": _cond,
+    "core_call": _call,
+    "jit": _jit,
+    "pjit": _jit,
+    "remat": _remat,
+    "remat2": _remat,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
+}

@@ -1,0 +1,130 @@
+"""Primitives that are linear in the weight: products and convolutions."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TYPE_CHECKING
+
+import jax.lax as lax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from .. import _views
+from .._arrays import is_array, promote, wide
+from .._contract import Label, Labels, NotFactored, portable, product, RANK
+from .._convolution import convolve
+from .._weight import AbstractLoraWeight, is_weight, Value
+
+
+if TYPE_CHECKING:
+    from .._interpreter import Equation
+
+
+def _dot_general(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+    if equation.params.get("out_sharding") is not None:
+        raise NotFactored("it asks for a sharding of its result")
+    (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
+    x_labels: list[Label] = [("x", i) for i in range(x.ndim)]
+    y_labels: list[Label] = [("y", i) for i in range(y.ndim)]
+    for i, j in zip([*x_summed, *x_batch], [*y_summed, *y_batch]):
+        y_labels[j] = x_labels[i]
+    paired = {*x_summed, *x_batch}, {*y_summed, *y_batch}
+    out_labels = [x_labels[i] for i in x_batch]
+    out_labels += [x_labels[i] for i in range(x.ndim) if i not in paired[0]]
+    out_labels += [y_labels[j] for j in range(y.ndim) if j not in paired[1]]
+    (out,) = equation.out_avals
+    dtype = promote(x.dtype, y.dtype)
+    if promote(out.dtype, wide(dtype)) != wide(dtype):
+        dtype = out.dtype
+    if is_weight(x):
+        x, x_labels, y, y_labels = y, y_labels, x, x_labels
+    meet = _contract_weights if is_weight(x) else _contract
+    result = meet(
+        x, x_labels, y, y_labels, out_labels, dtype, equation.params["precision"]
+    )
+    return [result.astype(out.dtype)]
+
+
+def _contract(
+    x: Array,
+    x_labels: Labels,
+    y: AbstractLoraWeight,
+    labels: Labels,
+    out_labels: Labels,
+    dtype: jnp.dtype,
+    precision: Any,
+) -> Array:
+    x = jnp.asarray(x, dtype)
+    return y.contract(x, x_labels, labels, out_labels, precision=precision)
+
+
+def _contract_weights(
+    x: AbstractLoraWeight,
+    x_labels: Labels,
+    y: AbstractLoraWeight,
+    labels: Labels,
+    out_labels: Labels,
+    dtype: jnp.dtype,
+    precision: Any,
+) -> Array:
+    """The base of `x` meets `y`, and so do its factors, one after the other."""
+    lora = x.as_lora()
+    if lora.gain is not None or not is_array(lora.w):
+        raise NotFactored("both operands are weights, one of them scaled or nested")
+    stored = lora.stored_labels(x_labels)
+    frozen = lax.stop_gradient(jnp.asarray(lora.w))
+    base = _contract(frozen, stored, y, labels, out_labels, dtype, precision)
+
+    rank = ("x", RANK)
+    factors = [
+        (factor, [rank if label == RANK else label for label in axes])
+        for factor, axes in (
+            (lora.b, lora.b_axes(stored)),
+            (lora.a, lora.a_axes(stored)),
+        )
+    ]
+    (first, first_labels), (second, second_labels) = sorted(
+        factors, key=lambda factor: -_shared(*factor, labels, out_labels)
+    )
+    wanted = {*out_labels, *second_labels}
+    either = dict.fromkeys([*first_labels, *labels])
+    hidden_labels = [label for label in either if label in wanted]
+    dtype = promote(dtype, first.dtype, second.dtype)
+    hidden = _contract(
+        first, first_labels, y, labels, hidden_labels, dtype, portable(precision)
+    )
+    update = product(
+        hidden,
+        hidden_labels,
+        second,
+        second_labels,
+        out_labels,
+        hidden.dtype,
+        precision=portable(precision),
+    )
+    return _views.add(base, lora.scale * update)
+
+
+def _shared(x: Array, x_labels: Labels, labels: Labels, out_labels: Labels) -> int:
+    """How many entries of `x` are summed over with those of `labels`."""
+    return math.prod(
+        size
+        for size, label in zip(x.shape, x_labels)
+        if label in labels and label not in out_labels
+    )
+
+
+def _convolution(equation: "Equation", x: Value, kernel: Value) -> Sequence[Value]:
+    params = equation.params
+    if is_weight(x) or params["batch_group_count"] != 1:
+        raise NotFactored("the weight is not the kernel")
+    (out,) = equation.out_avals
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    names += ("dimension_numbers", "feature_group_count", "precision")
+    result = convolve(kernel, x, **{name: params[name] for name in names})
+    return [result.astype(out.dtype)]
+
+
+RULES: dict[str, Callable[..., Sequence[Any]]] = {
+    "conv_general_dilated": _convolution,
+    "dot_general": _dot_general,
+}

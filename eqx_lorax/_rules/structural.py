@@ -1,0 +1,178 @@
+"""Primitives that only move, pick, repeat or scale the entries of a weight."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TYPE_CHECKING
+
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from .. import _gather, _views
+from .._contract import NotFactored
+from .._weight import is_weight, Value
+
+
+if TYPE_CHECKING:
+    from .._interpreter import Equation
+
+
+def _settled(x: Value) -> Value:
+    """`x`, but what was looked up in it (one row, one column) as an array: that is no
+    longer a weight but an activation."""
+    if not is_weight(x):
+        return x
+    lora = x.as_lora()
+    for axes in (lora.rows, lora.columns):
+        if math.prod(lora.w.shape[axis] for axis in axes) == 1:
+            return x.materialise()
+    return x
+
+
+def _identity(equation: "Equation", *values: Value) -> Sequence[Value]:
+    return values
+
+
+def _on_leaves(equation: "Equation", *values: Value) -> Sequence[Value]:
+    """What is done to each array apart, whatever its shape is."""
+    leaves, treedef = jax.tree.flatten(values)
+    bind = functools.partial(equation.primitive.bind, **equation.params)
+    return treedef.unflatten([bind(leaf) for leaf in leaves])
+
+
+def _stop_gradient(equation: "Equation", x: Value) -> Sequence[Value]:
+    # The base has no gradient to stop, and stopping it would be a new array of its
+    # size, of which `scan` keeps a copy for each layer.
+    lora = x.as_lora()
+    stopped = jax.tree.map(lax.stop_gradient, lora.replace(w=None))
+    return [stopped.replace(w=lora.w)]
+
+
+def _optimization_barrier(equation: "Equation", *values: Value) -> Sequence[Value]:
+    return lax.optimization_barrier(values)
+
+
+def _transpose(equation: "Equation", x: Value) -> Sequence[Value]:
+    return [_views.transpose(x, equation.params["permutation"])]
+
+
+def _reshape(equation: "Equation", x: Value) -> Sequence[Value]:
+    params = equation.params
+    if params["dimensions"] is not None or params.get("sharding") is not None:
+        raise NotFactored("it also moves axes")
+    return [_views.reshape(x, params["new_sizes"])]
+
+
+def _squeeze(equation: "Equation", x: Value) -> Sequence[Value]:
+    return [_settled(_views.squeeze(x, equation.params["dimensions"]))]
+
+
+def _broadcast_in_dim(equation: "Equation", x: Value) -> Sequence[Value]:
+    params = equation.params
+    return [_views.broadcast_in_dim(x, params["shape"], params["broadcast_dimensions"])]
+
+
+def _convert(equation: "Equation", x: Value) -> Sequence[Value]:
+    return [_views.convert(x, equation.params["new_dtype"])]
+
+
+def _slice(equation: "Equation", x: Value) -> Sequence[Value]:
+    params = equation.params
+    starts, limits = params["start_indices"], params["limit_indices"]
+    return [_settled(_views.slice_(x, starts, limits, params["strides"]))]
+
+
+def _split(equation: "Equation", x: Value) -> Sequence[Value]:
+    axis = equation.params["axis"]
+    parts, start = [], 0
+    for size in equation.params["sizes"]:
+        starts, limits = [0] * x.ndim, list(x.shape)
+        starts[axis], limits[axis] = start, start + size
+        start += size
+        parts.append(_settled(_views.slice_(x, starts, limits)))
+    return parts
+
+
+def _dynamic_slice(equation: "Equation", x: Value, *starts: Value) -> Sequence[Value]:
+    sizes = equation.params["slice_sizes"]
+    return [_settled(_views.dynamic_slice(x, starts, sizes))]
+
+
+def _gather_rule(equation: "Equation", x: Value, indices: Value) -> Sequence[Value]:
+    params = equation.params
+    return [
+        _settled(
+            _gather.gather(
+                x,
+                indices,
+                params["dimension_numbers"],
+                params["slice_sizes"],
+                mode=params["mode"],
+                fill_value=params["fill_value"],
+                unique_indices=params["unique_indices"],
+                indices_are_sorted=params["indices_are_sorted"],
+            )
+        )
+    ]
+
+
+def _mul(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+    if is_weight(x) and is_weight(y):
+        raise NotFactored("both operands are weights")
+    weight, factor = (x, y) if is_weight(x) else (y, x)
+    return [_scaled(equation, weight, factor)]
+
+
+def _div(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+    if is_weight(y):
+        raise NotFactored("it divides by a weight")
+    return [_scaled(equation, x, 1 / jnp.asarray(y))]
+
+
+def _neg(equation: "Equation", x: Value) -> Sequence[Value]:
+    return [_views.scaled(x, jnp.asarray(-1, x.dtype))]
+
+
+def _scaled(equation: "Equation", x: Value, factor: Array) -> Value:
+    (out,) = equation.out_avals
+    if out.shape != x.shape:
+        raise NotFactored("the weight is broadcast")
+    return _views.scaled(x, jnp.asarray(factor, out.dtype))
+
+
+def _sharding_constraint(equation: "Equation", x: Value) -> Sequence[Value]:
+    sharding = equation.params["sharding"]
+    lora = x.as_lora()
+    if not isinstance(sharding, NamedSharding) or is_weight(lora.w):
+        raise NotFactored(f"it asks for {sharding}")
+    spec = dict(zip(lora.shown_axes(), [*sharding.spec, *(None,) * x.ndim]))
+    moved = PartitionSpec(*(spec[axis] for axis in range(-x.ndim, 0)))
+    w = lax.with_sharding_constraint(lora.w, NamedSharding(sharding.mesh, moved))
+    return [lora.replace(w=w)]
+
+
+RULES: dict[str, Callable[..., Sequence[Any]]] = {
+    "broadcast_in_dim": _broadcast_in_dim,
+    "convert_element_type": _convert,
+    "copy": _identity,
+    "copy_p": _identity,
+    "div": _div,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather_rule,
+    "mul": _mul,
+    "name": _identity,
+    "neg": _neg,
+    "optimization_barrier": _optimization_barrier,
+    "pcast": _on_leaves,
+    "pvary": _on_leaves,
+    "reshape": _reshape,
+    "sharding_constraint": _sharding_constraint,
+    "slice": _slice,
+    "split": _split,
+    "squeeze": _squeeze,
+    "stop_gradient": _stop_gradient,
+    "transpose": _transpose,
+}

@@ -1,0 +1,185 @@
+"""What happens to each parameter of a tree: frozen, trained whole, or adapted."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ._tree import children
+from ._weight import is_weight
+
+
+LORA_FREEZE = 0
+"""The parameter is not trained."""
+
+LORA_FULL = -1
+"""The parameter is trained as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSpec:
+    """How one parameter is adapted, where its rank alone does not say it.
+
+    **Arguments:**
+
+    - `rank`: The rank of the update.
+    - `rows`: The axes that the factor `b` owns.
+    - `columns`: The axes that the factor `a` owns.
+    - `batch`: The axes along which there are as many adapters, such as the layers of a
+        stack. Of `rows` and `columns`, one may be left out: it then has all other axes.
+        If both are, `columns` is the last axis.
+    - `alpha`: The numerator of the scale, if not that of `lorax.init_lora`.
+    - `rank_stabilised`: Whether the scale is `alpha / sqrt(rank)`.
+    """
+
+    rank: int
+    rows: Sequence[int] | None = None
+    columns: Sequence[int] | None = None
+    batch: Sequence[int] = ()
+    alpha: float | None = None
+    rank_stabilised: bool = False
+
+    def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The row and the column axes of an array of `ndim` axes, counted from the
+        end. Raises `ValueError` if they are not there, or named twice."""
+
+        def from_the_end(axes: Sequence[int]) -> tuple[int, ...]:
+            if not all(-ndim <= axis < ndim for axis in axes):
+                raise ValueError(f"{self} names an axis that {ndim} axes have not.")
+            return tuple(axis - ndim if axis >= 0 else axis for axis in axes)
+
+        batch = from_the_end(self.batch)
+        rows, columns = self.rows, self.columns
+        if rows is None and columns is None:
+            columns = (-1,)
+        named = {*batch, *from_the_end(rows or ()), *from_the_end(columns or ())}
+        others = tuple(axis for axis in range(-ndim, 0) if axis not in named)
+        rows = others if rows is None else from_the_end(rows)
+        columns = others if columns is None else from_the_end(columns)
+        if sorted((*batch, *rows, *columns)) != list(range(-ndim, 0)):
+            raise ValueError(
+                f"{self} must name each of the {ndim} axes once, among `rows`, "
+                "`columns` and `batch`."
+            )
+        if not rows or not columns:
+            raise ValueError(f"{self} leaves no axes for the rows or the columns.")
+        return rows, columns
+
+
+SpecValue: TypeAlias = int | LoraSpec
+DecisionFn: TypeAlias = Callable[["KeyPath", Any], SpecValue]
+
+
+class KeyPath(tuple[Any, ...]):
+    """Where a parameter is: JAX's keys. `"name" in path` asks for a component of that
+    name, and `str(path)` is `"these/names"`."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(jax.tree_util.keystr((key,), simple=True) for key in self)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self.names or tuple.__contains__(self, item)
+
+    def __str__(self) -> str:
+        return "/".join(self.names)
+
+
+def simple_spec(
+    params: PyTree,
+    decision_fn: DecisionFn | None = None,
+    tune_vectors: bool = False,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree[SpecValue]:
+    """A spec for every parameter of a tree, for `lorax.init_lora`.
+
+    **Arguments:**
+
+    - `params`: A pytree of arrays.
+    - `decision_fn`: Is called with the path and the array, for each array of two axes
+        or more, and returns a rank, a `lorax.LoraSpec`, `lorax.LORA_FREEZE` or
+        `lorax.LORA_FULL`. The path is JAX's tuple of keys, of which
+        `"name" in path` asks for a component and `str(path)` is `"a/b"`. If there is
+        none, all is frozen.
+    - `tune_vectors`: Whether arrays of fewer axes are trained, instead of frozen.
+    - `is_leaf`: As of `jax.tree.map`.
+
+    **Returns:**
+
+    A pytree of the structure of `params`.
+    """
+
+    def decide(path: Any, x: Any) -> SpecValue:
+        if np.ndim(x) < 2:
+            return LORA_FULL if tune_vectors else LORA_FREEZE
+        return LORA_FREEZE if decision_fn is None else decision_fn(KeyPath(path), x)
+
+    return jax.tree_util.tree_map_with_path(decide, params, is_leaf=is_leaf)
+
+
+def map_spec(
+    fn: Callable[[str, Any, SpecValue], Any],
+    params: PyTree,
+    spec: PyTree[SpecValue],
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> PyTree:
+    """`params` with `fn(path, parameter, its spec)` in the place of each parameter, be
+    that an array or a weight. `spec` may be a prefix: what it says of a node holds for
+    all beneath.
+
+    Raises `ValueError` if `spec` does not fit, or has something else at its leaves.
+    """
+
+    def visit(path: tuple[str, ...], node: Any, spec: Any) -> Any:
+        ends = is_weight(node) or is_leaf is not None and is_leaf(node)
+        level = None if ends or node is None else children(node)
+        if node is None:
+            return None
+        is_value = isinstance(spec, int | np.integer | LoraSpec)
+        if level is None:
+            if not is_value or isinstance(spec, bool):
+                raise ValueError(
+                    f"`spec` has {spec!r} at {_dotted(path)}, where the parameters "
+                    "have an array. Give a rank, a `lorax.LoraSpec`, "
+                    "`lorax.LORA_FREEZE` or `lorax.LORA_FULL`."
+                )
+            return fn(_dotted(path), node, spec)
+        named, treedef = level
+        names = [name for name, _ in named]
+        below = [spec] * len(named) if is_value else _children(path, names, spec)
+        return treedef.unflatten(
+            [
+                visit((*path, name), child, child_spec)
+                for (name, child), child_spec in zip(named, below)
+            ]
+        )
+
+    return visit((), params, spec)
+
+
+def _children(path: tuple[str, ...], names: list[str], spec: Any) -> list[Any]:
+    level = None if spec is None else children(spec)
+    if level is None:
+        raise ValueError(
+            f"`spec` has {spec!r} at {_dotted(path)}, where the parameters go on with "
+            f"{', '.join(names)}."
+        )
+    found = dict(level[0])
+    missing = [name for name in names if name not in found]
+    extra = [name for name in found if name not in names]
+    if missing or extra:
+        parts = [f"lacks {', '.join(missing)}"] if missing else []
+        parts += [f"has also {', '.join(extra)}"] if extra else []
+        raise ValueError(
+            f"`spec` does not fit the parameters: at {_dotted(path)} it "
+            f"{' and '.join(parts)}. `lorax.simple_spec(params, decision_fn)` makes "
+            "one that fits."
+        )
+    return [found[name] for name in names]
+
+
+def _dotted(path: tuple[str, ...]) -> str:
+    return ".".join(path) or "the root"
