@@ -8,18 +8,20 @@ is evaluated by the rule of its primitive, or else with the dense weights.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.extend.core as jec
+import numpy as np
 from jaxtyping import Array
 
 from . import _compat
 from ._compat import Jaxpr
 from ._contract import NotFactored
 from ._report import Materialised, Report
-from ._rules import RULES
+from ._rules import LOOPS, RULES
 from ._weight import is_weight, Value
 
 
@@ -37,11 +39,33 @@ class Equation:
 
     def bind(self, *values: Array) -> Sequence[Array]:
         """The outputs for arrays, as JAX has them."""
-        equation = self._equation
-        places = [i for i, x in enumerate(equation.invars) if not _is_literal(x)]
-        inputs = [equation.invars[i] for i in places]
-        arguments = [values[i] for i in places]
-        return _run(self._jaxpr, [equation], inputs, equation.outvars, arguments)
+        return jec.jaxpr_as_fun(self._alone())(*self._arguments(values))
+
+    def _arguments(self, values: Sequence[Value]) -> list[Value]:
+        """What of the operands `values` is no literal."""
+        pairs = zip(self._equation.invars, values, strict=True)
+        return list({var: x for var, x in pairs if not _is_literal(var)}.values())
+
+    def _alone(self) -> Jaxpr:
+        """The equation as a program of its own, which takes its `_arguments`."""
+        inputs = list(dict.fromkeys(_read_by(self._equation)))
+        return _part(self._jaxpr, [self._equation], inputs, self._equation.outvars)
+
+    @functools.cached_property
+    def _key(self) -> tuple[Any, ...]:
+        """What makes this equation the same as another one."""
+        literals = [
+            (i, x.aval, np.asarray(x.val).tobytes())
+            for i, x in enumerate(self._equation.invars)
+            if _is_literal(x)
+        ]
+        return self.primitive, *self.params.items(), *literals
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Equation) and self._key == other._key
 
     def body(self, jaxpr: Jaxpr, *values: Any) -> "Body":
         """A jaxpr within this equation as a function of arrays and weights like
@@ -60,12 +84,9 @@ class Equation:
 
     def evaluate(self, *values: Value) -> Sequence[Value]:
         """The outputs for operands at least one of which is a weight."""
-        rule = RULES.get(self.primitive.name)
         with _name_scope(self._equation), self._equation.ctx.manager:
             try:
-                if rule is None:
-                    raise NotFactored("it has no factored form")
-                outputs = rule(self, *values)
+                outputs = self._by_rule(values)
             except NotFactored as error:
                 outputs = self.bind(*(self.dense(x, str(error)) for x in values))
         for body in self._bodies:
@@ -74,6 +95,17 @@ class Equation:
                     found = dataclasses.replace(found, at=self._at)
                 self._report.add(found)
         return outputs
+
+    def _by_rule(self, values: Sequence[Value]) -> Sequence[Value]:
+        rule = RULES.get(self.primitive.name)
+        if rule is None:
+            raise NotFactored("it has no factored form")
+        leaves = jax.tree.leaves(values)
+        if rule not in LOOPS or any(isinstance(x, jax.core.Tracer) for x in leaves):
+            return rule(self, *values)
+        # The rule makes new functions, which JAX would compile anew in every eager call.
+        arguments = self._arguments(values)
+        return self.body(_alone(self), *arguments).jitted(*arguments)
 
     @property
     def _at(self) -> tuple[str, int] | None:
@@ -96,6 +128,15 @@ class Body:
     def __call__(self, *values: Value) -> list[Value]:
         return evaluate(self._jaxpr, values, self.report)
 
+    @functools.cached_property
+    def jitted(self) -> Callable[..., list[Value]]:
+        return jax.jit(self)
+
+
+@functools.lru_cache(maxsize=1024)
+def _alone(equation: Equation) -> Jaxpr:
+    return equation._alone()
+
 
 @functools.lru_cache(maxsize=1024)
 def _body(jaxpr: Jaxpr, structure: Any) -> Body:
@@ -115,13 +156,16 @@ def evaluate(jaxpr: Jaxpr, values: Sequence[Value], report: Report) -> list[Valu
 
     def run_waiting(before: int) -> None:
         """What has no weights runs in one piece, just before what has."""
+        if not waiting:
+            return
         made = [var for eqn in waiting for var in eqn.outvars]
         needed = dict.fromkeys(var for eqn in waiting for var in _read_by(eqn))
         inputs = [var for var in needed if var not in set(made)]
         outputs = [var for var in made if last_use.get(var, -1) >= before]
         arguments = [known[var] for var in inputs]
         forget(inputs, before)
-        known.update(zip(outputs, _run(inner, waiting, inputs, outputs, arguments)))
+        run = jec.jaxpr_as_fun(_part(inner, waiting, inputs, outputs))
+        known.update(zip(outputs, run(*arguments)))
         waiting.clear()
 
     def forget(variables: Sequence[Any], before: int) -> None:
@@ -159,17 +203,17 @@ def _read_by(equation: Any) -> list[Any]:
     return _variables(equation.invars)
 
 
-def _run(
+def _part(
     jaxpr: Jaxpr,
     equations: Sequence[Any],
     inputs: Sequence[Any],
     outputs: Sequence[Any],
-    values: Sequence[Array],
-) -> list[Array]:
-    """Some of the equations of a jaxpr, exactly as they are."""
-    if not equations:
-        return []
+) -> Jaxpr:
+    """Some of the equations of a jaxpr, exactly as they are, as a closed one."""
     part = jaxpr.replace(
-        constvars=[], invars=inputs, outvars=list(outputs), eqns=list(equations)
+        constvars=[],
+        invars=list(inputs),
+        outvars=list(outputs),
+        eqns=list(equations),
     )
-    return jec.jaxpr_as_fun(jec.ClosedJaxpr(part, ()))(*values)
+    return jec.ClosedJaxpr(part, ())

@@ -11,7 +11,7 @@ from ._spec import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 from ._weight import is_weight
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_static
 class NoUpdate:
     """The update of what is frozen: added to an array it gives that very array, which
     `jax.jit` then hands through without a copy."""
@@ -23,6 +23,12 @@ class NoUpdate:
         return other
 
     __radd__ = __add__
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is NoUpdate
+
+    def __hash__(self) -> int:
+        return hash(NoUpdate)
 
 
 def wrap_optimizer(

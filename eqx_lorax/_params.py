@@ -1,6 +1,7 @@
 """Adapters for trees of parameters: the interface of the original jax-lorax."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -174,7 +175,7 @@ def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
     return jnp.isfinite(weight.materialise()).all()
 
 
-@eqx.filter_jit(donate="first")
+@functools.partial(jax.jit, donate_argnums=0)
 def _donating(base: Any, others: Any) -> Array:
     return eqx.combine(base, others).materialise()
 

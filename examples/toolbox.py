@@ -3,29 +3,36 @@
 import argparse
 import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import equinox as eqx
 import jax
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+import optax
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 
 _Examples = TypeVar("_Examples")
+_Params = TypeVar("_Params")
 
 
 @contextlib.contextmanager
-def install_hint() -> Iterator[None]:
+def install_hint(extra: str = "examples") -> Iterator[None]:
     """Turns a failed import into one line that says what to install."""
     try:
         yield
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         package = str(error.name).partition(".")[0]
+        # A package that is there may be of a version that lacks the name.
+        is_missing = isinstance(error, ModuleNotFoundError)
+        problem = (
+            "Missing the package" if is_missing else "Another version is needed of"
+        )
         raise SystemExit(
-            f"Missing the package {package!r}. Install what the examples need with: "
-            "pip install -e '.[examples]'"
+            f"{problem} {package!r}. Install what the examples need with: "
+            f"pip install -e '.[{extra}]'"
         ) from None
 
 
@@ -33,6 +40,7 @@ with install_hint():
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from tqdm import tqdm
 
 
 def package_file(package: str, name: str, *, holds: str, requirement: str) -> Path:
@@ -63,7 +71,13 @@ class Parser(argparse.ArgumentParser):
         )
 
     def add_training_flags(
-        self, *, steps: int, rank: int, batch_size: int, learning_rate: float
+        self,
+        *,
+        steps: int,
+        rank: int,
+        batch_size: int,
+        learning_rate: float,
+        has_picture: bool = True,
     ) -> None:
         """The flags that the examples share, with their defaults."""
         for name, kind, default, help in [
@@ -72,9 +86,16 @@ class Parser(argparse.ArgumentParser):
             ("--batch-size", positive_int, batch_size, "examples in a batch"),
             ("--learning-rate", positive_float, learning_rate, "the highest there is"),
             ("--seed", seed, 0, "decides the split and all that is drawn"),
-            ("--output", Path, Path("out"), "folder for the picture"),
         ]:
             self.add_argument(name, type=kind, default=default, help=help)
+        if has_picture:
+            help = "folder for the picture"
+            self.add_argument("--output", type=Path, default=Path("out"), help=help)
+
+    def add_sizes(self, *sizes: tuple[str, int, str]) -> None:
+        """Flags for whole numbers from one: name, default and help."""
+        for name, default, help in sizes:
+            self.add_argument(name, type=positive_int, default=default, help=help)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -114,6 +135,111 @@ def batches(examples: _Examples, size: int, seed: int) -> Iterator[_Examples]:
         order = rng.permutation(count)
         for start in range(0, count - size + 1, size):
             yield rows(examples, order[start : start + size])
+
+
+def documentation() -> bytes:
+    """The Python language reference as `help()` shows it: English, in every Python."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics.values()).encode()
+
+
+def token_rows(
+    text: bytes, length: int, *, held_out: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes as tokens, cut into rows of `length` and shuffled: those to train on, and
+    those held out."""
+    tokens = np.frombuffer(text, np.uint8).astype(np.int32)
+    table = tokens[: len(tokens) // length * length].reshape(-1, length)
+    table = np.random.default_rng(seed).permutation(table)
+    return table[held_out:], table[:held_out]
+
+
+def next_token_loss(
+    logits: Float[Array, "row seq vocab"], tokens: Int[Array, "row seq"]
+) -> Float[Array, ""]:
+    """The mean cross-entropy of each token but the first, given those before it."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], tokens[:, 1:]
+    )
+    return losses.mean()
+
+
+def fit(
+    loss: Callable[[_Params, Any], Float[Array, ""]],
+    params: _Params,
+    optimizer: optax.GradientTransformation,
+    batches: Iterator[Any],
+    *,
+    steps: int,
+    title: str,
+) -> tuple[_Params, PyTree, list[float]]:
+    """Training as anyone writes it. The trained `params`, the optimizer's last state,
+    and the loss of every step."""
+
+    @jax.jit
+    def step(
+        params: _Params, state: PyTree, batch: Any
+    ) -> tuple[_Params, PyTree, Float[Array, ""]]:
+        value, gradient = jax.value_and_grad(loss)(params, batch)
+        updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    losses: list[float] = []
+    progress = tqdm(range(steps), desc=title, unit="step")
+    for _, batch in zip(progress, batches):
+        params, state, value = step(params, state, batch)
+        losses.append(float(value))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return params, state, losses
+
+
+class Costs(NamedTuple):
+    """Numbers of parameters, and bytes."""
+
+    trained: int
+    frozen: int
+    optimizer_state: int
+    full_optimizer_state: int
+    """Of full fine-tuning."""
+
+
+def print_costs(
+    plain: PyTree, adapted: PyTree, trained: PyTree, optimizer_state: PyTree
+) -> Costs:
+    """What is trained, what is not, and what AdamW remembers of it. `plain` is what
+    full fine-tuning would train; `trained` is a part of `adapted`."""
+    full_state = jax.eval_shape(optax.adamw(1e-3).init, plain)
+    count = _count(trained)
+    costs = Costs(
+        trained=count,
+        frozen=_count(adapted) - count,
+        optimizer_state=_bytes(optimizer_state),
+        full_optimizer_state=_bytes(full_state),
+    )
+    print(f"Parameters trained  {costs.trained:>11,}")
+    print(f"Parameters frozen   {costs.frozen:>11,}")
+    print(
+        f"Optimizer state     {costs.optimizer_state:>11,} bytes  "
+        f"({costs.full_optimizer_state:,} for full fine-tuning)"
+    )
+    return costs
+
+
+def _count(tree: PyTree) -> int:
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def print_difference(logits: ArrayLike, merged_logits: ArrayLike) -> float:
+    """The largest between two logits, of the adapted and of the merged model."""
+    difference = float(np.abs(np.asarray(logits) - np.asarray(merged_logits)).max())
+    print(f"Largest difference between adapted and merged logits  {difference:.1e}")
+    return difference
 
 
 def megabytes(tree: PyTree) -> str:

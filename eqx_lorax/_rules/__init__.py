@@ -8,4 +8,5 @@ dense weight will do.
 from . import control_flow, linear, structural
 
 
+LOOPS = control_flow.LOOPS
 RULES = structural.RULES | linear.RULES | control_flow.RULES

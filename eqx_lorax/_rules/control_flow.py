@@ -226,3 +226,6 @@ RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "shard_map": _shard_map,
     "while": _while,
 }
+
+LOOPS = (_cond, _scan, _shard_map, _while)
+"""The rules that make functions of their own."""

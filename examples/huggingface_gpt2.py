@@ -1,0 +1,157 @@
+"""Adapt HuggingFace's own GPT-2 in JAX, not a line of which is changed, to English.
+
+Its weights are random, so that nothing has to be downloaded: what is shown is that the
+model can be adapted, not what a pretrained one can do. `from_pretrained("gpt2")` gives
+the same class and the same tree of parameters, and all that follows is the same.
+"""
+
+# Optional, and checked also where it is not installed.
+# pyright: reportMissingImports=false
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+import eqx_lorax as lorax
+import toolbox
+
+
+with toolbox.install_hint("interop"):
+    # Without it `transformers` has only a stand-in for the model.
+    import flax as flax
+    from transformers import FlaxGPT2LMHeadModel, GPT2Config
+
+
+class Result(NamedTuple):
+    """Losses are those of the next byte; `before` and `after` on held-out text."""
+
+    before: float
+    after: float
+    losses: list[float]
+    max_logit_difference: float
+    """The largest between the adapted and the merged model."""
+    costs: toolbox.Costs
+    model: FlaxGPT2LMHeadModel
+    spec: PyTree
+    adapted: PyTree
+    merged: PyTree
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.width % args.heads:
+        parser.error("--width must be a multiple of --heads")
+    train_rows, test_rows = toolbox.token_rows(
+        toolbox.documentation(), args.length, held_out=64, seed=args.seed
+    )
+    model = make_model(args)
+
+    def logits_of(params: PyTree, tokens: Int[Array, "row seq"]) -> Array:
+        return model(tokens, params=params).logits
+
+    def decide(path: Any, array: Array) -> int:
+        # In Flax's GPT-2 these are all the projections of attention and MLP.
+        if "kernel" in path:
+            return args.rank
+        # What is left are the embeddings, of tokens and of positions.
+        return lorax.LORA_FULL if args.embeddings == "full" else lorax.LORA_FREEZE
+
+    spec = lorax.simple_spec(model.params, decide)
+    try:
+        params = lorax.init_lora(model.params, spec, jr.key(args.seed), alpha=args.rank)
+    except ValueError as error:
+        parser.error(str(error))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, args.learning_rate, args.steps // 10, args.steps
+    )
+    optimizer = lorax.wrap_optimizer(optax.adamw(schedule), spec)
+
+    adapted_logits_of = lorax.lora(logits_of, on_materialise="error")
+
+    def loss(params: PyTree, tokens: Int[Array, "row seq"]) -> Float[Array, ""]:
+        return toolbox.next_token_loss(adapted_logits_of(params, tokens), tokens)
+
+    adapted, optimizer_state, losses = toolbox.fit(
+        loss,
+        params,
+        optimizer,
+        toolbox.batches(train_rows, args.batch_size, args.seed),
+        steps=args.steps,
+        title="Adapting",
+    )
+
+    trained = lorax.split_lora_params(adapted, spec)
+    costs = toolbox.print_costs(model.params, adapted, trained, optimizer_state)
+
+    # By default GPUs round the operands of products, so that a merged model differs.
+    with jax.default_matmul_precision("highest"):
+        plain_logits = jax.jit(logits_of)(model.params, test_rows)
+        logits = jax.jit(adapted_logits_of)(adapted, test_rows)
+        # The model's own parameters are still needed: it holds them.
+        merged = lorax.merge_params(adapted, destructive=False)
+        merged_logits = jax.jit(logits_of)(merged, test_rows)
+    before = float(toolbox.next_token_loss(plain_logits, test_rows))
+    after = float(toolbox.next_token_loss(logits, test_rows))
+    print(f"Held-out loss before                                  {before:.3f}")
+    print(f"Held-out loss after                                   {after:.3f}")
+    by_frequency = frequency_loss(train_rows, test_rows)
+    print(f"Held-out loss of the frequencies of bytes             {by_frequency:.3f}")
+    difference = toolbox.print_difference(logits, merged_logits)
+    return Result(
+        before, after, losses, difference, costs, model, spec, adapted, merged
+    )
+
+
+def make_model(args: argparse.Namespace) -> FlaxGPT2LMHeadModel:
+    """With random weights."""
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=args.length,
+        n_embd=args.width,
+        n_layer=args.layers,
+        n_head=args.heads,
+        # Those of GPT-2 are beyond the vocabulary.
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return FlaxGPT2LMHeadModel(config, seed=args.seed)
+
+
+def frequency_loss(train_rows: np.ndarray, test_rows: np.ndarray) -> float:
+    """What the loss would be of a model that knows how often each byte occurs, and
+    nothing of those before it."""
+    counts = np.bincount(train_rows.ravel(), minlength=256) + 1
+    logits = jnp.broadcast_to(jnp.log(counts), (*test_rows.shape, 256))
+    return float(toolbox.next_token_loss(logits, jnp.asarray(test_rows)))
+
+
+def _parser() -> toolbox.Parser:
+    parser = toolbox.Parser(__doc__)
+    parser.add_training_flags(
+        steps=250, rank=8, batch_size=16, learning_rate=3e-3, has_picture=False
+    )
+    parser.add_sizes(
+        ("--layers", 2, "blocks of the model"),
+        ("--width", 64, "size of a token's vector"),
+        ("--heads", 4, "heads of its attention"),
+        ("--length", 64, "bytes of text in an example"),
+    )
+    parser.add_argument(
+        "--embeddings",
+        choices=("full", "frozen"),
+        default="full",
+        help="whether they are trained whole; pretrained ones can stay frozen",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

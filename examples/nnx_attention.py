@@ -1,0 +1,225 @@
+"""Adapt the attention of a Flax NNX model to digits that lie on their side.
+
+It learns upright digits first, of which it sees the rows. Then adapters on its attention
+learn digits turned by a quarter. The kernels of `nnx.MultiHeadAttention` have three
+axes, two of which are really one: a `lorax.LoraSpec` says which.
+"""
+
+# Flax is optional, and this file is checked also where it is not installed.
+# pyright: reportMissingImports=false
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+import eqx_lorax as lorax
+import toolbox
+
+
+with toolbox.install_hint("interop"):
+    from flax import nnx
+    from sklearn import datasets
+
+
+class Digits(NamedTuple):
+    images: Float[np.ndarray, "image 8 8"]
+    labels: Int[np.ndarray, " image"]
+
+
+class Block(nnx.Module):
+    """Attention and an MLP, each on what is normalised and added to what comes in."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(heads, width, decode=False, rngs=rngs)
+        self.mlp_norm = nnx.LayerNorm(width, rngs=rngs)
+        self.up = nnx.Linear(width, 2 * width, rngs=rngs)
+        self.down = nnx.Linear(2 * width, width, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.down(jax.nn.gelu(self.up(self.mlp_norm(x))))
+
+
+class Network(nnx.Module):
+    """A transformer for which the rows of an image are tokens."""
+
+    def __init__(self, args: argparse.Namespace, *, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(8, args.width, rngs=rngs)
+        self.positions = nnx.Param(jr.normal(rngs.params(), (8, args.width)))
+        self.blocks = nnx.List(
+            [Block(args.width, args.heads, rngs=rngs) for _ in range(args.layers)]
+        )
+        self.head = nnx.Linear(args.width, 10, rngs=rngs)
+
+    def __call__(self, images: Float[Array, "image 8 8"]) -> Float[Array, "image 10"]:
+        x = self.embed(images) + self.positions
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+class Result(NamedTuple):
+    """Accuracies are on held-out digits."""
+
+    upright: float
+    turned_before: float
+    turned_after: float
+    losses: list[float]
+    max_logit_difference: float
+    """The largest between the adapted and the merged network."""
+    costs: toolbox.Costs
+    spec: PyTree
+    plain: PyTree
+    adapted: PyTree
+    merged: PyTree
+
+
+def decide(path: Any, array: Array, rank: int) -> int | lorax.LoraSpec:
+    """What becomes of a parameter."""
+    # By the axes alone the biases, one for each head and each of its numbers, would be
+    # matrices.
+    if "attention" not in path or "kernel" not in path:
+        return lorax.LORA_FREEZE
+    # A rank alone would factor the last axis against the two before. The matrix that
+    # attention multiplies with has all heads on one side.
+    if "out" in path:
+        return lorax.LoraSpec(rank, rows=(0, 1), columns=(2,))  # heads, size; width
+    return lorax.LoraSpec(rank, rows=(0,), columns=(1, 2))  # width; heads, size
+
+
+def main(argv: Sequence[str] | None = None) -> Result:
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.width % args.heads:
+        parser.error("--width must be a multiple of --heads")
+    upright, upright_test = load_digits(args.seed)
+    if args.batch_size > len(upright.labels):
+        parser.error(f"--batch-size must not exceed {len(upright.labels):,}")
+    turned, turned_test = turn(upright), turn(upright_test)
+
+    # What does not change, and the parameters: the two sides of an NNX module.
+    graph, fresh = nnx.split(Network(args, rngs=nnx.Rngs(args.seed)))
+    spec = lorax.simple_spec(fresh, lambda path, x: decide(path, x, args.rank))
+
+    def adapt(params: PyTree) -> PyTree:
+        try:
+            return lorax.init_lora(params, spec, jr.key(args.seed), alpha=args.rank)
+        except ValueError as error:
+            parser.error(str(error))
+
+    adapt(fresh)  # so that a bad flag is found before the pretraining
+
+    def logits_of(
+        params: PyTree, images: Float[Array, "image 8 8"]
+    ) -> Float[Array, "image 10"]:
+        return nnx.merge(graph, params)(images)
+
+    def loss(params: PyTree, digits: Digits) -> Float[Array, ""]:
+        logits = logits_of(params, digits.images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, digits.labels)
+        return losses.mean()
+
+    schedule = optax.cosine_decay_schedule(3e-3, args.pretrain_steps)
+    plain, _, _ = toolbox.fit(
+        loss,
+        fresh,
+        optax.adamw(schedule),
+        toolbox.batches(upright, args.batch_size, args.seed),
+        steps=args.pretrain_steps,
+        title="Pretraining",
+    )
+
+    schedule = optax.cosine_decay_schedule(args.learning_rate, args.steps)
+    adapted, optimizer_state, losses = toolbox.fit(
+        lorax.lora(loss, on_materialise="error"),
+        adapt(plain),
+        lorax.wrap_optimizer(optax.adamw(schedule), spec),
+        toolbox.batches(turned, args.batch_size, args.seed),
+        steps=args.steps,
+        title="Adapting",
+    )
+    trained = lorax.split_lora_params(adapted, spec)
+    costs = toolbox.print_costs(plain, adapted, trained, optimizer_state)
+
+    # Not destructive, because the plain parameters are still to be compared with.
+    merged = lorax.merge_params(adapted, destructive=False)
+    plain_logits_of = jax.jit(logits_of)
+    adapted_logits_of = jax.jit(lorax.lora(logits_of, on_materialise="error"))
+    # By default GPUs round the operands of products, so that a merged model differs.
+    with jax.default_matmul_precision("highest"):
+        before = [
+            plain_logits_of(plain, digits.images)
+            for digits in (upright_test, turned_test)
+        ]
+        after = [
+            adapted_logits_of(adapted, digits.images)
+            for digits in (upright_test, turned_test)
+        ]
+        merged_logits = plain_logits_of(merged, turned_test.images)
+
+    # Turning leaves the labels as they are.
+    table = {
+        name: [accuracy(x, upright_test.labels) for x in logits]
+        for name, logits in [("Without adapters", before), ("With adapters", after)]
+    }
+    print(f"Loss of the first and the last batch     {losses[0]:.3f}  {losses[-1]:.3f}")
+    print(f"{'Held-out accuracy':20}{'upright':>10}{'turned':>10}")
+    for name, (on_upright, on_turned) in table.items():
+        print(f"{name:20}{on_upright:10.3f}{on_turned:10.3f}")
+    difference = toolbox.print_difference(after[1], merged_logits)
+    return Result(
+        upright=table["Without adapters"][0],
+        turned_before=table["Without adapters"][1],
+        turned_after=table["With adapters"][1],
+        losses=losses,
+        max_logit_difference=difference,
+        costs=costs,
+        spec=spec,
+        plain=plain,
+        adapted=adapted,
+        merged=merged,
+    )
+
+
+def load_digits(seed: int) -> tuple[Digits, Digits]:
+    """1,397 digits to train on, and 400 held out."""
+    data: Any = datasets.load_digits()
+    order = np.random.default_rng(seed).permutation(len(data.target))
+    images = (data.images[order] / 16).astype(np.float32)
+    digits = Digits(images, data.target[order].astype(np.int32))
+    return toolbox.rows(digits, slice(400, None)), toolbox.rows(digits, slice(400))
+
+
+def turn(digits: Digits) -> Digits:
+    """The digits on their side."""
+    return digits._replace(images=np.rot90(digits.images, axes=(1, 2)))
+
+
+def accuracy(logits: Array, labels: Int[np.ndarray, " image"]) -> float:
+    return float((jnp.argmax(logits, 1) == labels).mean())
+
+
+def _parser() -> toolbox.Parser:
+    parser = toolbox.Parser(__doc__)
+    parser.add_training_flags(
+        steps=200, rank=4, batch_size=32, learning_rate=1e-2, has_picture=False
+    )
+    parser.add_sizes(
+        ("--pretrain-steps", 200, "training steps of the network itself"),
+        ("--layers", 2, "blocks of the network"),
+        ("--width", 64, "size of a token's vector"),
+        ("--heads", 4, "heads of its attention"),
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()
