@@ -10,12 +10,11 @@ from jaxtyping import Array
 from . import _contract
 from ._arrays import is_array, promote
 from ._contract import Label, NotFactored, portable, Precision, RANK
-from ._views import add
+from ._views import add, Viewed
 
 
 if TYPE_CHECKING:
     from ._lora import LoraWeight
-    from ._weight import Weight
 
 
 def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
@@ -26,7 +25,7 @@ def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
 
 
 def convolve(
-    w: "Weight",
+    w: Viewed,
     x: Array,
     *,
     dimension_numbers: lax.ConvDimensionNumbers,
@@ -79,19 +78,15 @@ def convolve(
     shown = lora.shown_axes()
     kernel_axes = tuple(shown[axis] for axis in dimension_numbers.rhs_spec)
     mixer_owns = _mixer(lora, kernel_axes)
-    conv |= dict(dimension_numbers=dimension_numbers)
+    as_stored = tuple(axis % w.ndim for axis in kernel_axes)
     base = convolve(
         lora.w,
         x,
         is_frozen=True,
+        dimension_numbers=dimension_numbers._replace(rhs_spec=as_stored),
         feature_group_count=feature_group_count,
         precision=precision,
-        **conv
-        | dict(
-            dimension_numbers=dimension_numbers._replace(
-                rhs_spec=tuple(axis % w.ndim for axis in kernel_axes)
-            )
-        ),
+        **conv,
     )
     branch = _outputs_mixed if mixer_owns == "outputs" else _inputs_mixed
     update = branch(
@@ -101,6 +96,7 @@ def convolve(
         groups=feature_group_count,
         is_frozen=is_frozen,
         precision=portable(precision),
+        dimension_numbers=dimension_numbers,
         **conv,
     )
     y = add(base, lora.scale * update)

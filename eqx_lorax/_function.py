@@ -13,7 +13,7 @@ from jaxtyping import Array
 from . import _compat
 from ._interpreter import evaluate
 from ._report import Materialised, OnMaterialise, Report
-from ._weight import AbstractLoraWeight, is_weight, Value
+from ._weight import AbstractLoraWeight, is_weight
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -147,17 +147,17 @@ _TRACED = (
 )
 
 
-def _value(leaf: Any) -> Value:
+def _value(leaf: Any) -> Any:
     return leaf.weight if isinstance(leaf, _Standing) else leaf
 
 
-def _shaped(value: Value) -> Any:
+def _shaped(value: Any) -> Any:
     if is_weight(value):
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
     return value
 
 
-def _returned(value: Value, report: Report) -> Array:
+def _returned(value: Any, report: Report) -> Array:
     if not is_weight(value):
         return value
     reason, at = "the function returns it", _compat.calling_line()

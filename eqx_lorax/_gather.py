@@ -1,7 +1,7 @@
 """Picking entries of a weight by indices."""
 
 from collections.abc import Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -10,15 +10,11 @@ from jaxtyping import Array, ArrayLike
 from . import _contract
 from ._arrays import is_array
 from ._contract import Label, NotFactored
-from ._views import add, dense, low_rank_product, renumbered
-
-
-if TYPE_CHECKING:
-    from ._weight import Weight
+from ._views import add, dense, low_rank_product, renumbered, Viewed
 
 
 def gather(
-    x: "Weight",
+    x: Viewed,
     indices: Array,
     dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: Sequence[int],
@@ -26,7 +22,7 @@ def gather(
     mode: Any = None,
     fill_value: Any = None,
     **flags: Any,
-) -> "Weight":
+) -> Viewed:
     """As `jax.lax.gather`. What is picked along batch axes alone is still a weight;
     what is looked up along rows or columns, as an embedding does, is an array."""
     numbers = dimension_numbers
@@ -44,7 +40,7 @@ def gather(
     if lora.gain is not None and fill_value not in (None, 0):
         raise NotFactored("what is out of bounds would be scaled too")
     shown = lora.shown_axes()
-    size_of = dict(zip(shown, slice_sizes, strict=True))
+    size_of: dict[Label, int] = dict(zip(shown, slice_sizes, strict=True))
     collapsed = {shown[i] for i in numbers.collapsed_slice_dims}
     batched = dict(
         zip(
@@ -76,7 +72,7 @@ def gather(
             start_indices_batching_dims=tuple(batched[a] for a in axes if a in batched),
         )
         columns = jnp.asarray([column_of[a] for a in axes if a in column_of], int)
-        sizes = [size_of.get(a, array.shape[i]) for i, a in at.items()]
+        sizes: list[Any] = [size_of.get(a, array.shape[i]) for i, a in at.items()]
         found = gather(
             array,
             indices[..., columns],
@@ -113,7 +109,7 @@ def gather(
     return lax.transpose(found, order).astype(x.dtype)
 
 
-def take(x: "Weight", position: int, index: ArrayLike) -> "Weight":
+def take(x: Viewed, position: int, index: ArrayLike) -> Viewed:
     """`x` indexed along one axis, where the axes of `index` then stand; `index` counts
     from the end where it is negative."""
     index = jnp.asarray(index)

@@ -22,7 +22,7 @@ from ._compat import Jaxpr
 from ._contract import NotFactored
 from ._report import Materialised, Report
 from ._rules import LOOPS, RULES
-from ._weight import is_weight, Value
+from ._weight import is_weight
 
 
 class Equation:
@@ -41,7 +41,7 @@ class Equation:
         """The outputs for arrays, as JAX has them."""
         return jec.jaxpr_as_fun(self._alone())(*self._arguments(values))
 
-    def _arguments(self, values: Sequence[Value]) -> list[Value]:
+    def _arguments(self, values: Sequence[Any]) -> list[Any]:
         """What of the operands `values` is no literal."""
         pairs = zip(self._equation.invars, values, strict=True)
         return list({var: x for var, x in pairs if not _is_literal(var)}.values())
@@ -69,12 +69,16 @@ class Equation:
 
     def body(self, jaxpr: Jaxpr, *values: Any) -> "Body":
         """A jaxpr within this equation as a function of arrays and weights like
-        `values`."""
+        `values`, which is going to be run."""
         body = _body(jaxpr, jax.tree.structure(values))
         self._bodies.append(body)
         return body
 
-    def dense(self, value: Value, reason: str) -> Array:
+    def output_shapes(self, jaxpr: Jaxpr, *values: Any) -> list[Any]:
+        """What kinds of arrays and weights `body(jaxpr, *values)` would return."""
+        return jax.eval_shape(_body(jaxpr, jax.tree.structure(values)), *values)
+
+    def dense(self, value: Any, reason: str) -> Array:
         """The array that `value` stands for. If it is a weight, that is reported."""
         if not is_weight(value):
             return value
@@ -82,7 +86,7 @@ class Equation:
         self._report.add(Materialised(name, value.shape, reason, self._at))
         return value.materialise()
 
-    def evaluate(self, *values: Value) -> Sequence[Value]:
+    def evaluate(self, *values: Any) -> Sequence[Any]:
         """The outputs for operands at least one of which is a weight."""
         with _name_scope(self._equation), self._equation.ctx.manager:
             try:
@@ -96,14 +100,14 @@ class Equation:
                 self._report.add(found)
         return outputs
 
-    def _by_rule(self, values: Sequence[Value]) -> Sequence[Value]:
+    def _by_rule(self, values: Sequence[Any]) -> Sequence[Any]:
         rule = RULES.get(self.primitive.name)
         if rule is None:
             raise NotFactored("it has no factored form")
         leaves = jax.tree.leaves(values)
         if rule not in LOOPS or any(isinstance(x, jax.core.Tracer) for x in leaves):
             return rule(self, *values)
-        # The rule makes new functions, which JAX would compile anew in every eager call.
+        # The rule makes functions, which JAX would compile anew in every eager call.
         arguments = self._arguments(values)
         return self.body(_alone(self), *arguments).jitted(*arguments)
 
@@ -125,11 +129,11 @@ class Body:
         # What was found while it was traced, for every caller to report as its own.
         self.report = Report("allow")
 
-    def __call__(self, *values: Value) -> list[Value]:
+    def __call__(self, *values: Any) -> list[Any]:
         return evaluate(self._jaxpr, values, self.report)
 
     @functools.cached_property
-    def jitted(self) -> Callable[..., list[Value]]:
+    def jitted(self) -> Callable[..., list[Any]]:
         return jax.jit(self)
 
 
@@ -143,13 +147,13 @@ def _body(jaxpr: Jaxpr, structure: Any) -> Body:
     return Body(jaxpr)
 
 
-def evaluate(jaxpr: Jaxpr, values: Sequence[Value], report: Report) -> list[Value]:
+def evaluate(jaxpr: Jaxpr, values: Sequence[Any], report: Report) -> list[Any]:
     """The outputs of a closed jaxpr; what has to be materialised goes to `report`."""
     if not any(map(is_weight, values)):
         return jec.jaxpr_as_fun(jaxpr)(*values)
     inner = jaxpr.jaxpr
     variables = [*inner.constvars, *inner.invars]
-    known: dict[Any, Value] = dict(zip(variables, [*jaxpr.consts, *values]))
+    known: dict[Any, Any] = dict(zip(variables, [*jaxpr.consts, *values]))
     last_use = {var: i for i, eqn in enumerate(inner.eqns) for var in _read_by(eqn)}
     last_use |= {var: len(inner.eqns) for var in _variables(inner.outvars)}
     waiting: list[Any] = []

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, cast, TypeAlias
 
 import jax
 import numpy as np
@@ -146,7 +146,7 @@ def map_spec(
                     "have an array. Give a rank, a `lorax.LoraSpec`, "
                     "`lorax.LORA_FREEZE` or `lorax.LORA_FULL`."
                 )
-            return fn(_dotted(path), node, spec)
+            return fn(_dotted(path), node, cast(SpecValue, spec))
         named, treedef = level
         names = [name for name, _ in named]
         below = [spec] * len(named) if is_value else _children(path, names, spec)

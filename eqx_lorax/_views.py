@@ -6,7 +6,7 @@ raises `NotFactored` for a weight whose rows and columns would be mixed.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ from ._contract import Label, NotFactored
 
 if TYPE_CHECKING:
     from ._lora import LoraWeight
-    from ._weight import Weight
+
+# An array or a factored weight.
+Viewed: TypeAlias = Any
 
 
-def dense(x: "Weight") -> Array:
+def dense(x: Viewed) -> Array:
     """The array that `x` stands for, in `wide` of its dtype, frozen where it is."""
     if is_array(x):
         return jnp.asarray(x, wide(x.dtype))
@@ -57,14 +59,14 @@ def add(x: Array, y: Array) -> Array:
     return x.astype(dtype) + y.astype(dtype)
 
 
-def transpose(x: "Weight", permutation: Sequence[int]) -> "Weight":
+def transpose(x: Viewed, permutation: Sequence[int]) -> Viewed:
     """As `jax.lax.transpose`; a view, that moves nothing, of a weight."""
     if is_array(x):
         return lax.transpose(x, permutation)
     return x.as_lora().reordered(permutation)
 
 
-def convert(x: "Weight", dtype: DTypeLike) -> "Weight":
+def convert(x: Viewed, dtype: DTypeLike) -> Viewed:
     """The base in another inexact dtype; the factors, which may be wider, keep
     theirs."""
     if is_array(x):
@@ -75,7 +77,7 @@ def convert(x: "Weight", dtype: DTypeLike) -> "Weight":
     return lora.replace(w=convert(lora.w, dtype))
 
 
-def scaled(x: "Weight", gain: Array) -> "Weight":
+def scaled(x: Viewed, gain: Array) -> Viewed:
     """`x * gain`. The gain of a weight is constant along its rows or along its
     columns, and is not multiplied out: a product of the base's shape would be formed,
     and another for the gradient in `gain`."""
@@ -102,18 +104,18 @@ def scaled(x: "Weight", gain: Array) -> "Weight":
 
 
 def slice_(
-    x: "Weight",
+    x: Viewed,
     starts: Sequence[int],
     limits: Sequence[int],
     strides: Sequence[int] | None = None,
-) -> "Weight":
+) -> Viewed:
     """As `jax.lax.slice`."""
     if is_array(x):
         return lax.slice(x, starts, limits, strides)
-    strides = strides or (1,) * x.ndim
-    by_axis = _by_axis(x, list(zip(starts, limits, strides, strict=True)))
+    steps = strides or (1,) * x.ndim
+    by_axis = _by_axis(x, list(zip(starts, limits, steps, strict=True)))
 
-    def part(array: "Weight", axes: Sequence[Label]) -> "Weight":
+    def part(array: Viewed, axes: Sequence[Label]) -> Viewed:
         bounds = [
             by_axis.get(axis, (0, size, 1)) for axis, size in zip(axes, array.shape)
         ]
@@ -123,15 +125,15 @@ def slice_(
 
 
 def dynamic_slice(
-    x: "Weight", starts: Sequence[ArrayLike], sizes: Sequence[int]
-) -> "Weight":
+    x: Viewed, starts: Sequence[ArrayLike], sizes: Sequence[int]
+) -> Viewed:
     """As `jax.lax.dynamic_slice`."""
     if is_array(x):
         return lax.dynamic_slice(x, starts, sizes)
     by_axis = _by_axis(x, list(zip(starts, sizes, strict=True)))
     zero = jnp.zeros_like(starts[0])
 
-    def part(array: "Weight", axes: Sequence[Label]) -> "Weight":
+    def part(array: Viewed, axes: Sequence[Label]) -> Viewed:
         bounds = [
             by_axis.get(axis, (zero, size)) for axis, size in zip(axes, array.shape)
         ]
@@ -140,11 +142,11 @@ def dynamic_slice(
     return x.as_lora().map_arrays(part)
 
 
-def _by_axis(x: "Weight", of_shown: Sequence[Any]) -> dict[Label, Any]:
+def _by_axis(x: Viewed, of_shown: Sequence[Any]) -> dict[Label, Any]:
     return dict(zip(x.as_lora().shown_axes(), of_shown, strict=True))
 
 
-def squeeze(x: "Weight", dimensions: Iterable[int]) -> "Weight":
+def squeeze(x: Viewed, dimensions: Iterable[int]) -> Viewed:
     """As `jax.lax.squeeze`."""
     if is_array(x):
         return lax.squeeze(x, tuple(dimensions))
@@ -152,7 +154,7 @@ def squeeze(x: "Weight", dimensions: Iterable[int]) -> "Weight":
     shown = lora.shown_axes()
     gone = {shown[dimension] for dimension in dimensions}
 
-    def part(array: "Weight", axes: Sequence[Label]) -> "Weight":
+    def part(array: Viewed, axes: Sequence[Label]) -> Viewed:
         return squeeze(array, [i for i, axis in enumerate(axes) if axis in gone])
 
     stored = [axis for axis in range(-lora.w.ndim, 0) if axis not in gone]
@@ -160,7 +162,7 @@ def squeeze(x: "Weight", dimensions: Iterable[int]) -> "Weight":
     return renumbered(lora.map_arrays(part), stored, shown)
 
 
-def expand(x: "Weight", sizes: Sequence[int], dimensions: Sequence[int]) -> "Weight":
+def expand(x: Viewed, sizes: Sequence[int], dimensions: Sequence[int]) -> Viewed:
     """`x` repeated along new axes of the `sizes`, which stand at the `dimensions` of
     the result. To a weight they are batch axes."""
     if not sizes:
@@ -174,7 +176,7 @@ def expand(x: "Weight", sizes: Sequence[int], dimensions: Sequence[int]) -> "Wei
         return lax.transpose(leading, [order.index(i) for i in range(ndim)])
     lora = x.as_lora()
 
-    def part(array: "Weight", axes: Sequence[Label]) -> "Weight":
+    def part(array: Viewed, axes: Sequence[Label]) -> Viewed:
         return expand(array, sizes, range(len(sizes)))
 
     shown = iter(lora.shown_axes())
@@ -184,8 +186,8 @@ def expand(x: "Weight", sizes: Sequence[int], dimensions: Sequence[int]) -> "Wei
 
 
 def broadcast_in_dim(
-    x: "Weight", shape: Sequence[int], dimensions: Sequence[int]
-) -> "Weight":
+    x: Viewed, shape: Sequence[int], dimensions: Sequence[int]
+) -> Viewed:
     """As `jax.lax.broadcast_in_dim`."""
     if is_array(x):
         return lax.broadcast_in_dim(x, shape, dimensions)
@@ -196,7 +198,7 @@ def broadcast_in_dim(
     return expand(x, [shape[d] for d in new], new)
 
 
-def reshape(x: "Weight", shape: Sequence[int]) -> "Weight":
+def reshape(x: Viewed, shape: Sequence[int]) -> Viewed:
     """As `jax.lax.reshape`, as long as no row is merged with a column or either with a
     batch axis."""
     if is_array(x):
@@ -214,7 +216,7 @@ def reshape(x: "Weight", shape: Sequence[int]) -> "Weight":
     ]
     stored: list[int] = list(range(-lora.w.ndim, 0))
     new_axes: dict[str, list[int]] = {"row": [], "column": [], "batch": []}
-    new_sizes: dict[int, tuple[int, ...]] = {}
+    new_sizes: dict[Label, tuple[int, ...]] = {}
     end = -sum(len(sizes) for _, sizes in groups)
     for axes, sizes in groups:
         if len({kinds[axis] for axis in axes}) > 1:
@@ -224,7 +226,7 @@ def reshape(x: "Weight", shape: Sequence[int]) -> "Weight":
         new_sizes[stored[axes[0]]] = sizes
         new_sizes |= {stored[axis]: () for axis in axes[1:]}
 
-    def part(array: "Weight", axes: Sequence[Label]) -> "Weight":
+    def part(array: Viewed, axes: Sequence[Label]) -> Viewed:
         of_axes = [
             new_sizes.get(axis, (size,)) for axis, size in zip(axes, array.shape)
         ]
@@ -251,7 +253,7 @@ def in_order(lora: "LoraWeight") -> "LoraWeight":
     shown = lora.shown_axes()
     ndim = lora.w.ndim
     w = transpose(lora.w, [axis % ndim for axis in shown])
-    place = {axis: i - ndim for i, axis in enumerate(shown)}
+    place: dict[Label, Any] = {axis: i - ndim for i, axis in enumerate(shown)}
     batch = sorted(place[axis] for axis in lora.batch_axes())
     rows = sorted(place[axis] for axis in lora.rows)
     columns = sorted(place[axis] for axis in lora.columns)

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too.
 Weight: TypeAlias = Union[Array, np.ndarray, "AbstractLoraWeight"]
-# What a program over weights computes with.
-Value: TypeAlias = Union[Array, "AbstractLoraWeight"]
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 

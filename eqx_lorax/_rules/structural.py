@@ -9,18 +9,17 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
 
 from .. import _gather, _views
 from .._contract import NotFactored
-from .._weight import is_weight, Value
+from .._weight import is_weight
 
 
 if TYPE_CHECKING:
     from .._interpreter import Equation
 
 
-def _settled(x: Value) -> Value:
+def _settled(x: Any) -> Any:
     """`x`, but what was looked up in it (one row, one column) as an array: that is no
     longer a weight but an activation."""
     if not is_weight(x):
@@ -32,18 +31,18 @@ def _settled(x: Value) -> Value:
     return x
 
 
-def _identity(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _identity(equation: "Equation", *values: Any) -> Sequence[Any]:
     return values
 
 
-def _on_leaves(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _on_leaves(equation: "Equation", *values: Any) -> Sequence[Any]:
     """What is done to each array apart, whatever its shape is."""
     leaves, treedef = jax.tree.flatten(values)
     bind = functools.partial(equation.primitive.bind, **equation.params)
     return treedef.unflatten([bind(leaf) for leaf in leaves])
 
 
-def _stop_gradient(equation: "Equation", x: Value) -> Sequence[Value]:
+def _stop_gradient(equation: "Equation", x: Any) -> Sequence[Any]:
     # The base has no gradient to stop, and stopping it would be a new array of its
     # size, of which `scan` keeps a copy for each layer.
     lora = x.as_lora()
@@ -51,41 +50,41 @@ def _stop_gradient(equation: "Equation", x: Value) -> Sequence[Value]:
     return [stopped.replace(w=lora.w)]
 
 
-def _optimization_barrier(equation: "Equation", *values: Value) -> Sequence[Value]:
+def _optimization_barrier(equation: "Equation", *values: Any) -> Sequence[Any]:
     return lax.optimization_barrier(values)
 
 
-def _transpose(equation: "Equation", x: Value) -> Sequence[Value]:
+def _transpose(equation: "Equation", x: Any) -> Sequence[Any]:
     return [_views.transpose(x, equation.params["permutation"])]
 
 
-def _reshape(equation: "Equation", x: Value) -> Sequence[Value]:
+def _reshape(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     if params["dimensions"] is not None or params.get("sharding") is not None:
         raise NotFactored("it also moves axes")
     return [_views.reshape(x, params["new_sizes"])]
 
 
-def _squeeze(equation: "Equation", x: Value) -> Sequence[Value]:
+def _squeeze(equation: "Equation", x: Any) -> Sequence[Any]:
     return [_settled(_views.squeeze(x, equation.params["dimensions"]))]
 
 
-def _broadcast_in_dim(equation: "Equation", x: Value) -> Sequence[Value]:
+def _broadcast_in_dim(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     return [_views.broadcast_in_dim(x, params["shape"], params["broadcast_dimensions"])]
 
 
-def _convert(equation: "Equation", x: Value) -> Sequence[Value]:
+def _convert(equation: "Equation", x: Any) -> Sequence[Any]:
     return [_views.convert(x, equation.params["new_dtype"])]
 
 
-def _slice(equation: "Equation", x: Value) -> Sequence[Value]:
+def _slice(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     starts, limits = params["start_indices"], params["limit_indices"]
     return [_settled(_views.slice_(x, starts, limits, params["strides"]))]
 
 
-def _split(equation: "Equation", x: Value) -> Sequence[Value]:
+def _split(equation: "Equation", x: Any) -> Sequence[Any]:
     axis = equation.params["axis"]
     parts, start = [], 0
     for size in equation.params["sizes"]:
@@ -96,12 +95,12 @@ def _split(equation: "Equation", x: Value) -> Sequence[Value]:
     return parts
 
 
-def _dynamic_slice(equation: "Equation", x: Value, *starts: Value) -> Sequence[Value]:
+def _dynamic_slice(equation: "Equation", x: Any, *starts: Any) -> Sequence[Any]:
     sizes = equation.params["slice_sizes"]
     return [_settled(_views.dynamic_slice(x, starts, sizes))]
 
 
-def _gather_rule(equation: "Equation", x: Value, indices: Value) -> Sequence[Value]:
+def _gather_rule(equation: "Equation", x: Any, indices: Any) -> Sequence[Any]:
     params = equation.params
     return [
         _settled(
@@ -119,31 +118,31 @@ def _gather_rule(equation: "Equation", x: Value, indices: Value) -> Sequence[Val
     ]
 
 
-def _mul(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+def _mul(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     if is_weight(x) and is_weight(y):
         raise NotFactored("both operands are weights")
     weight, factor = (x, y) if is_weight(x) else (y, x)
     return [_scaled(equation, weight, factor)]
 
 
-def _div(equation: "Equation", x: Value, y: Value) -> Sequence[Value]:
+def _div(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     if is_weight(y):
         raise NotFactored("it divides by a weight")
     return [_scaled(equation, x, 1 / jnp.asarray(y))]
 
 
-def _neg(equation: "Equation", x: Value) -> Sequence[Value]:
+def _neg(equation: "Equation", x: Any) -> Sequence[Any]:
     return [_views.scaled(x, jnp.asarray(-1, x.dtype))]
 
 
-def _scaled(equation: "Equation", x: Value, factor: Array) -> Value:
+def _scaled(equation: "Equation", x: Any, factor: Any) -> Any:
     (out,) = equation.out_avals
     if out.shape != x.shape:
         raise NotFactored("the weight is broadcast")
     return _views.scaled(x, jnp.asarray(factor, out.dtype))
 
 
-def _sharding_constraint(equation: "Equation", x: Value) -> Sequence[Value]:
+def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:
     sharding = equation.params["sharding"]
     lora = x.as_lora()
     if not isinstance(sharding, NamedSharding) or is_weight(lora.w):
