@@ -6,13 +6,13 @@ layers; its adapter has that axis too, so that each layer has one of its own.
 """
 
 # Haiku is optional, and this file is checked also where it is not installed.
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 import argparse
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,16 @@ with toolbox.install_hint("interop"):
     import haiku as hk
 
 
-class Result(NamedTuple):
-    """Losses are those of the next byte; all but `losses` are on held-out text."""
+class HeldOut(NamedTuple):
+    """The mean loss of the next byte, on held-out text."""
 
-    prose_before: float
-    prose_after: float
-    programs_before: float
-    programs_after: float
+    prose: float
+    programs: float
+
+
+class Result(NamedTuple):
+    before: HeldOut
+    after: HeldOut
     losses: list[float]
     max_logit_difference: float
     """The largest between the adapted and the merged model."""
@@ -72,11 +75,11 @@ def language_model(
     return hk.Linear(256, name="head")(x)
 
 
-def decide(path: Any, array: Array, rank: int) -> int | lorax.LoraSpec:
-    """What becomes of a parameter."""
+def decide(array: Array, rank: int) -> int | lorax.LoraSpec:
+    """What becomes of a parameter that is not a vector."""
     if array.ndim == 3:
-        # Else the adapters of all layers would share a factor, which has no axis for
-        # the layers and cannot go through their `scan`.
+        # A rank alone would share one of the factors among all layers, and so could not
+        # be sliced by the `scan` over them.
         return lorax.LoraSpec(rank, batch=(0,))
     # The embeddings and the head, and also the biases and scales of all layers: stacked
     # they have two axes, so that `simple_spec` cannot tell them from matrices.
@@ -98,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     transformed = hk.without_apply_rng(hk.transform(lambda x: language_model(x, args)))
     model_key, adapter_key = jr.split(jr.key(args.seed))
     fresh = jax.jit(transformed.init)(model_key, prose_test)
-    spec = lorax.simple_spec(fresh, lambda path, x: decide(path, x, args.rank))
+    spec = lorax.simple_spec(fresh, lambda path, x: decide(x, args.rank))
 
     def adapt(params: PyTree) -> PyTree:
         try:
@@ -139,32 +142,26 @@ def main(argv: Sequence[str] | None = None) -> Result:
     adapted_apply = jax.jit(lorax.lora(transformed.apply, on_materialise="error"))
     # By default GPUs round the operands of products, so that a merged model differs.
     with jax.default_matmul_precision("highest"):
-        before = [plain_apply(plain, rows) for rows in (prose_test, programs_test)]
-        after = [adapted_apply(adapted, rows) for rows in (prose_test, programs_test)]
+        tests = prose_test, programs_test
+        plain_logits = [plain_apply(plain, test) for test in tests]
+        logits = [adapted_apply(adapted, test) for test in tests]
         merged_logits = plain_apply(merged, programs_test)
 
-    def held_out(logits: Sequence[Array]) -> list[float]:
-        pairs = zip(logits, (prose_test, programs_test))
-        return [float(toolbox.next_token_loss(*pair)) for pair in pairs]
-
-    table = {"Without adapters": held_out(before), "With adapters": held_out(after)}
+    before = HeldOut(*map(mean_loss, plain_logits, tests))
+    after = HeldOut(*map(mean_loss, logits, tests))
     print(f"{'Held-out loss':20}{'prose':>10}{'programs':>10}")
-    for name, (on_prose, on_programs) in table.items():
-        print(f"{name:20}{on_prose:10.3f}{on_programs:10.3f}")
-    difference = toolbox.print_difference(after[1], merged_logits)
+    print(f"{'Without adapters':20}{before.prose:10.3f}{before.programs:10.3f}")
+    print(f"{'With adapters':20}{after.prose:10.3f}{after.programs:10.3f}")
+    difference = toolbox.print_difference(logits[1], merged_logits)
     return Result(
-        prose_before=table["Without adapters"][0],
-        prose_after=table["With adapters"][0],
-        programs_before=table["Without adapters"][1],
-        programs_after=table["With adapters"][1],
-        losses=losses,
-        max_logit_difference=difference,
-        costs=costs,
-        spec=spec,
-        plain=plain,
-        adapted=adapted,
-        merged=merged,
+        before, after, losses, difference, costs, spec, plain, adapted, merged
     )
+
+
+def mean_loss(
+    logits: Float[Array, "row seq 256"], tokens: Int[Array, "row seq"]
+) -> float:
+    return float(toolbox.next_token_loss(logits, tokens))
 
 
 def standard_library() -> bytes:

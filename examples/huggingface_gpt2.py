@@ -1,12 +1,13 @@
 """Adapt HuggingFace's own GPT-2 in JAX, not a line of which is changed, to English.
 
-Its weights are random, so that nothing has to be downloaded: what is shown is that the
-model can be adapted, not what a pretrained one can do. `from_pretrained("gpt2")` gives
-the same class and the same tree of parameters, and all that follows is the same.
+Its weights are random and its tokens are bytes, so that nothing has to be downloaded:
+this shows that the model can be adapted, not what a pretrained one can do.
+`FlaxGPT2LMHeadModel.from_pretrained("gpt2")` gives a model of the same class, with the
+same names for its parameters, and the rest of the program is the same for it.
 """
 
-# Optional, and checked also where it is not installed.
-# pyright: reportMissingImports=false
+# They are optional, and this file is checked also where they are not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import argparse
 from collections.abc import Sequence
@@ -15,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -30,8 +30,10 @@ with toolbox.install_hint("interop"):
 
 
 class Result(NamedTuple):
-    """Losses are those of the next byte; `before` and `after` on held-out text."""
+    """Losses are those of the next byte; the first three are on held-out text."""
 
+    by_frequency: float
+    """Of what knows how often each byte occurs, and nothing else."""
     before: float
     after: float
     losses: list[float]
@@ -42,6 +44,15 @@ class Result(NamedTuple):
     spec: PyTree
     adapted: PyTree
     merged: PyTree
+
+
+def decide(path: Any, args: argparse.Namespace) -> int:
+    """What becomes of a parameter that is not a vector."""
+    # So Flax calls the weights of the projections, in attention and in the MLP.
+    if "kernel" in path:
+        return args.rank
+    # The embeddings of tokens, which give the logits too, and of positions.
+    return lorax.LORA_FULL if args.embeddings == "full" else lorax.LORA_FREEZE
 
 
 def main(argv: Sequence[str] | None = None) -> Result:
@@ -57,14 +68,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     def logits_of(params: PyTree, tokens: Int[Array, "row seq"]) -> Array:
         return model(tokens, params=params).logits
 
-    def decide(path: Any, array: Array) -> int:
-        # In Flax's GPT-2 these are all the projections of attention and MLP.
-        if "kernel" in path:
-            return args.rank
-        # What is left are the embeddings, of tokens and of positions.
-        return lorax.LORA_FULL if args.embeddings == "full" else lorax.LORA_FREEZE
-
-    spec = lorax.simple_spec(model.params, decide)
+    spec = lorax.simple_spec(model.params, lambda path, x: decide(path, args))
     try:
         params = lorax.init_lora(model.params, spec, jr.key(args.seed), alpha=args.rank)
     except ValueError as error:
@@ -91,22 +95,33 @@ def main(argv: Sequence[str] | None = None) -> Result:
     trained = lorax.split_lora_params(adapted, spec)
     costs = toolbox.print_costs(model.params, adapted, trained, optimizer_state)
 
+    # Not destructive, because the model itself still holds the plain parameters.
+    merged = lorax.merge_params(adapted, destructive=False)
     # By default GPUs round the operands of products, so that a merged model differs.
     with jax.default_matmul_precision("highest"):
         plain_logits = jax.jit(logits_of)(model.params, test_rows)
         logits = jax.jit(adapted_logits_of)(adapted, test_rows)
-        # The model's own parameters are still needed: it holds them.
-        merged = lorax.merge_params(adapted, destructive=False)
         merged_logits = jax.jit(logits_of)(merged, test_rows)
+
     before = float(toolbox.next_token_loss(plain_logits, test_rows))
     after = float(toolbox.next_token_loss(logits, test_rows))
-    print(f"Held-out loss before                                  {before:.3f}")
-    print(f"Held-out loss after                                   {after:.3f}")
     by_frequency = frequency_loss(train_rows, test_rows)
-    print(f"Held-out loss of the frequencies of bytes             {by_frequency:.3f}")
+    print("Held-out loss")
+    print(f"- of the frequencies of bytes  {by_frequency:.3f}")
+    print(f"- before                       {before:.3f}")
+    print(f"- after                        {after:.3f}")
     difference = toolbox.print_difference(logits, merged_logits)
     return Result(
-        before, after, losses, difference, costs, model, spec, adapted, merged
+        by_frequency,
+        before,
+        after,
+        losses,
+        difference,
+        costs,
+        model,
+        spec,
+        adapted,
+        merged,
     )
 
 
@@ -125,12 +140,14 @@ def make_model(args: argparse.Namespace) -> FlaxGPT2LMHeadModel:
     return FlaxGPT2LMHeadModel(config, seed=args.seed)
 
 
-def frequency_loss(train_rows: np.ndarray, test_rows: np.ndarray) -> float:
-    """What the loss would be of a model that knows how often each byte occurs, and
-    nothing of those before it."""
-    counts = np.bincount(train_rows.ravel(), minlength=256) + 1
+def frequency_loss(
+    train_rows: Int[Array, "row seq"], test_rows: Int[Array, "row seq"]
+) -> float:
+    """The loss of what knows how often each byte occurs, and nothing else: a model that
+    does better has learned from the bytes before."""
+    counts = jnp.bincount(train_rows.ravel(), length=256) + 1
     logits = jnp.broadcast_to(jnp.log(counts), (*test_rows.shape, 256))
-    return float(toolbox.next_token_loss(logits, jnp.asarray(test_rows)))
+    return float(toolbox.next_token_loss(logits, test_rows))
 
 
 def _parser() -> toolbox.Parser:

@@ -1,8 +1,8 @@
 """Adapt the attention of a Flax NNX model to digits that lie on their side.
 
-It learns upright digits first, of which it sees the rows. Then adapters on its attention
-learn digits turned by a quarter. The kernels of `nnx.MultiHeadAttention` have three
-axes, two of which are really one: a `lorax.LoraSpec` says which.
+It learns upright digits first, of which it sees the rows. Then adapters on its
+attention learn digits turned by a quarter. The kernels of `nnx.MultiHeadAttention` have
+three axes, two of which are really one: a `lorax.LoraSpec` says which.
 """
 
 # Flax is optional, and this file is checked also where it is not installed.
@@ -29,8 +29,8 @@ with toolbox.install_hint("interop"):
 
 
 class Digits(NamedTuple):
-    images: Float[np.ndarray, "image 8 8"]
-    labels: Int[np.ndarray, " image"]
+    images: Float[Array, "image 8 8"]
+    labels: Int[Array, " image"]
 
 
 class Block(nnx.Module):
@@ -66,12 +66,17 @@ class Network(nnx.Module):
         return self.head(x.mean(1))
 
 
-class Result(NamedTuple):
-    """Accuracies are on held-out digits."""
+class Scores(NamedTuple):
+    """Accuracies and a loss on held-out digits."""
 
     upright: float
-    turned_before: float
-    turned_after: float
+    turned: float
+    turned_loss: float
+
+
+class Result(NamedTuple):
+    before: Scores
+    after: Scores
     losses: list[float]
     max_logit_difference: float
     """The largest between the adapted and the merged network."""
@@ -82,10 +87,9 @@ class Result(NamedTuple):
     merged: PyTree
 
 
-def decide(path: Any, array: Array, rank: int) -> int | lorax.LoraSpec:
-    """What becomes of a parameter."""
-    # By the axes alone the biases, one for each head and each of its numbers, would be
-    # matrices.
+def decide(path: Any, rank: int) -> int | lorax.LoraSpec:
+    """What becomes of a parameter that is not a vector."""
+    # The biases of attention, of two axes as its queries are, count as matrices.
     if "attention" not in path or "kernel" not in path:
         return lorax.LORA_FREEZE
     # A rank alone would factor the last axis against the two before. The matrix that
@@ -107,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     # What does not change, and the parameters: the two sides of an NNX module.
     graph, fresh = nnx.split(Network(args, rngs=nnx.Rngs(args.seed)))
-    spec = lorax.simple_spec(fresh, lambda path, x: decide(path, x, args.rank))
+    spec = lorax.simple_spec(fresh, lambda path, x: decide(path, args.rank))
 
     def adapt(params: PyTree) -> PyTree:
         try:
@@ -123,9 +127,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         return nnx.merge(graph, params)(images)
 
     def loss(params: PyTree, digits: Digits) -> Float[Array, ""]:
-        logits = logits_of(params, digits.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, digits.labels)
-        return losses.mean()
+        return mean_loss(logits_of(params, digits.images), digits.labels)
 
     schedule = optax.cosine_decay_schedule(3e-3, args.pretrain_steps)
     plain, _, _ = toolbox.fit(
@@ -155,37 +157,18 @@ def main(argv: Sequence[str] | None = None) -> Result:
     adapted_logits_of = jax.jit(lorax.lora(logits_of, on_materialise="error"))
     # By default GPUs round the operands of products, so that a merged model differs.
     with jax.default_matmul_precision("highest"):
-        before = [
-            plain_logits_of(plain, digits.images)
-            for digits in (upright_test, turned_test)
-        ]
-        after = [
-            adapted_logits_of(adapted, digits.images)
-            for digits in (upright_test, turned_test)
-        ]
+        tests = upright_test, turned_test
+        plain_logits = [plain_logits_of(plain, test.images) for test in tests]
+        logits = [adapted_logits_of(adapted, test.images) for test in tests]
         merged_logits = plain_logits_of(merged, turned_test.images)
 
-    # Turning leaves the labels as they are.
-    table = {
-        name: [accuracy(x, upright_test.labels) for x in logits]
-        for name, logits in [("Without adapters", before), ("With adapters", after)]
-    }
-    print(f"Loss of the first and the last batch     {losses[0]:.3f}  {losses[-1]:.3f}")
-    print(f"{'Held-out accuracy':20}{'upright':>10}{'turned':>10}")
-    for name, (on_upright, on_turned) in table.items():
-        print(f"{name:20}{on_upright:10.3f}{on_turned:10.3f}")
-    difference = toolbox.print_difference(after[1], merged_logits)
+    before, after = scores(plain_logits, tests), scores(logits, tests)
+    print(f"{'Held out':20}{'upright':>10}{'turned':>10}{'its loss':>10}")
+    print_scores("Without adapters", before)
+    print_scores("With adapters", after)
+    difference = toolbox.print_difference(logits[1], merged_logits)
     return Result(
-        upright=table["Without adapters"][0],
-        turned_before=table["Without adapters"][1],
-        turned_after=table["With adapters"][1],
-        losses=losses,
-        max_logit_difference=difference,
-        costs=costs,
-        spec=spec,
-        plain=plain,
-        adapted=adapted,
-        merged=merged,
+        before, after, losses, difference, costs, spec, plain, adapted, merged
     )
 
 
@@ -193,18 +176,33 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
     """1,397 digits to train on, and 400 held out."""
     data: Any = datasets.load_digits()
     order = np.random.default_rng(seed).permutation(len(data.target))
-    images = (data.images[order] / 16).astype(np.float32)
-    digits = Digits(images, data.target[order].astype(np.int32))
+    images = jnp.asarray(data.images[order] / 16, jnp.float32)
+    digits = Digits(images, jnp.asarray(data.target[order], jnp.int32))
     return toolbox.rows(digits, slice(400, None)), toolbox.rows(digits, slice(400))
 
 
 def turn(digits: Digits) -> Digits:
     """The digits on their side."""
-    return digits._replace(images=np.rot90(digits.images, axes=(1, 2)))
+    return digits._replace(images=jnp.rot90(digits.images, axes=(1, 2)))
 
 
-def accuracy(logits: Array, labels: Int[np.ndarray, " image"]) -> float:
-    return float((jnp.argmax(logits, 1) == labels).mean())
+def mean_loss(
+    logits: Float[Array, "image 10"], labels: Int[Array, " image"]
+) -> Float[Array, ""]:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def scores(logits: Sequence[Array], tests: Sequence[Digits]) -> Scores:
+    """Those of the logits for digits upright and turned."""
+    upright, turned = [
+        float((some_logits.argmax(1) == digits.labels).mean())
+        for some_logits, digits in zip(logits, tests, strict=True)
+    ]
+    return Scores(upright, turned, float(mean_loss(logits[1], tests[1].labels)))
+
+
+def print_scores(name: str, scores: Scores) -> None:
+    print(f"{name:20}" + "".join(f"{score:10.3f}" for score in scores))
 
 
 def _parser() -> toolbox.Parser:

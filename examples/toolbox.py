@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 
 _Examples = TypeVar("_Examples")
-_Params = TypeVar("_Params")
 
 
 @contextlib.contextmanager
@@ -146,12 +146,12 @@ def documentation() -> bytes:
 
 def token_rows(
     text: bytes, length: int, *, held_out: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[Int[Array, "row seq"], Int[Array, "row seq"]]:
     """Bytes as tokens, cut into rows of `length` and shuffled: those to train on, and
     those held out."""
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     table = tokens[: len(tokens) // length * length].reshape(-1, length)
-    table = np.random.default_rng(seed).permutation(table)
+    table = jnp.asarray(np.random.default_rng(seed).permutation(table))
     return table[held_out:], table[:held_out]
 
 
@@ -166,21 +166,21 @@ def next_token_loss(
 
 
 def fit(
-    loss: Callable[[_Params, Any], Float[Array, ""]],
-    params: _Params,
+    loss: Callable[[PyTree, Any], Float[Array, ""]],
+    params: PyTree,
     optimizer: optax.GradientTransformation,
     batches: Iterator[Any],
     *,
     steps: int,
     title: str,
-) -> tuple[_Params, PyTree, list[float]]:
+) -> tuple[PyTree, PyTree, list[float]]:
     """Training as anyone writes it. The trained `params`, the optimizer's last state,
     and the loss of every step."""
 
     @jax.jit
     def step(
-        params: _Params, state: PyTree, batch: Any
-    ) -> tuple[_Params, PyTree, Float[Array, ""]]:
+        params: PyTree, state: PyTree, batch: Any
+    ) -> tuple[PyTree, PyTree, Float[Array, ""]]:
         value, gradient = jax.value_and_grad(loss)(params, batch)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
