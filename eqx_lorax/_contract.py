@@ -70,20 +70,33 @@ def _accumulate(
 
     The tangents are products in the operands' own narrow dtype, as those of a plain
     layer are: differentiating through `preferred_element_type` would make them products
-    of wide arrays (and for a convolution, whose operands must agree, an error). And
-    where `jax.lax.stop_gradient(y)` would be a new array, of which `scan` keeps a copy
-    for each layer, here the backward pass uses `y` itself.
-
-    It is a JVP with symbolic zeros, not a VJP, because a VJP below the `vmap` around
-    every Equinox layer forms one gradient per example.
+    of wide arrays (and for a convolution, whose operands must agree, an error).
     """
     accumulator = wide(x.dtype)
     preferred = None if accumulator == x.dtype else accumulator
+    return _with_tangents(product, x, y, y_is_frozen, preferred)
+
+
+def _with_tangents(
+    product: Callable[[Array, Array, jnp.dtype | None], Array],
+    x: Array,
+    y: Array,
+    y_is_frozen: bool,
+    preferred: jnp.dtype | None,
+) -> Array:
+    """`product(x, y, preferred)` with tangents of the operands' own dtype; `y` has none
+    if it is frozen, whatever the order of the derivative.
+
+    Where `jax.lax.stop_gradient(y)` would be a new array, of which `scan` keeps a copy
+    for each layer, here the backward pass uses `y` itself. It is a JVP with symbolic
+    zeros, not a VJP, because a VJP below the `vmap` around every Equinox layer forms
+    one gradient per example.
+    """
     if preferred is None and not y_is_frozen:
         return product(x, y, None)
 
     @jax.custom_jvp
-    def accumulated(x, y):
+    def ruled(x, y):
         return product(x, y, preferred)
 
     def jvp(primals, tangents):
@@ -91,13 +104,14 @@ def _accumulate(
         out = product(x, y, preferred)
         terms = []
         if not isinstance(x_dot, SymbolicZero):
-            terms.append(product(x_dot, y, None).astype(accumulator))
+            terms.append(_with_tangents(product, x_dot, y, y_is_frozen, None))
         if not y_is_frozen and not isinstance(y_dot, SymbolicZero):
-            terms.append(product(x, y_dot, None).astype(accumulator))
+            terms.append(product(x, y_dot, None))
+        terms = [term.astype(out.dtype) for term in terms]
         return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
 
-    accumulated.defjvp(jvp, symbolic_zeros=True)
-    return accumulated(x, y)
+    ruled.defjvp(jvp, symbolic_zeros=True)
+    return ruled(x, y)
 
 
 def product(

@@ -8,6 +8,7 @@ from typing import Any, get_args, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _compat
@@ -114,7 +115,7 @@ def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any
     if not any(isinstance(leaf, _Standing) for leaf in leaves):
         return fn(*args, **kwargs)
     dynamic = [i for i, x in enumerate(leaves) if isinstance(x, _Standing | jax.Array)]
-    values = [_value(leaves[i]) for i in dynamic]
+    values = _frozen([_value(leaves[i]) for i in dynamic])
     static_result: Any = None
 
     def flat(*arrays: Array) -> list[Array]:
@@ -149,6 +150,37 @@ _TRACED = (
 
 def _value(leaf: Any) -> Any:
     return leaf.weight if isinstance(leaf, _Standing) else leaf
+
+
+def _frozen(values: list[Any]) -> list[Any]:
+    """`values`, of whose bases no derivative is taken, of whatever order.
+
+    The products see to the first order themselves. Stopping the gradient here too would
+    be a new array for each base, of which a `scan` around it all keeps copies. So it is
+    done only where a derivative is being taken at this very moment, which the rule of a
+    custom derivative notices.
+    """
+    bases = [value.as_lora().w for value in values if is_weight(value)]
+    is_differentiated = False
+
+    @jax.custom_jvp
+    def identity(bases: Any) -> Any:
+        return bases
+
+    @identity.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        nonlocal is_differentiated
+        is_differentiated = True
+        return primals[0], jax.tree.map(jnp.zeros_like, tangents[0])
+
+    stopped = identity(bases)
+    if not is_differentiated:
+        return values
+    new = iter(stopped)
+    return [
+        value.as_lora().replace(w=next(new)) if is_weight(value) else value
+        for value in values
+    ]
 
 
 def _shaped(value: Any) -> Any:

@@ -162,9 +162,9 @@ def evaluate(jaxpr: Jaxpr, values: Sequence[Any], report: Report) -> list[Any]:
         """What has no weights runs in one piece, just before what has."""
         if not waiting:
             return
-        made = [var for eqn in waiting for var in eqn.outvars]
+        made = dict.fromkeys(var for eqn in waiting for var in eqn.outvars)
         needed = dict.fromkeys(var for eqn in waiting for var in _read_by(eqn))
-        inputs = [var for var in needed if var not in set(made)]
+        inputs = [var for var in needed if var not in made]
         outputs = [var for var in made if last_use.get(var, -1) >= before]
         arguments = [known[var] for var in inputs]
         forget(inputs, before)

@@ -19,9 +19,10 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from . import _contract, _operators, _views
-from ._arrays import is_inexact, promote
-from ._contract import Labels, portable, Precision
+from . import _operators, _views
+from ._arrays import is_inexact
+from ._contract import Labels, Precision
+from ._contraction import contract
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class AbstractLoraWeight(eqx.Module):
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return len(self.shape)
+        return self.w.ndim
 
     @property
     def size(self) -> int:
@@ -164,110 +165,20 @@ class AbstractLoraWeight(eqx.Module):
 
         The contraction, not yet rounded: in float32 where `x` or a factor is narrow.
         """
-        lora = self.as_lora()
-        stored = lora.stored_labels(labels)
-        low_rank_x = x if low_rank_x is None else low_rank_x
-        gain, gain_labels = lora.gain, stored
-        if gain is not None:
-            gain, gain_labels = _contract.varying(gain, stored)
-            if not set(gain_labels) <= set(out_labels):
-                # What is summed over is scaled before.
-                x, _ = _scaled_before(x, x_labels, gain, gain_labels)
-                low_rank_x, x_labels = _scaled_before(
-                    low_rank_x, x_labels, gain, gain_labels
-                )
-                gain = None
-        base = _contract_any(x, x_labels, lora.w, stored, out_labels, precision)
-
-        x, precision = low_rank_x, portable(precision)
-        # The factor that owns more of what is summed goes first: it shrinks `x` most.
-        summed = [
-            math.prod(
-                lora.w.shape[axis]
-                for axis in axes
-                if stored[axis] in x_labels and stored[axis] not in out_labels
-            )
-            for axes in (lora.rows, lora.columns)
-        ]
-        factors = [
-            (lora.b, lora.b_axes(stored)),
-            (lora.a, lora.a_axes(stored)),
-        ]
-        (first, first_labels), (second, second_labels) = (
-            factors if summed[0] > summed[1] else factors[::-1]
-        )
-        dtype = promote(x.dtype, first.dtype, second.dtype)
-        wanted = [*out_labels, *second_labels]
-        hidden_labels = [
-            label
-            for label in dict.fromkeys([*x_labels, *first_labels])
-            if label in wanted
-        ]
-        hidden = _contract.product(
+        return contract(
+            self,
             x,
-            x_labels,
-            first,
-            first_labels,
-            hidden_labels,
-            dtype,
-            y_is_frozen=is_frozen,
+            low_rank_x,
+            x_labels=tuple(x_labels),
+            labels=tuple(labels),
+            out_labels=tuple(out_labels),
+            is_frozen=is_frozen,
             precision=precision,
         )
-        hidden = hidden * lora.scale
-        update = _contract.product(
-            hidden,
-            hidden_labels,
-            second,
-            second_labels,
-            out_labels,
-            hidden.dtype,
-            y_is_frozen=is_frozen,
-            precision=precision,
-        )
-        y = _views.add(base, update)
-        if gain is None:
-            return y
-        return _contract.scaled(y, out_labels, gain, gain_labels)
 
 
 def _round(y: Array, weight: AbstractLoraWeight, x: ArrayLike) -> Array:
     return y.astype(jnp.result_type(x, weight.dtype))
-
-
-def _contract_any(
-    x: Array,
-    x_labels: Labels,
-    w: Weight,
-    labels: Labels,
-    out_labels: Labels,
-    precision: Precision,
-) -> Array:
-    """`contract` of an array or of another weight, frozen."""
-    if isinstance(w, AbstractLoraWeight):
-        return w.contract(
-            x, x_labels, labels, out_labels, is_frozen=True, precision=precision
-        )
-    w = jnp.asarray(w)
-    return _contract.product(
-        x,
-        x_labels,
-        w,
-        labels,
-        out_labels,
-        x.dtype,
-        y_is_frozen=True,
-        precision=precision,
-    )
-
-
-def _scaled_before(
-    x: Array, x_labels: Labels, gain: Array, gain_labels: Labels
-) -> tuple[Array, Labels]:
-    missing = [label for label in gain_labels if label not in x_labels]
-    sizes = [gain.shape[gain_labels.index(label)] for label in missing]
-    x = _views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
-    x_labels = [*x_labels, *missing]
-    return _contract.scaled(x, x_labels, gain, gain_labels), x_labels
 
 
 def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:

@@ -91,12 +91,15 @@ def main(argv: Sequence[str] | None = None) -> Result:
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
+    if args.length < 2:
+        parser.error("--length must be at least 2: the first byte is not predicted")
     prose, prose_test = toolbox.token_rows(
         toolbox.documentation(), args.length, held_out=64, seed=args.seed
     )
     programs, programs_test = toolbox.token_rows(
         standard_library(), args.length, held_out=64, seed=args.seed
     )
+    parser.check_batch_size(args.batch_size, min(len(prose), len(programs)))
 
     transformed = hk.without_apply_rng(hk.transform(lambda x: language_model(x, args)))
     model_key, adapter_key = jr.split(jr.key(args.seed))

@@ -60,9 +60,12 @@ def main(argv: Sequence[str] | None = None) -> Result:
     args = parser.parse_args(argv)
     if args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
+    if args.length < 2:
+        parser.error("--length must be at least 2: the first byte is not predicted")
     train_rows, test_rows = toolbox.token_rows(
         toolbox.documentation(), args.length, held_out=64, seed=args.seed
     )
+    parser.check_batch_size(args.batch_size, len(train_rows))
     model = make_model(args)
 
     def logits_of(params: PyTree, tokens: Int[Array, "row seq"]) -> Array:

@@ -105,8 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     if args.width % args.heads:
         parser.error("--width must be a multiple of --heads")
     upright, upright_test = load_digits(args.seed)
-    if args.batch_size > len(upright.labels):
-        parser.error(f"--batch-size must not exceed {len(upright.labels):,}")
+    parser.check_batch_size(args.batch_size, len(upright.labels))
     turned, turned_test = turn(upright), turn(upright_test)
 
     # What does not change, and the parameters: the two sides of an NNX module.

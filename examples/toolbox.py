@@ -97,6 +97,13 @@ class Parser(argparse.ArgumentParser):
         for name, default, help in sizes:
             self.add_argument(name, type=positive_int, default=default, help=help)
 
+    def check_batch_size(self, size: int, examples: int) -> None:
+        """Without a whole batch there would be none at all, and no end of waiting."""
+        if size > examples:
+            self.error(
+                f"--batch-size must not exceed the {examples:,} examples to train on"
+            )
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 

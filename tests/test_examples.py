@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from helpers import is_weight
+from helpers import is_weight, weights
 from test_docs import ROOT
 
 import eqx_lorax as lorax
@@ -109,8 +109,7 @@ def test_huggingface(embeddings, tmp_path, capsys):
     result = huggingface_gpt2.main([*flags, "--learning-rate", "1e-2"])
     check_what_was_trained(result, result.model.params)
     assert result.after < result.before - (1 if embeddings == "full" else 0.01)
-    adapted = [x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight)]
-    assert sum(map(is_weight, adapted)) == 4
+    assert len(weights(result.adapted)) == 4
     assert "for full fine-tuning" in capsys.readouterr().out
 
     # The merged parameters are what their own code saves and loads.
@@ -133,13 +132,22 @@ def test_haiku():
     result = haiku_transformer.main([*small.split(), "--learning-rate", "1e-2"])
     check_what_was_trained(result, result.plain)
     assert result.after.programs < result.before.programs
-    adapted = [
-        x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight) if is_weight(x)
-    ]
+    adapted = weights(result.adapted)
     # Four projections of attention and two of the MLP, each of both layers.
     assert len(adapted) == 6
     assert {(len(x.a), len(x.b)) for x in adapted} == {(2, 2)}
     assert all(np.any(x.b[0] != x.b[1]) for x in adapted)
+
+
+def test_haiku_needs_the_batch_axis(monkeypatch):
+    """And `on_materialise="error"` would notice that it is missing."""
+    import haiku_transformer
+
+    monkeypatch.setattr(
+        haiku_transformer, "decide", lambda x, rank: rank if x.ndim == 3 else 0
+    )
+    with pytest.raises(lorax.MaterialiseWarning, match="a loop goes along"):
+        haiku_transformer.main("--pretrain-steps 1 --steps 1 --width 16".split())
 
 
 def test_nnx():
@@ -151,9 +159,7 @@ def test_nnx():
     assert result.before.upright > result.before.turned + 0.4
     assert result.after.turned > result.before.turned + 0.4
     assert result.after.turned_loss < result.before.turned_loss
-    adapted = [
-        x for x in jax.tree.leaves(result.adapted, is_leaf=is_weight) if is_weight(x)
-    ]
+    adapted = weights(result.adapted)
     # The update of a kernel of three axes, as the matrix that attention multiplies
     # with, is of the rank that was asked for.
     assert {x.shape for x in adapted} == {(32, 4, 8), (4, 8, 32)}
@@ -172,7 +178,10 @@ def test_nnx():
         ("haiku_transformer", "--rank 65", "the smaller side, 64"),
         ("nnx_attention", "--width 30", "must be a multiple of --heads"),
         ("nnx_attention", "--rank 65", "the smaller side, 64"),
-        ("nnx_attention", "--batch-size 2000", "must not exceed 1,397"),
+        ("nnx_attention", "--batch-size 2000", "must not exceed the 1,397 examples"),
+        ("huggingface_gpt2", "--length 1", "must be at least 2"),
+        ("huggingface_gpt2", "--batch-size 99999", "must not exceed"),
+        ("haiku_transformer", "--length 100000", "must not exceed the 0 examples"),
     ],
 )
 def test_bad_sizes_are_one_line(program, flags, message, capsys):

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from .. import _views
 from .._arrays import is_array, promote, wide
 from .._contract import Label, Labels, NotFactored, portable, product, RANK
+from .._contraction import contract
 from .._convolution import convolve
 from .._weight import AbstractLoraWeight, is_weight
 
@@ -32,8 +33,8 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     out_labels += [x_labels[i] for i in range(x.ndim) if i not in paired[0]]
     out_labels += [y_labels[j] for j in range(y.ndim) if j not in paired[1]]
     (out,) = equation.out_avals
-    dtype = promote(x.dtype, y.dtype)
-    if promote(out.dtype, wide(dtype)) != wide(dtype):
+    dtype = x.dtype if x.dtype == y.dtype else promote(x.dtype, y.dtype)
+    if out.dtype != dtype and promote(out.dtype, wide(dtype)) != wide(dtype):
         dtype = out.dtype
     if is_weight(x):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
@@ -53,8 +54,14 @@ def _contract(
     dtype: jnp.dtype,
     precision: Any,
 ) -> Array:
-    x = jnp.asarray(x, dtype)
-    return y.contract(x, x_labels, labels, out_labels, precision=precision)
+    return contract(
+        y,
+        x if x.dtype == dtype else x.astype(dtype),
+        x_labels=tuple(x_labels),
+        labels=tuple(labels),
+        out_labels=tuple(out_labels),
+        precision=precision,
+    )
 
 
 def _contract_weights(

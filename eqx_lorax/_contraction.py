@@ -1,0 +1,124 @@
+"""How a factored weight meets an activation."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from . import _contract, _views
+from ._arrays import is_array, promote
+from ._contract import Labels, portable, Precision
+from ._views import Viewed
+
+
+# Compiled as one: each kind of product is then traced once and not in each layer.
+@functools.partial(
+    jax.jit,
+    static_argnames=("x_labels", "labels", "out_labels", "is_frozen", "precision"),
+)
+def contract(
+    w: Viewed,
+    x: Array,
+    low_rank_x: Array | None = None,
+    *,
+    x_labels: Labels,
+    labels: Labels,
+    out_labels: Labels,
+    is_frozen: bool = False,
+    precision: Precision = None,
+) -> Array:
+    """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
+    if is_array(w):
+        return _contract.product(
+            x,
+            x_labels,
+            jnp.asarray(w),
+            labels,
+            out_labels,
+            x.dtype,
+            y_is_frozen=True,
+            precision=precision,
+        )
+    lora = w.as_lora()
+    stored = lora.stored_labels(labels)
+    low_rank_x = x if low_rank_x is None else low_rank_x
+    gain, gain_labels = lora.gain, stored
+    if gain is not None:
+        gain, gain_labels = _contract.varying(gain, stored)
+        if not set(gain_labels) <= set(out_labels):
+            # What is summed over is scaled before.
+            x, _ = _scaled_before(x, x_labels, gain, gain_labels)
+            low_rank_x, x_labels = _scaled_before(
+                low_rank_x, x_labels, gain, gain_labels
+            )
+            gain = None
+    base = contract(
+        lora.w,
+        x,
+        None,
+        x_labels=tuple(x_labels),
+        labels=stored,
+        out_labels=out_labels,
+        is_frozen=True,
+        precision=precision,
+    )
+
+    x, precision = low_rank_x, portable(precision)
+    # The factor that owns more of what is summed goes first: it shrinks `x` most.
+    summed = [
+        math.prod(
+            lora.w.shape[axis]
+            for axis in axes
+            if stored[axis] in x_labels and stored[axis] not in out_labels
+        )
+        for axes in (lora.rows, lora.columns)
+    ]
+    factors = [
+        (lora.b, lora.b_axes(stored)),
+        (lora.a, lora.a_axes(stored)),
+    ]
+    (first, first_labels), (second, second_labels) = (
+        factors if summed[0] > summed[1] else factors[::-1]
+    )
+    dtype = promote(x.dtype, first.dtype, second.dtype)
+    wanted = [*out_labels, *second_labels]
+    hidden_labels = [
+        label for label in dict.fromkeys([*x_labels, *first_labels]) if label in wanted
+    ]
+    hidden = _contract.product(
+        x,
+        x_labels,
+        first,
+        first_labels,
+        hidden_labels,
+        dtype,
+        y_is_frozen=is_frozen,
+        precision=precision,
+    )
+    hidden = hidden * lora.scale
+    update = _contract.product(
+        hidden,
+        hidden_labels,
+        second,
+        second_labels,
+        out_labels,
+        hidden.dtype,
+        y_is_frozen=is_frozen,
+        precision=precision,
+    )
+    y = _views.add(base, update)
+    if gain is None:
+        return y
+    return _contract.scaled(y, out_labels, gain, gain_labels)
+
+
+def _scaled_before(
+    x: Array, x_labels: Labels, gain: Array, gain_labels: Labels
+) -> tuple[Array, Labels]:
+    missing = [label for label in gain_labels if label not in x_labels]
+    sizes = [gain.shape[gain_labels.index(label)] for label in missing]
+    x = _views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
+    x_labels = [*x_labels, *missing]
+    return _contract.scaled(x, x_labels, gain, gain_labels), x_labels
