@@ -3,12 +3,16 @@ reader."""
 
 import inspect
 import os
-from collections.abc import Sequence
+import sysconfig
+import traceback
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.extend.core as jec
+import jaxlib
+import numpy as np
 
 
 # Since JAX 0.11 there is one class of jaxprs, before there are closed and open ones.
@@ -16,8 +20,11 @@ Jaxpr: TypeAlias = Any
 
 _PACKAGES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
-    for module in (jax, eqx)
+    for module in (jax, jaxlib, eqx, np)
 ) + (os.path.dirname(os.path.abspath(__file__)) + os.sep,)
+
+
+_INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "stdlib"))
 
 
 def closed(jaxpr: Jaxpr) -> Jaxpr:
@@ -49,23 +56,17 @@ def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
 
 
 def source_line(equation: Any) -> tuple[str, int] | None:
-    """The file and line of the innermost call that is neither JAX's, nor Equinox's, nor
-    this library's."""
-    traceback = equation.source_info.traceback
-    for frame in traceback.frames if traceback is not None else ():
-        if not _is_library(frame.file_name):
-            return frame.file_name, frame.line_num
-    return None
+    """The file and line of the innermost call in the user's own code, or else in the
+    installed package that holds the model."""
+    stack = equation.source_info.traceback
+    frames = [] if stack is None else stack.frames
+    return _users_own((frame.file_name, frame.line_num) for frame in frames)
 
 
 def calling_line() -> tuple[str, int] | None:
     """As `source_line`, of the call that is being executed."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno
-        frame = frame.f_back
-    return None
+    frames = traceback.walk_stack(inspect.currentframe())
+    return _users_own((frame.f_code.co_filename, line) for frame, line in frames)
 
 
 def is_library_code(jaxpr: Jaxpr) -> bool:
@@ -75,5 +76,11 @@ def is_library_code(jaxpr: Jaxpr) -> bool:
     return _is_library(where.rpartition(" at ")[2])
 
 
+def _users_own(lines: Iterable[tuple[str, int]]) -> tuple[str, int] | None:
+    lines = [line for line in lines if not _is_library(line[0])]
+    own = [line for line in lines if not line[0].startswith(_INSTALLED)]
+    return next(iter(own or lines), None)
+
+
 def _is_library(file: str) -> bool:
-    return file.startswith(_PACKAGES) or file.startswith("<")
+    return file.startswith((*_PACKAGES, "<frozen"))

@@ -120,7 +120,11 @@ def _mixer(lora: "LoraWeight", kernel_axes: Sequence[int]) -> str:
                 return "outputs"
             if inputs in mixer and outputs in kernel:
                 return "inputs"
-    raise NotFactored("no factor of the kernel owns its whole window")
+    raise NotFactored(
+        "no factor owns the kernel's whole window: of a convolution's kernel one "
+        "factor must own the outputs, or the inputs, alone, as with "
+        f"`lorax.LoraSpec(rank, rows=({outputs + lora.w.ndim},))`"
+    )
 
 
 def _factors(

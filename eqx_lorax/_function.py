@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from . import _compat
 from ._interpreter import evaluate
+from ._lora import factor_shapes
 from ._report import Materialised, OnMaterialise, Report
 from ._weight import AbstractLoraWeight, is_weight
 
@@ -116,6 +117,9 @@ def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any
         return fn(*args, **kwargs)
     dynamic = [i for i, x in enumerate(leaves) if isinstance(x, _Standing | jax.Array)]
     values = _frozen([_value(leaves[i]) for i in dynamic])
+    for value in values:
+        if is_weight(value):
+            _check_whole(value)
     static_result: Any = None
 
     def flat(*arrays: Array) -> list[Array]:
@@ -146,6 +150,22 @@ _TRACED = (
     "cannot depend on the values of arrays. Use `jax.lax.cond`, `jax.numpy.where` and "
     "the like, or pass what it depends on as a Python value."
 )
+
+
+def _check_whole(weight: AbstractLoraWeight) -> None:
+    lora = weight.as_lora()
+    axes = (*lora.rows, *lora.columns)
+    shapes = None
+    if all(axis >= -lora.w.ndim for axis in axes):
+        shapes = factor_shapes(lora.w.shape, lora.rows, lora.columns, lora.rank)
+    if shapes != (lora.b.shape, lora.a.shape):
+        raise ValueError(
+            f"A weight has the base {lora.w.shape} and the factors {lora.b.shape} and "
+            f"{lora.a.shape}, which do not belong together. Was it sliced, by `vmap` "
+            "or `scan`, along an axis that its factors do not share? For layers that "
+            "are stacked along the first axis adapt with "
+            "`lorax.LoraSpec(rank, batch=(0,))`."
+        )
 
 
 def _value(leaf: Any) -> Any:

@@ -93,12 +93,23 @@ class Equation:
                 outputs = self._by_rule(values)
             except NotFactored as error:
                 outputs = self.bind(*(self.dense(x, str(error)) for x in values))
+        self._report_bodies()
+        return outputs
+
+    def run(self, run: Callable[..., Any], *values: Any) -> Any:
+        """`run(*values)`, which compiles some of the bodies. If something is
+        materialised in them and that is an error, it is raised before."""
+        if self._report.raises:
+            jax.eval_shape(run, *values)
+            self._report_bodies()
+        return run(*values)
+
+    def _report_bodies(self) -> None:
         for body in self._bodies:
             for found in body.report.found:
-                if body.is_library_code:
+                if body.is_library_code or found.at is None:
                     found = dataclasses.replace(found, at=self._at)
                 self._report.add(found)
-        return outputs
 
     def _by_rule(self, values: Sequence[Any]) -> Sequence[Any]:
         rule = RULES.get(self.primitive.name)
@@ -109,7 +120,8 @@ class Equation:
             return rule(self, *values)
         # The rule makes functions, which JAX would compile anew in every eager call.
         arguments = self._arguments(values)
-        return self.body(_alone(self), *arguments).jitted(*arguments)
+        body = self.body(_alone(self), *arguments)
+        return self.run(body.jitted, *arguments)
 
     @property
     def _at(self) -> tuple[str, int] | None:

@@ -41,14 +41,15 @@ def wrap_optimizer(
 
     **Arguments:**
 
-    - `optimizer`: Any Optax optimizer.
+    - `optimizer`: Any Optax optimizer, or several of them chained, whole: what is
+        outside of the wrapper would find no updates for what is frozen.
     - `spec`: The spec that `lorax.init_lora` had, or a prefix of one.
 
     **Returns:**
 
     An Optax optimizer for the whole parameters, as `lorax.init_lora` returned them.
     Apply its updates with `optax.apply_updates`, which leaves the frozen arrays the
-    very same.
+    very same. (With `equinox.apply_updates` train by `lorax.partition` instead.)
 
     **Raises:**
 
@@ -71,6 +72,11 @@ def wrap_optimizer(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
+        if "grad" in extra:
+            extra["grad"] = trained(extra["grad"])
+        if "value_fn" in extra:
+            whole, value_fn = params, extra["value_fn"]
+            extra["value_fn"] = lambda part: value_fn(eqx.combine(part, whole))
         if params is not None:
             params = trained(params)
         new, state = inner.update(trained(updates), state, params, **extra)

@@ -161,7 +161,8 @@ def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
         [place.dotted for place in weights],
         [bool(_merges_to_finite(place.node)) for place in weights],
     )
-    uses = collections.Counter(id(base_of(place.node)) for place in weights)
+    # What is also found elsewhere in the tree, as a tied embedding is, stays.
+    uses = collections.Counter(id(x) for x in jax.tree.leaves(lora_params))
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
         place.steps: _overwritten
         if uses[id(base_of(place.node))] == 1

@@ -49,12 +49,16 @@ class Report:
         self.found: dict[Materialised, None] = {}
         self._on_materialise = on_materialise
 
+    @property
+    def raises(self) -> bool:
+        return self._on_materialise == "error"
+
     def add(self, new: Materialised) -> None:
         """Warns or raises, as if the user's own line did."""
         if new in self.found:
             return
         self.found[new] = None
-        if self._on_materialise == "error":
+        if self.raises:
             raise MaterialiseWarning(str(new))
         if self._on_materialise == "warn":
             file, line = new.at or ("<unknown>", 0)

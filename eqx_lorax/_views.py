@@ -142,6 +142,19 @@ def dynamic_slice(
     return x.as_lora().map_arrays(part)
 
 
+def reverse(x: Viewed, dimensions: Sequence[int]) -> Viewed:
+    """As `jax.lax.rev`."""
+    if is_array(x):
+        return lax.rev(x, tuple(dimensions))
+    lora = x.as_lora()
+    reversed_axes = {lora.shown_axes()[dimension] for dimension in dimensions}
+    return lora.map_arrays(
+        lambda array, axes: reverse(
+            array, [i for i, axis in enumerate(axes) if axis in reversed_axes]
+        )
+    )
+
+
 def _by_axis(x: Viewed, of_shown: Sequence[Any]) -> dict[Label, Any]:
     return dict(zip(x.as_lora().shown_axes(), of_shown, strict=True))
 
@@ -220,7 +233,10 @@ def reshape(x: Viewed, shape: Sequence[int]) -> Viewed:
     end = -sum(len(sizes) for _, sizes in groups)
     for axes, sizes in groups:
         if len({kinds[axis] for axis in axes}) > 1:
-            raise NotFactored("it merges axes of rows with axes of columns")
+            kinds_merged = " and ".join(
+                sorted({f"{kinds[axis]} axes" for axis in axes})
+            )
+            raise NotFactored(f"it merges {kinds_merged}")
         new_axes[kinds[axes[0]]] += range(end, end + len(sizes))
         end += len(sizes)
         new_sizes[stored[axes[0]]] = sizes

@@ -57,7 +57,7 @@ def scalar(outputs):
 MOVES = {
     "broadcast_in_dim", "checkpoint", "closed_call", "concatenate", "cond",
     "convert_element_type", "copy", "custom_jvp_call", "dynamic_slice", "gather",
-    "jit", "optimization_barrier", "pjit", "pvary", "remat", "remat2", "reshape",
+    "jit", "optimization_barrier", "pjit", "pvary", "remat", "remat2", "reshape", "rev",
     "scan", "select_n", "shard_map", "sharding_constraint", "slice", "split", "squeeze",
     "stop_gradient", "transpose", "while", "while_loop",
 }  # fmt: skip

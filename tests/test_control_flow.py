@@ -231,6 +231,13 @@ def test_transformed_from_outside():
     assert (shape.shape, shape.dtype) == ((11,), jnp.float32)
 
 
+def test_weights_that_were_sliced_wrongly():
+    """A rank without a batch axis makes rows of the layers of a stack."""
+    wrong = lorax.init_lora(normal(2, 11, 11), 2, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"LoraSpec\(rank, batch=\(0,\)\)"):
+        jax.vmap(lorax.lora(step), in_axes=(0, None))(wrong, x11)
+
+
 def test_nested():
     once, twice = lorax.lora(step), lorax.lora(lorax.lora(step))
     assert np.array_equal(once(W, x11), twice(W, x11))
@@ -240,6 +247,20 @@ def test_whole_gradient_is_zero_for_the_base():
     gradient = jax.grad(lambda w: lorax.lora(step)(w, x11).sum())(W)
     assert not np.any(gradient.w)
     assert np.any(gradient.a) and np.any(gradient.b)
+
+
+def test_the_base_is_frozen_to_every_order():
+    def penalty(fn):
+        return lambda w, x: (jax.grad(lambda x: fn(w, x).sum())(x) ** 2).sum()
+
+    adapted, whole = lorax.lora(step), lambda w, x: step(dense(w), x)
+    for run in (lambda f: f, jax.jit):
+        got = run(jax.grad(penalty(adapted)))(W, x11)
+        want = jax.grad(penalty(whole))(W, x11)
+        assert not np.any(got.w)
+        assert_close((got.a, got.b), (want.a, want.b), 1e-4)
+    hessian = jax.hessian(lambda w: adapted(w, x11).sum())(W)
+    assert not np.any(hessian.w.b) and not np.any(hessian.b.w)
 
 
 def test_scan_memory():

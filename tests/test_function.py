@@ -116,6 +116,41 @@ STRUCTURAL = [
         lambda w, i: jax.vmap(lambda i: w[i])(i),
         (TABLE, jnp.array([4, 2])),
     ),
+    Case("reverse", lambda w, x: w[::-1, ::-1] @ x, (W, x13)),
+    Case(
+        "reverse-scaled", lambda w, x, g: jnp.flip(w * g[:, None], 0) @ x, (W, x13, x11)
+    ),
+    Case(
+        "join-rows",
+        lambda w, v, x: jnp.concatenate([w, v, jnp.ones((2, 13), x.dtype)]) @ x,
+        (W, factored((7, 13), rank=3, seed=9), x13),
+    ),
+    Case(
+        "join-columns",
+        lambda w, v, x: jnp.concatenate([v, w], 1) @ x,
+        (W, factored((11, 7), rank=3, seed=9), normal(20)),
+    ),
+    Case(
+        "join-layers",
+        lambda s, w, x: jnp.einsum("lij,j->li", jnp.concatenate([s, w[None]]), x),
+        (STACK, factored((13, 11), rank=1), x11),
+    ),
+    Case(
+        "stack",
+        lambda w, v, x: jnp.stack([w, v])[1] @ x,
+        (W, factored((11, 13), seed=9), x13),
+    ),
+    Case(
+        "unstack",
+        lambda s, x: sum(w @ x for w in s) + jnp.unstack(s)[0] @ x,
+        (STACK, x11),
+    ),
+    Case(
+        "size-one",
+        lambda w, x: w.reshape(()) * x,
+        (factored((1, 1), rank=1), x13),
+        None,
+    ),
     Case("scale", lambda w, x: (2.0 * w) @ x, (W, x13)),
     Case("scale-by-array", lambda w, x, c: (w * c) @ x, (W, x13, jnp.float32(0.7))),
     Case("divide", lambda w, x, c: (w / c) @ x, (W, x13, jnp.float32(0.7))),
@@ -154,7 +189,7 @@ LINEAR = [
     Case("heads-one-axis", einsum("hdo,bd->bho"), (OUT, X)),
     Case("both-sides", lambda w, v: w @ v, (W, V), (13, 17)),
     Case(
-        "both-sides-vector", lambda w, v, x: (w @ v) @ x, (W, V, normal(17)), (13, 13)
+        "both-sides-vector", lambda w, v, x: (w @ v) @ x, (W, V, normal(17)), (13, 17)
     ),
     Case("gram", lambda w: w @ w.T, (W,), None),
     Case(
@@ -164,6 +199,14 @@ LINEAR = [
         None,
     ),
     Case("chain", lambda w, v, x: jnp.tanh(w @ jnp.tanh(v @ x)), (W, V, normal(17))),
+    Case(
+        "both-sides-scaled",
+        lambda w, v, c: (w * c) @ v + w @ (v / c),
+        (W, V, jnp.float32(0.7)),
+        (13, 17),
+    ),
+    Case("sum-rows", lambda w: w.sum(0), (W,)),
+    Case("einsum-sums-first", einsum("bi,bij->"), (normal(3, 13), STACK)),
     Case("nested", lambda w, x: w @ x + w[0] @ x, (NESTED, x13)),
     Case(
         "nested-reshaped",
@@ -212,8 +255,8 @@ def test_convolutions(axes, groups):
 
     def channels_last(kernel, x):
         return lax.conv_general_dilated(
-            x.transpose(2, 3, 0, 1), kernel.transpose(2, 3, 1, 0), (1, 1), "SAME",
-            lhs_dilation=(2, 1), dimension_numbers=("HWNC", "HWIO", "NHWC"),
+            x.transpose(2, 3, 0, 1), kernel.transpose(2, 3, 1, 0), (1, 1),
+            [(1, 2), (1, 0)], lhs_dilation=(2, 1), dimension_numbers=("HWNC", "HWIO", "NHWC"),
             feature_group_count=groups,
         )  # fmt: skip
 
@@ -237,7 +280,7 @@ def test_dtypes(dtype):
     x = normal(5, 13, dtype=dtype)
 
     def fn(w, x):
-        return x @ w.T, w[jnp.array([1, 2])], (w * 2)[3:5] @ x[0], -w.T
+        return x @ w.T, w[jnp.array([1, 2])], (w / 3)[3:5] @ x[0], -w.T
 
     def without_view(w, x):
         return fn(w, x)[:3]

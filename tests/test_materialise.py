@@ -99,6 +99,25 @@ def test_inside_programs():
     assert [w.lineno for w in found] == [line_of(other, "jnp.tril")]
 
 
+def test_error_comes_before_anything_runs():
+    seen = []
+
+    @jax.jit
+    def inner(w, x):
+        jax.debug.callback(lambda _: seen.append(None), x)
+        return jnp.exp(w) @ x
+
+    def loop(w, x):
+        return jax.lax.scan(lambda x, _: (inner(w, x), None), x, length=2)[0]
+
+    square = factored((13, 13))
+    for fn in (inner, loop):
+        with pytest.raises(lorax.MaterialiseWarning, match="`exp`"):
+            lorax.lora(fn, on_materialise="error")(square, x13)
+    jax.effects_barrier()
+    assert not seen
+
+
 def test_in_loops():
     stack = factored((3, 13, 13), seed=1)
 
@@ -141,7 +160,7 @@ def test_in_branches():
 @pytest.mark.parametrize(
     "fn, reason",
     [
-        (lambda w: w.reshape(-1), "merges axes of rows"),
+        (lambda w: w.reshape(-1), "merges column axes and row axes"),
         (lambda w: w + 1, "no factored form"),
         (lambda w: w * w, "both operands are weights"),
         (lambda w: w * jnp.ones((11, 13)), "varies along rows and columns"),

@@ -28,7 +28,7 @@ def _jit(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
     shardings = (tuple(params["in_shardings"]), tuple(params["out_shardings"]))
-    return _jitted(body, params["name"], *shardings)(*values)
+    return equation.run(_jitted(body, params["name"], *shardings), *values)
 
 
 @functools.lru_cache(maxsize=1024)

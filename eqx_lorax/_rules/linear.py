@@ -36,7 +36,8 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     dtype = x.dtype if x.dtype == y.dtype else promote(x.dtype, y.dtype)
     if out.dtype != dtype and promote(out.dtype, wide(dtype)) != wide(dtype):
         dtype = out.dtype
-    if is_weight(x):
+    # Of two weights, one that is neither scaled nor nested is taken apart.
+    if is_weight(x) and (not is_weight(y) or _can_be_taken_apart(y)):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
     meet: Any = _contract_weights if is_weight(x) else _contract
     result = meet(
@@ -74,9 +75,9 @@ def _contract_weights(
     precision: Any,
 ) -> Array:
     """The base of `x` meets `y`, and so do its factors, one after the other."""
+    if not _can_be_taken_apart(x):
+        raise NotFactored("both operands are weights, and scaled or nested")
     lora = x.as_lora()
-    if lora.gain is not None or not is_array(lora.w):
-        raise NotFactored("both operands are weights, one of them scaled or nested")
     stored = lora.stored_labels(x_labels)
     frozen = lax.stop_gradient(jnp.asarray(lora.w))
     base = _contract(frozen, stored, y, labels, out_labels, dtype, precision)
@@ -111,6 +112,11 @@ def _contract_weights(
     return _views.add(base, lora.scale * update)
 
 
+def _can_be_taken_apart(x: AbstractLoraWeight) -> bool:
+    lora = x.as_lora()
+    return lora.gain is None and is_array(lora.w)
+
+
 def _shared(x: Array, x_labels: Labels, labels: Labels, out_labels: Labels) -> int:
     """How many entries of `x` are summed over with those of `labels`."""
     return math.prod(
@@ -131,7 +137,28 @@ def _convolution(equation: "Equation", x: Any, kernel: Any) -> Sequence[Any]:
     return [result.astype(out.dtype)]
 
 
+def _reduce_sum(equation: "Equation", x: AbstractLoraWeight) -> Sequence[Any]:
+    """The product with ones. What is summed along batch axes alone is as large as the
+    weight, and of a larger rank."""
+    summed = equation.params["axes"]
+    lora = x.as_lora()
+    shown = lora.shown_axes()
+    if {shown[axis] for axis in summed} <= set(lora.batch_axes()):
+        raise NotFactored("it sums weights")
+    (out,) = equation.out_avals
+    labels = tuple(range(x.ndim))
+    result = contract(
+        x,
+        jnp.ones([x.shape[axis] for axis in summed], x.dtype),
+        x_labels=tuple(summed),
+        labels=labels,
+        out_labels=tuple(label for label in labels if label not in summed),
+    )
+    return [result.astype(out.dtype)]
+
+
 RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
+    "reduce_sum": _reduce_sum,
 }

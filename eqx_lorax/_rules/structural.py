@@ -10,7 +10,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .. import _gather, _views
+from .. import _concatenate, _gather, _views
+from .._arrays import wide
 from .._contract import NotFactored
 from .._weight import is_weight
 
@@ -62,7 +63,11 @@ def _reshape(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     if params["dimensions"] is not None or params.get("sharding") is not None:
         raise NotFactored("it also moves axes")
-    return [_views.reshape(x, params["new_sizes"])]
+    return [_settled(_views.reshape(x, params["new_sizes"]))]
+
+
+def _rev(equation: "Equation", x: Any) -> Sequence[Any]:
+    return [_views.reverse(x, equation.params["dimensions"])]
 
 
 def _squeeze(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -72,6 +77,27 @@ def _squeeze(equation: "Equation", x: Any) -> Sequence[Any]:
 def _broadcast_in_dim(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     return [_views.broadcast_in_dim(x, params["shape"], params["broadcast_dimensions"])]
+
+
+def _concatenated(equation: "Equation", *values: Any) -> Sequence[Any]:
+    return [_concatenate.concatenate(values, equation.params["dimension"])]
+
+
+def _stack(equation: "Equation", *values: Any) -> Sequence[Any]:
+    axis = equation.params["axis"]
+    expanded = [_views.expand(x, [1], [axis]) for x in values]
+    return [_concatenate.concatenate(expanded, axis)]
+
+
+def _unstack(equation: "Equation", x: Any) -> Sequence[Any]:
+    axis = equation.params["axis"]
+    starts, limits = [0] * x.ndim, list(x.shape)
+    parts = []
+    for i in range(x.shape[axis]):
+        starts[axis], limits[axis] = i, i + 1
+        part = _views.slice_(x, tuple(starts), tuple(limits))
+        parts.append(_settled(_views.squeeze(part, [axis])))
+    return parts
 
 
 def _convert(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -128,7 +154,9 @@ def _mul(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
 def _div(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     if is_weight(y):
         raise NotFactored("it divides by a weight")
-    return [_scaled(equation, x, 1 / jnp.asarray(y))]
+    # In float32 at least: a reciprocal that was rounded would be off by the same amount
+    # everywhere.
+    return [_scaled(equation, x, 1 / jnp.asarray(y, wide(x.dtype)))]
 
 
 def _neg(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -139,7 +167,7 @@ def _scaled(equation: "Equation", x: Any, factor: Any) -> Any:
     (out,) = equation.out_avals
     if out.shape != x.shape:
         raise NotFactored("the weight is broadcast")
-    return _views.scaled(x, jnp.asarray(factor, out.dtype))
+    return _views.scaled(x, jnp.asarray(factor))
 
 
 def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -155,6 +183,7 @@ def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:
 
 RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "broadcast_in_dim": _broadcast_in_dim,
+    "concatenate": _concatenated,
     "convert_element_type": _convert,
     "copy": _identity,
     "copy_p": _identity,
@@ -168,10 +197,13 @@ RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "pcast": _on_leaves,
     "pvary": _on_leaves,
     "reshape": _reshape,
+    "rev": _rev,
     "sharding_constraint": _sharding_constraint,
     "slice": _slice,
     "split": _split,
     "squeeze": _squeeze,
+    "stack": _stack,
     "stop_gradient": _stop_gradient,
     "transpose": _transpose,
+    "unstack": _unstack,
 }
