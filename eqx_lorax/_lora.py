@@ -65,7 +65,10 @@ class LoraWeight(AbstractLoraWeight):
         *,
         rank_stabilised: bool = False,
     ):
-        """**Arguments:**
+        """The factors of a convolution's kernel may also have the shapes that they have
+        in jax-lorax, with `a` of shape `(1, ..., 1, rank, out)`.
+
+        **Arguments:**
 
         - `w`: The base, of any shape with two axes or more and of inexact dtype.
         - `b`: The row factor, of shape `(*batch, *rows, rank)`.
@@ -80,6 +83,8 @@ class LoraWeight(AbstractLoraWeight):
 
         `ValueError` if the three shapes do not fit each other.
         """
+        if w.ndim == a.ndim > 2 and a.shape[:-2] == (1,) * (w.ndim - 2) != w.shape[:-2]:
+            a, rows, columns = a.reshape(a.shape[-2:]), range(-w.ndim, -1), (-1,)
         self.w = w
         self.b = b
         self.a = a

@@ -256,8 +256,8 @@ def test_convolutions(axes, groups):
     def channels_last(kernel, x):
         return lax.conv_general_dilated(
             x.transpose(2, 3, 0, 1), kernel.transpose(2, 3, 1, 0), (1, 1),
-            [(1, 2), (1, 0)], lhs_dilation=(2, 1), dimension_numbers=("HWNC", "HWIO", "NHWC"),
-            feature_group_count=groups,
+            [(1, 2), (1, 0)], lhs_dilation=(2, 1),
+            dimension_numbers=("HWNC", "HWIO", "NHWC"), feature_group_count=groups,
         )  # fmt: skip
 
     check(strided, kernel, x)

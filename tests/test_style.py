@@ -12,7 +12,7 @@ import eqx_lorax as lorax
 
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted((ROOT / "eqx_lorax").glob("*.py"))
+FILES = sorted((ROOT / "eqx_lorax").rglob("*.py"))
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
@@ -22,8 +22,8 @@ def test_public_jax_only(file):
 
 
 def _modules():
-    for info in pkgutil.iter_modules(lorax.__path__):
-        module = __import__(f"eqx_lorax.{info.name}", fromlist=["_"])
+    for info in pkgutil.walk_packages(lorax.__path__, "eqx_lorax."):
+        module = __import__(info.name, fromlist=["_"])
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, eqx.Module) and cls.__module__ == module.__name__:
                 yield cls
@@ -47,7 +47,7 @@ def test_everything_public_is_documented():
 
 
 def test_core_imports_only_what_it_declares():
-    declared = {"jax", "equinox", "optax", "jaxtyping", "numpy", "rich"}
+    declared = {"jax", "jaxlib", "equinox", "optax", "jaxtyping", "numpy", "rich"}
     standard = __import__("sys").stdlib_module_names
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
