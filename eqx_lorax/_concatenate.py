@@ -65,7 +65,7 @@ def concatenate(xs: Sequence[Viewed], dimension: int) -> Viewed:
 
 def _plain(x: Array, like: "LoraWeight") -> "LoraWeight":
     """An array as a weight whose update is zero."""
-    sizes: dict[Label, int] = dict(zip(range(-x.ndim, 0), x.shape)) | {RANK: 1}
+    sizes: dict[Label, int] = {RANK: 1, **dict(zip(range(-x.ndim, 0), x.shape))}
     stored = range(-x.ndim, 0)
     b = jnp.zeros([sizes[label] for label in like.b_axes(stored)], like.b.dtype)
     a = jnp.zeros([sizes[label] for label in like.a_axes(stored)], like.a.dtype)

@@ -199,7 +199,7 @@ def test_weights_anywhere():
     }
 
     def fn(scale, *, params, flag, names=("a", "b")):
-        x = x13
+        x, activation = x13, None
         for (w, static, activation), name in zip(params["layers"], names):
             assert static in (None, 3) and name in "ab"
             x = w @ x if flag else x

@@ -176,7 +176,9 @@ def _sliceable(equation: "Equation", x: Any) -> Any:
     lora = x.as_lora()
     first = lora.shown_axes()[0]
     if first not in lora.batch_axes():
-        return equation.dense(x, "a loop goes along its rows or columns")
+        reason = "a loop goes along its rows or columns (layers that are stacked there "
+        reason += "are adapted with `lorax.LoraSpec(rank, batch=(0,))`)"
+        return equation.dense(x, reason)
     if first == -lora.w.ndim:
         return lora
     return _views.in_order(lora)

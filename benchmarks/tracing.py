@@ -1,0 +1,144 @@
+"""What `lorax.lora(fn)` adds to the time in which JAX traces `fn`.
+
+    python benchmarks/tracing.py [--layers 48] [--repeats 9]
+
+Two transformers, all of whose matrices are adapted: a plain function of a tree of
+arrays, whose author spent nothing but `jax.numpy`, and an Equinox model. Prints
+the median of the repeats in seconds, and the median of the ratios of neighbours. The
+model is also traced through the module door.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+import eqx_lorax as lorax
+
+
+WIDTH, HEADS, TOKENS = 64, 4, 16
+
+
+def normalised(x: Any, gain: Any) -> Any:
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(x.var(-1, keepdims=True) + 1e-5) * gain
+
+
+def block(p: dict[str, Any], x: Any) -> Any:
+    y = normalised(x, p["gain 1"])
+    q, k, v = ((y @ p[name]).reshape(TOKENS, HEADS, -1) for name in "qkv")
+    scores = jnp.einsum("qhd,khd->hqk", q, k) / jnp.sqrt(q.shape[-1])
+    mixed = jnp.einsum("hqk,khd->qhd", jax.nn.softmax(scores), v)
+    x = x + mixed.reshape(TOKENS, WIDTH) @ p["o"]
+    y = normalised(x, p["gain 2"])
+    return x + jax.nn.gelu(y @ p["up"] + p["bias"]) @ p["down"]
+
+
+def function(params: list[dict[str, Any]], x: Any) -> Any:
+    for p in params:
+        x = block(p, x)
+    return x.sum()
+
+
+def block_params() -> dict[str, Any]:
+    square, wide = jnp.ones((WIDTH, WIDTH)), jnp.ones((WIDTH, 4 * WIDTH))
+    gains = {"gain 1": jnp.ones(WIDTH), "gain 2": jnp.ones(WIDTH)}
+    matrices = dict.fromkeys("qkvo", square) | {"up": wide, "down": wide.T}
+    return {**matrices, **gains, "bias": jnp.ones(4 * WIDTH)}
+
+
+class Block(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    norms: list[Any]
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, key: Any):
+        keys = jr.split(key, 3)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=keys[0])
+        self.norms = [eqx.nn.LayerNorm(shape=WIDTH) for _ in range(2)]
+        self.up = eqx.nn.Linear(WIDTH, 4 * WIDTH, key=keys[1])
+        self.down = eqx.nn.Linear(4 * WIDTH, WIDTH, key=keys[2])
+
+    def __call__(self, x: Any) -> Any:
+        y = jax.vmap(self.norms[0])(x)
+        x = x + self.attention(y, y, y)
+        hidden = jax.vmap(self.up)(jax.vmap(self.norms[1])(x))
+        return x + jax.vmap(self.down)(jax.nn.gelu(hidden))
+
+
+class Model(eqx.Module):
+    blocks: list[Any]
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.blocks:
+            x = layer(x)
+        return x.sum()
+
+
+def run(model: Any, x: Any) -> Any:
+    return model(x)
+
+
+def traced(fn: Callable[..., Any], tree: Any, x: Any) -> float:
+    """Seconds to trace `fn(tree, x)`."""
+    arrays, rest = eqx.partition(tree, eqx.is_array)
+    start = time.perf_counter()
+    # A new function, so that JAX does not remember the last time.
+    jax.make_jaxpr(lambda arrays, x: fn(eqx.combine(arrays, rest), x))(arrays, x)
+    return time.perf_counter() - start
+
+
+def report(name: str, plain: Any, adapted: Any, x: Any, repeats: int) -> None:
+    """`plain` and `adapted` are pairs of a function and its tree."""
+    pairs = []
+    for i in range(repeats + 1):
+        pair = traced(*plain, x), traced(*adapted, x)
+        pairs += [pair] if i else []  # the first one imports and compiles
+    times = [statistics.median(column) for column in zip(*pairs)]
+    ratio = statistics.median(after / before for before, after in pairs)
+    print(f"{name:<34}{times[0]:>9.3f}{times[1]:>10.3f}{ratio:>8.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=9)
+    flags = parser.parse_args()
+
+    x = jnp.ones((TOKENS, WIDTH))
+    params = [block_params() for _ in range(flags.layers)]
+    spec = lorax.simple_spec(params, lambda path, array: 8)
+    lora_params = lorax.init_lora(params, spec, jr.key(0))
+    model = Model([Block(key) for key in jr.split(jr.key(0), flags.layers)])
+    adapted = lorax.loraify(model, rank=8, key=jr.key(1))
+
+    through_lora = lorax.lora(function, on_materialise="error")
+    run_lora = lorax.lora(run, on_materialise="error")
+
+    def gradient(fn: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.grad(fn, 1)
+
+    print(f"{'':<34}{'plain':>9}{'adapted':>10}{'ratio':>8}")
+    of = flags.repeats
+    tree, tree_lora = params, lora_params
+    report("function", (function, tree), (through_lora, tree_lora), x, of)
+    report(
+        "function, gradient",
+        (gradient(function), tree),
+        (gradient(through_lora), tree_lora),
+        x,
+        of,
+    )
+    report("Equinox model, function door", (run, model), (run_lora, adapted), x, of)
+    report("Equinox model, module door", (run, model), (run, adapted), x, of)
+
+
+if __name__ == "__main__":
+    main()

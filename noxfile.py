@@ -1,0 +1,31 @@
+"""The suite on every environment that the project claims: `nox`, or one of the sessions
+that `nox --list` shows."""
+
+import tomllib
+from pathlib import Path
+
+import nox
+
+
+nox.options.default_venv_backend = "venv"
+PROJECT = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())
+
+
+@nox.session(python=["3.11", "3.13"])
+def newest(session: nox.Session) -> None:
+    """The newest release of JAX for that Python, and of everything else."""
+    session.install("--upgrade", "-e", ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python="3.11")
+def lowest(session: nox.Session) -> None:
+    """The lowest versions that `pyproject.toml` claims."""
+    pins = [
+        dependency.replace(">=", "==")
+        for dependency in PROJECT["project"]["dependencies"]
+    ]
+    session.install("-e", ".[test]", *pins)
+    # Equinox of that time uses what JAX of that time deprecates.
+    ignored = ("-W", "ignore::DeprecationWarning")
+    session.run("python", "-m", "pytest", *ignored, *session.posargs)
