@@ -99,7 +99,7 @@ def report(name: str, plain: Any, adapted: Any, x: Any, repeats: int) -> None:
     """`plain` and `adapted` are pairs of a function and its tree."""
     pairs = []
     for i in range(repeats + 1):
-        pair = traced(*plain, x), traced(*adapted, x)
+        pair = traced(plain[0], plain[1], x), traced(adapted[0], adapted[1], x)
         pairs += [pair] if i else []  # the first one imports and compiles
     times = [statistics.median(column) for column in zip(*pairs)]
     ratio = statistics.median(after / before for before, after in pairs)
