@@ -83,7 +83,7 @@ class LoraWeight(AbstractLoraWeight):
 
         `ValueError` if the three shapes do not fit each other.
         """
-        if w.ndim == a.ndim > 2 and a.shape[:-2] == (1,) * (w.ndim - 2) != w.shape[:-2]:
+        if _is_kernel_of_jax_lorax(w, b, a) and (rows, columns) == ((-2,), (-1,)):
             a, rows, columns = a.reshape(a.shape[-2:]), range(-w.ndim, -1), (-1,)
         self.w = w
         self.b = b
@@ -203,6 +203,18 @@ def factor_shapes(
     b = (*batch, *(shape[axis] for axis in rows), rank)
     a = (*batch, rank, *(shape[axis] for axis in columns))
     return b, a
+
+
+def _is_kernel_of_jax_lorax(w: Weight, b: Array, a: Array) -> bool:
+    if not w.ndim == a.ndim > 2:
+        return False
+    *ones, rank, outputs = a.shape
+    of_a_stack = (*w.shape[:-2], rank, outputs)
+    return (
+        set(ones) == {1}
+        and a.shape != of_a_stack
+        and (b.shape, outputs) == ((*w.shape[:-1], rank), w.shape[-1])
+    )
 
 
 def _from_the_end(axes: Sequence[int], ndim: int, name: str) -> tuple[int, ...]:

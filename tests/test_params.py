@@ -149,6 +149,10 @@ def test_weights_of_jax_lorax():
     w, b, a = normal(3, 3, 4, 5), normal(3, 3, 4, 2), normal(1, 1, 2, 5, seed=2)
     weight = lorax.LoraWeight(w=w, a=a, b=b, alpha=4.0)
     assert_close(weight.materialise(), w + 2 * b @ a)
+    # These are of three axes too, and none of its.
+    w, b, a = normal(2, 1, 1), normal(1, 2, 1), normal(1, 1, 1, seed=2)
+    weight = lorax.LoraWeight(w, b, a, rows=(0,), columns=(1,))
+    assert (weight.rows, weight.columns, weight.a.shape) == ((-3,), (-2,), (1, 1, 1))
 
 
 def test_split_and_combine():
