@@ -47,8 +47,9 @@ def scalar(outputs):
     for x in jax.tree.leaves(outputs):
         if eqx.is_inexact_array(x):
             # Irregular, so that no symmetry hides a wrong axis.
-            signs = np.cos(1.0 + 3.7 * np.arange(x.size)).reshape(x.shape)
-            x = jnp.real(x * jnp.asarray(signs, jnp.real(x).dtype))
+            phases = np.exp(1j * (1.0 + 3.7 * np.arange(x.size))).reshape(x.shape)
+            signs = phases if jnp.iscomplexobj(x) else phases.real
+            x = jnp.real(x * jnp.asarray(signs, x.dtype))
             total += (x + 0.25 * x * x).sum()
     return total
 

@@ -102,6 +102,17 @@ def cond_picks(stack, x, i):
     return lax.switch(i, branches, stack) @ x
 
 
+def cond_in_scan(stack, x):
+    def body(x, w):
+        return lax.cond(x[0] > 0, lambda w: step(w, x), lambda w: x @ w, w), None
+
+    return lax.scan(body, x, stack)[0]
+
+
+def by_platform(w, x):
+    return lax.platform_dependent(w, x, cpu=step, default=lambda w, x: x @ w)
+
+
 def maps(w, xs):
     return lax.map(lambda x: step(w, x), xs)
 
@@ -176,6 +187,8 @@ CASES = [
     Case("fori", fori, (SQUARE, x11)),
     Case("cond", cond, (W, x11, True)),
     Case("cond-picks", cond_picks, (SQUARE, x11, jnp.int32(2))),
+    Case("cond-in-scan", cond_in_scan, (SQUARE, x11)),
+    Case("platform-dependent", by_platform, (W, x11)),
     Case("map", maps, (W, normal(4, 11))),
     Case("vmap-weights", jax.vmap(step), (SQUARE, normal(3, 11))),
     Case("vmap-in-axes", jax.vmap(step, in_axes=(None, 0)), (W, normal(3, 11))),

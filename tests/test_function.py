@@ -325,27 +325,31 @@ def products(draw):
         axes=(operand(ndim), operand(other) if both else None),
         numbers=((mine[batch:], theirs[batch:]), (mine[:batch], theirs[:batch])),
         swapped=draw(st.booleans()),
+        dtype=draw(st.sampled_from(list(TOLERANCES))),
     )
 
 
-def check_product(shapes, axes, numbers, swapped):
-    weight = factored(shapes[0], *axes[0])
-    other = normal(*shapes[1]) if axes[1] is None else factored(shapes[1], *axes[1])
+# That of the result, relative to its largest entry; that of a gradient is five times
+# as much.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "complex64": 1e-4}
+
+
+def check_product(shapes, axes, numbers, swapped, dtype):
+    weight = factored(shapes[0], *axes[0], dtype=dtype)
+    if axes[1] is None:
+        other = normal(*shapes[1], dtype=dtype)
+    else:
+        other = factored(shapes[1], *axes[1], dtype=dtype)
     if swapped:
         numbers = tuple(pair[::-1] for pair in numbers)
 
     def product(w, x):
         return lax.dot_general(*((x, w) if swapped else (w, x)), numbers)
 
-    got = lorax.lora(product, on_materialise="error")
-    assert_close(got(weight, other), product(dense(weight), dense(other)), 1e-4)
-    params, frozen = trained_part((weight, other))
-
-    def gradient(fn):
-        return jax.grad(lambda p: scalar(fn(*eqx.combine(p, frozen))))(params)
-
-    expected = gradient(lambda w, x: product(dense(w), dense(x)))
-    assert_close(gradient(got), expected, 1e-3)
+    check(
+        product, weight, other,
+        tolerance=TOLERANCES[dtype], eagerly=False, forward=False,
+    )  # fmt: skip
 
 
 @given(products())
@@ -359,6 +363,72 @@ def test_any_dot_general(case):
 @settings(deadline=None, max_examples=500)
 def test_any_dot_general_at_length(case):
     check_product(**case)
+
+
+@st.composite
+def convolutions(draw):
+    """The options of a convolution, any axis of its operands being anywhere, and a
+    kernel of which one factor owns the outputs, or the inputs, alone."""
+    spatial = draw(st.integers(1, 2))
+    groups = draw(st.integers(1, 2))
+
+    def each(strategy):
+        return tuple(draw(strategy) for _ in range(spatial))
+
+    specs = [draw(st.permutations(range(spatial + 2))) for _ in range(3)]
+    lhs_spec, rhs_spec, out_spec = map(tuple, specs)
+    channels = draw(st.integers(1, 3))
+    sizes = {
+        "kernel": (
+            groups * draw(st.integers(1, 3)),
+            channels,
+            *each(st.integers(1, 3)),
+        ),
+        "images": (
+            draw(st.integers(1, 2)),
+            groups * channels,
+            *each(st.integers(5, 6)),
+        ),
+    }
+
+    def laid_out(sizes, spec):
+        return tuple(sizes[spec.index(i)] for i in range(len(spec)))
+
+    alone = rhs_spec[draw(st.integers(0, 1))]
+    others = tuple(i for i in range(spatial + 2) if i != alone)
+    return dict(
+        kernel=laid_out(sizes["kernel"], rhs_spec),
+        images=laid_out(sizes["images"], lhs_spec),
+        axes=draw(st.permutations([(alone,), others])),
+        dtype=draw(st.sampled_from(list(TOLERANCES))),
+        window_strides=each(st.integers(1, 2)),
+        padding=each(st.tuples(st.integers(-1, 2), st.integers(0, 2))),
+        lhs_dilation=each(st.integers(1, 2)),
+        rhs_dilation=each(st.integers(1, 2)),
+        dimension_numbers=lax.ConvDimensionNumbers(lhs_spec, rhs_spec, out_spec),
+        feature_group_count=groups,
+    )
+
+
+def check_convolution(kernel, images, axes, dtype, **options):
+    check(
+        lambda kernel, x: lax.conv_general_dilated(x, kernel, **options),
+        factored(kernel, *axes, dtype=dtype), normal(*images, dtype=dtype),
+        tolerance=TOLERANCES[dtype], eagerly=False, forward=False,
+    )  # fmt: skip
+
+
+@given(convolutions())
+@settings(deadline=None, max_examples=12)
+def test_any_convolution(case):
+    check_convolution(**case)
+
+
+@pytest.mark.nightly
+@given(convolutions())
+@settings(deadline=None, max_examples=300)
+def test_any_convolution_at_length(case):
+    check_convolution(**case)
 
 
 @st.composite

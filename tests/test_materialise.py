@@ -157,6 +157,21 @@ def test_in_branches():
         assert_close(result, pick(dense(W), x13, i))
 
 
+def test_in_solvers():
+    """Whose derivatives are rules of their own."""
+
+    def solve(w, b):
+        return jax.scipy.sparse.linalg.cg(lambda v: w.T @ (w @ v) + v, b)[0]
+
+    result, (warning,) = caught(lorax.lora(solve), W, x13)
+    assert "`custom_linear_solve`" in str(warning.message)
+    assert_close(result, solve(dense(W), x13), 1e-4)
+    silent = lorax.lora(solve, on_materialise="allow")
+    got = jax.grad(lambda w: silent(w, x13).sum())(W)
+    want = jax.grad(lambda w: solve(dense(w), x13).sum())(W)
+    assert_close((got.b, got.a), (want.b, want.a), 1e-3)
+
+
 @pytest.mark.parametrize(
     "fn, reason",
     [
