@@ -437,15 +437,13 @@ def test_no_needless_compilation():
     adapted = lorax.lora(fn, on_materialise="error")
     adapted(W, SQUARE, x11)
     adapted(W, SQUARE, x11)
-    count, compiled = len(traces), []
-    listen = lambda event, *_, **__: compiled.append(event)  # noqa: E731
+    count, events = len(traces), []
+    listen = lambda event, *_, **__: events.append(event)  # noqa: E731
+    # It stays registered, since JAX 0.8 cannot forget it.
     jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        adapted(W, SQUARE, x11)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+    adapted(W, SQUARE, x11)
     assert len(traces) == count
-    assert not [event for event in compiled if "backend_compile" in event]
+    assert not [event for event in events if "backend_compile" in event]
 
 
 def test_shard_map():

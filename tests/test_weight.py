@@ -226,7 +226,8 @@ def test_never_turns_into_an_array_unseen(getkey):
         lambda: jnp.sum(weight),
     ]
     for form in silently:
-        with pytest.raises(TypeError):
+        # Some versions of JAX say so of the fields of the weight.
+        with pytest.raises((TypeError, ValueError)):
             form()
 
 
