@@ -122,7 +122,7 @@ def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any
             _check_whole(value)
     static_result: Any = None
 
-    def flat(*arrays: Array) -> list[Array]:
+    def flat(*arrays: Array) -> Any:
         nonlocal static_result
         filled = list(leaves)
         for i, array in zip(dynamic, arrays):

@@ -37,8 +37,8 @@ class Equation:
         self._report = report
         self._bodies: list[Body] = []
 
-    def bind(self, *values: Array) -> Sequence[Array]:
-        """The outputs for arrays, as JAX has them."""
+    def bind(self, *values: Any) -> Sequence[Array]:
+        """The outputs for arrays and literals, as JAX has them."""
         return jec.jaxpr_as_fun(self._alone())(*self._arguments(values))
 
     def _arguments(self, values: Sequence[Any]) -> list[Any]:
@@ -78,7 +78,7 @@ class Equation:
         """What kinds of arrays and weights `body(jaxpr, *values)` would return."""
         return jax.eval_shape(_body(jaxpr, jax.tree.structure(values)), *values)
 
-    def dense(self, value: Any, reason: str) -> Array:
+    def dense(self, value: Any, reason: str) -> Any:
         """The array that `value` stands for. If it is a weight, that is reported."""
         if not is_weight(value):
             return value

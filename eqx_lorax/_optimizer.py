@@ -32,7 +32,8 @@ class NoUpdate:
 
 
 def wrap_optimizer(
-    optimizer: optax.GradientTransformation, spec: PyTree[SpecValue]
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+    spec: PyTree[SpecValue],
 ) -> optax.GradientTransformationExtraArgs:
     """An optimizer that trains what the spec says and nothing else.
 
@@ -56,6 +57,8 @@ def wrap_optimizer(
     `ValueError`, when it is used, if the spec does not fit the tree, gives a rank to
     what has no adapter, or freezes everything.
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     inner = optax.with_extra_args_support(optimizer)
 
     def trained(tree: PyTree) -> PyTree:

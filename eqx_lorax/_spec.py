@@ -39,7 +39,7 @@ class LoraSpec:
     rows: Sequence[int] | None = None
     columns: Sequence[int] | None = None
     batch: Sequence[int] = ()
-    alpha: float | None = None
+    alpha: int | float | None = None
     rank_stabilised: bool = False
 
     def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

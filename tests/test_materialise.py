@@ -54,8 +54,14 @@ def test_choices():
     assert_close(silent, exponential(dense(W), x13))
     with pytest.raises(lorax.MaterialiseWarning, match="`exp`"):
         lorax.lora(exponential, on_materialise="error")(W, x13)
+
+
+@pytest.mark.own_errors
+def test_bad_arguments():
     with pytest.raises(ValueError, match="'allow', 'warn', 'error'"):
         lorax.lora(exponential, on_materialise="never")
+    with pytest.raises(ValueError, match="must be a function"):
+        lorax.lora(W)
 
 
 def test_one_warning_a_call_site():
@@ -275,8 +281,6 @@ def test_holders_of_weights():
         assert_close(lorax.lora(fn, on_materialise="error")(x), expected(x))
     # What JAX cannot look into computes with the weight itself.
     assert_close(lorax.lora(Plain(W).method)(x13), dense(W) @ x13)
-    with pytest.raises(ValueError, match="must be a function"):
-        lorax.lora(W)
 
 
 def test_control_flow_on_values_is_explained():

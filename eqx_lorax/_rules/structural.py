@@ -113,7 +113,7 @@ def _slice(equation: "Equation", x: Any) -> Sequence[Any]:
 def _split(equation: "Equation", x: Any) -> Sequence[Any]:
     axis = equation.params["axis"]
     parts, start = [], 0
-    for size in equation.params["sizes"]:
+    for size in map(int, equation.params["sizes"]):
         starts, limits = [0] * x.ndim, list(x.shape)
         starts[axis], limits[axis] = start, start + size
         start += size
