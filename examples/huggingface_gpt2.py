@@ -27,6 +27,10 @@ with toolbox.install_hint("interop"):
     # Without it `transformers` has only a stand-in for the model.
     import flax as flax
     from transformers import FlaxGPT2LMHeadModel, GPT2Config
+    from transformers.utils import logging
+
+# Each model in Flax would say that there are none in the next major version.
+logging.set_verbosity_error()
 
 
 class Result(NamedTuple):
