@@ -114,6 +114,25 @@ def _with_tangents(
     return ruled(x, y)
 
 
+@jax.custom_jvp
+def _with_rank_major_gradient(factor: Array) -> Array:
+    """`factor`, whose last axis is that of the rank, and whose gradient is computed
+    with that axis first.
+
+    XLA on the CPU multiplies `(rank, tokens) · (tokens, rows)` seven times faster than
+    `(rows, tokens) · (tokens, rank)`. It rewrites the one as the other, whichever way
+    the result is wanted, unless there is a barrier between.
+    """
+    return factor
+
+
+@_with_rank_major_gradient.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (factor,), (factor_dot,) = primals, tangents
+    rank_major = lax.optimization_barrier(jnp.moveaxis(factor_dot, -1, 0))
+    return factor, jnp.moveaxis(rank_major, 0, -1)
+
+
 def product(
     x: Array,
     x_labels: Labels,
@@ -158,6 +177,8 @@ def product(
             preferred_element_type=preferred_element_type,
         )
 
+    if y_labels[-1] == RANK and not y_is_frozen:
+        y = _with_rank_major_gradient(y)
     out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype), y_is_frozen)
     order = positions(batch + x_free + y_free, out_labels)
     return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
