@@ -1,0 +1,285 @@
+"""What is timed: each case gives a floor and the programs beside it."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.lax as lax
+import jax.numpy as jnp
+import jax.random as jr
+import peers
+from harness import compiled, Program
+from steps import frozen, step
+
+import eqx_lorax as lorax
+
+
+LAYERS, WIDTH = 6, 1024
+Case = tuple[str, Program, list[Program]]
+
+
+class Stack(eqx.Module):
+    """Linear layers with ReLUs, for one example."""
+
+    layers: list[Any]
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return x
+
+
+class NaiveLora(eqx.Module):
+    """What one writes in a minute."""
+
+    linear: eqx.nn.Linear
+    b: Any
+    a: Any
+
+    def __call__(self, x: Any) -> Any:
+        return self.linear(x) + self.b @ (self.a @ x)
+
+
+def make_stack(dtype: Any) -> Stack:
+    keys = jr.split(jr.key(0), LAYERS)
+    layers = [
+        eqx.nn.Linear(WIDTH, WIDTH, use_bias=False, dtype=dtype, key=key)
+        for key in keys
+    ]
+    # The variance of the activations stays the same from layer to layer.
+    return Stack(jax.tree.map(lambda w: w * jnp.asarray(6**0.5, w.dtype), layers))
+
+
+def on_batch(model: Any, x: Any) -> Any:
+    return jax.vmap(model)(x)
+
+
+def raw_stack(weights: list[Any], x: Any) -> Any:
+    """Plain JAX, of batches and of weights `(out, in)`."""
+    for w in weights:
+        x = jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+    return x
+
+
+def adapted_by(model: Any, rank: int, filter: Any = None) -> Any:
+    return lorax.loraify(model, filter, rank=rank, key=jr.key(1))
+
+
+def naive(model: Stack, rank: int) -> tuple[Stack, Any]:
+    def adapt(linear: eqx.nn.Linear) -> NaiveLora:
+        dtype = linear.weight.dtype
+        a = jr.normal(jr.key(1), (rank, WIDTH), dtype) / WIDTH**0.5
+        return NaiveLora(linear, jnp.zeros((WIDTH, rank), dtype), a)
+
+    adapted = Stack([adapt(layer) for layer in model.layers])
+    spec = jax.tree.map(lambda _: False, adapted)
+    factors = lambda m: [x for layer in m.layers for x in (layer.b, layer.a)]  # noqa: E731
+    return adapted, eqx.tree_at(factors, spec, [True] * 2 * LAYERS)
+
+
+def installed(make: Callable[[], Any]) -> Iterator[Any]:
+    """What `make` gives, or nothing and a word of it."""
+    try:
+        yield make()
+    except ImportError as error:
+        print(f"(left out: {error})", file=sys.stderr)
+
+
+def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
+    name = (
+        f"stack of {LAYERS} × {WIDTH}², {tokens} tokens, rank {rank}, {dtype.__name__}"
+    )
+    model = make_stack(dtype)
+    x = jr.normal(jr.key(2), (tokens, WIDTH), dtype)
+    weights = [layer.weight for layer in model.layers]
+    adapted = adapted_by(model, rank)
+    spec = [rank] * LAYERS
+    lora_weights = lorax.init_lora(weights, spec, jr.key(1))
+    is_trained = jax.tree.map(
+        lambda w: w.trainable(), lora_weights, is_leaf=lambda w: hasattr(w, "trainable")
+    )
+    naive_model, naive_trained = naive(model, rank)
+    function = lorax.lora(raw_stack, on_materialise="error")
+    programs = [
+        frozen("Equinox, frozen", on_batch, model, x),
+        step("lorax, module door", on_batch, adapted, lorax.trainable(adapted), x),
+        step("lorax, function door", function, lora_weights, is_trained, x),
+        step("naive Equinox", on_batch, naive_model, naive_trained, x),
+        step("full fine-tuning", raw_stack, weights, [True] * LAYERS, x),
+        *installed(lambda: peers.nnx_lora(LAYERS, x, rank)),
+        *installed(lambda: peers.qwix_lora(LAYERS, x, rank)),
+        *installed(lambda: peers.quax_lora(model, x, rank)),
+    ]
+    yield name, frozen("plain JAX, frozen", raw_stack, weights, x), programs
+    for floor, program in installed(lambda: peers.peft_lora(LAYERS, x, rank)):
+        yield f"{name}, PyTorch", floor, [program]
+
+
+class Block(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    norms: list[eqx.nn.LayerNorm]
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+
+    def __init__(self, width: int, heads: int, key: Any):
+        keys = jr.split(key, 3)
+        self.attention = eqx.nn.MultiheadAttention(heads, width, key=keys[0])
+        self.norms = [eqx.nn.LayerNorm(shape=width) for _ in range(2)]
+        self.up = eqx.nn.Linear(width, 4 * width, key=keys[1])
+        self.down = eqx.nn.Linear(4 * width, width, key=keys[2])
+
+    def __call__(self, x: Any) -> Any:
+        y = jax.vmap(self.norms[0])(x)
+        x = x + self.attention(y, y, y)
+        hidden = jax.vmap(self.up)(jax.vmap(self.norms[1])(x))
+        return x + jax.vmap(self.down)(jax.nn.gelu(hidden))
+
+
+class Unrolled(eqx.Module):
+    blocks: list[Block]
+    checkpoint: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, x: Any) -> Any:
+        for block in self.blocks:
+            x = (eqx.filter_checkpoint(block) if self.checkpoint else block)(x)
+        return x
+
+
+class Scanned(eqx.Module):
+    blocks: Block
+    """All of them, stacked."""
+    checkpoint: bool = eqx.field(static=True, default=False)
+
+    def __call__(self, x: Any) -> Any:
+        arrays, rest = eqx.partition(self.blocks, eqx.is_array)
+
+        def body(x: Any, arrays: Any) -> Any:
+            block = eqx.combine(arrays, rest)
+            return (eqx.filter_checkpoint(block) if self.checkpoint else block)(x), None
+
+        return lax.scan(body, x, arrays)[0]
+
+
+def transformer_cases(blocks: int, width: int, sequences: int) -> Iterator[Case]:
+    length = 128
+    keys = jr.split(jr.key(0), blocks)
+    make = functools.partial(Block, width, width // 64)
+    x = jr.normal(jr.key(2), (sequences, length, width))
+    size = f"{blocks} blocks, d {width}, {sequences} × {length} tokens"
+    unrolled: Any = Unrolled, [make(key) for key in keys]
+    scanned: Any = Scanned, eqx.filter_vmap(make)(keys)
+    for form, (model_of, parts) in {"unrolled": unrolled, "scanned": scanned}.items():
+        for checkpoint in (False, True):
+            model = model_of(parts, checkpoint)
+            every, few = (
+                adapted_by(model, 8),
+                adapted_by(model, 8, ["query_proj", "value_proj"]),
+            )
+            programs = [
+                step("lorax, all linear", on_batch, every, lorax.trainable(every), x),
+                step("lorax, query and value", on_batch, few, lorax.trainable(few), x),
+                step(
+                    "full fine-tuning",
+                    on_batch,
+                    model,
+                    jax.tree.map(eqx.is_inexact_array, model),
+                    x,
+                ),
+            ]
+            name = f"transformer, {size}, {form}{', checkpoint' * checkpoint}, rank 8"
+            yield name, frozen("Equinox, frozen", on_batch, model, x), programs
+
+
+class Convolutions(eqx.Module):
+    layers: list[eqx.nn.Conv2d]
+
+    def __init__(self, key: Any):
+        sizes = [(3, 32, 1), (32, 64, 1), (64, 64, 64), (64, 128, 1), (128, 128, 1)]
+        self.layers = [
+            eqx.nn.Conv2d(ins, outs, 3, padding=1, groups=groups, key=k)
+            for (ins, outs, groups), k in zip(sizes, jr.split(key, len(sizes)))
+        ]
+
+    def __call__(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = jax.nn.relu(layer(x))
+        return x
+
+
+def convolution_cases(images: int) -> Iterator[Case]:
+    model = Convolutions(jr.key(0))
+    x = jr.normal(jr.key(2), (images, 3, 32, 32))
+    adapted = adapted_by(model, 8)
+    every = jax.tree.map(eqx.is_inexact_array, model)
+    programs = [
+        step("lorax", on_batch, adapted, lorax.trainable(adapted), x),
+        step("full fine-tuning", on_batch, model, every, x),
+    ]
+    floor = frozen("Equinox, frozen", on_batch, model, x)
+    yield f"5 convolutions, one depthwise, {images} × 32², rank 8", floor, programs
+
+
+def inference_cases(dtype: Any) -> Iterator[Case]:
+    """Single tokens, as in decoding, where the time is that of reading the weights."""
+    model = make_stack(dtype)
+    x = jr.normal(jr.key(2), (WIDTH,), dtype)
+
+    def program(name: str, model: Any) -> Program:
+        arrays, rest = eqx.partition(model, eqx.is_array)
+        return compiled(name, lambda a, x: eqx.combine(a, rest)(x), arrays, x)
+
+    programs = [
+        program(f"lorax, rank {rank}", adapted_by(model, rank)) for rank in (8, 64)
+    ]
+    name = f"decoding one token, stack of {LAYERS} × {WIDTH}², {dtype.__name__}"
+    yield name, program("Equinox", model), programs
+
+
+def vmapped_cases() -> Iterator[Case]:
+    """A layer below `vmap`, over the same weight used on the whole batch."""
+    model = make_stack(jnp.float32)
+    adapted = adapted_by(model, 8)
+    x = jr.normal(jr.key(2), (2048, WIDTH))
+
+    def on_whole(model: Any, x: Any) -> Any:
+        for layer in model.layers:
+            x = jax.nn.relu(x @ layer.weight.T)
+        return x
+
+    trained = lorax.trainable(adapted)
+    floor = step("lorax, on a batch", on_whole, adapted, trained, x)
+    programs = [step("lorax, vmapped", on_batch, adapted, trained, x)]
+    yield f"vmapped and batched, stack of {LAYERS} × {WIDTH}², rank 8", floor, programs
+
+
+def every_case(only: str | None, small: bool) -> Iterator[Case]:
+    """`only`: a part of the name of a group."""
+    stacks = [
+        (tokens, rank, dtype)
+        for dtype in (jnp.float32, jnp.bfloat16)
+        for tokens in ((256,) if small else (256, 2048, 8192))
+        for rank in (8, 64)
+        # Narrow products are slow on processors that do not know them.
+        if dtype is jnp.float32 or tokens <= 2048
+    ]
+    groups: dict[str, Callable[[], Iterator[Case]]] = {
+        f"stack-{dtype.__name__}-{tokens}-{rank}": functools.partial(
+            stack_cases, tokens, rank, dtype
+        )
+        for tokens, rank, dtype in stacks
+    }
+    groups |= {
+        "transformer": lambda: transformer_cases(
+            2 if small else 6, 256, 2 if small else 8
+        ),
+        "convolutions": lambda: convolution_cases(4 if small else 32),
+        "decoding-float32": lambda: inference_cases(jnp.float32),
+        "decoding-bfloat16": lambda: inference_cases(jnp.bfloat16),
+        "vmapped": vmapped_cases,
+    }
+    for name, cases in groups.items():
+        if only is None or only in name:
+            yield from cases()

@@ -1,0 +1,200 @@
+"""Timing programs against a floor: interleaved, medians of the ratios of each round."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to be timed."""
+
+    name: str
+    call: Callable[[], Any]
+    """Runs it once, to the end."""
+    flops: float | None = None
+    bytes: float | None = None
+    """What the compiled program reads and writes."""
+    temporary: int | None = None
+    """The bytes that it needs besides its arguments and results."""
+
+
+def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
+    """`fn(*args)`, compiled by `jax.jit`, with what XLA says of it."""
+    executable = jax.jit(fn).lower(*args).compile()
+    # Neither is there on every backend.
+    cost: Any = executable.cost_analysis() or {}
+    memory: Any = executable.memory_analysis()
+    return Program(
+        name,
+        lambda: jax.block_until_ready(executable(*args)),
+        cost.get("flops"),
+        cost.get("bytes accessed"),
+        memory and memory.temp_size_in_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A program beside its floor. Ratios are over the floor in the same round."""
+
+    case: str
+    name: str
+    floor: str
+    milliseconds: float
+    ratio: float
+    ratio_low: float
+    """The lower quartile over the rounds."""
+    ratio_high: float
+    flops: float | None
+    bytes: float | None
+    temporary: float | None
+    """Over those of the floor."""
+    temporary_megabytes: float | None
+
+
+def compare(
+    case: str, floor: Program, programs: Sequence[Program], rounds: int
+) -> list[Row]:
+    """Runs all programs once in each round, and the floor with them."""
+    everyone = [floor, *programs]
+    once = [_seconds(program, 1) for program in everyone]  # warms them up too
+    # Short programs run several times in a row, so that the clock is no matter.
+    repeats = [max(1, math.ceil(0.01 / seconds)) for seconds in once]
+    seconds: list[list[float]] = [[] for _ in everyone]
+    for number in range(rounds):
+        # Another one begins in each round, or whoever follows a hot one would suffer.
+        order = [(i + number) % len(everyone) for i in range(len(everyone))]
+        for i in order:
+            seconds[i].append(_seconds(everyone[i], repeats[i]))
+    return [
+        _row(case, floor, program, seconds[0], of_program)
+        for program, of_program in zip(everyone, seconds)
+    ]
+
+
+def _seconds(program: Program, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        program.call()
+    return (time.perf_counter() - start) / repeats
+
+
+def _row(
+    case: str,
+    floor: Program,
+    program: Program,
+    of_floor: Sequence[float],
+    of_program: Sequence[float],
+) -> Row:
+    ratios = [after / before for before, after in zip(of_floor, of_program)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    temporary = program.temporary
+    return Row(
+        case,
+        program.name,
+        floor.name,
+        1000 * statistics.median(of_program),
+        middle,
+        low,
+        high,
+        _over(program.flops, floor.flops),
+        _over(program.bytes, floor.bytes),
+        _over(temporary, floor.temporary),
+        None if temporary is None else temporary / 1e6,
+    )
+
+
+def _over(x: float | None, floor: float | None) -> float | None:
+    return x / floor if x is not None and floor else None
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table of the rows, all of one case."""
+    print(f"\n{rows[0].case}")
+    head = f"{'':<30}{'ms':>9}{'over floor':>12}{'quartiles':>15}"
+    print(head + f"{'FLOPs':>8}{'bytes':>8}{'temporary':>11}{'MB':>9}")
+    for row in rows:
+        spread = f"{row.ratio_low:.2f} to {row.ratio_high:.2f}"
+        line = f"{row.name:<30}{row.milliseconds:>9.2f}{row.ratio:>12.3f}{spread:>15}"
+        line += f"{_figure(row.flops, 3):>8}{_figure(row.bytes, 2):>8}"
+        line += f"{_figure(row.temporary, 2):>11}"
+        print(line + f"{_figure(row.temporary_megabytes, 1):>9}", flush=True)
+
+
+def _figure(x: float | None, digits: int) -> str:
+    return "" if x is None else f"{x:.{digits}f}"
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    device = jax.devices()[0]
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    widest = [name for name in ("amx_tile", "avx512f", "avx2") if name in flags]
+    return ", ".join(names[:1] + widest[:1])
+
+
+def save_json(rows: Sequence[Row], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def save_chart(rows: Sequence[Row], path: Path) -> None:
+    """A panel for each case, a line for each program, with its quartiles."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row.case for row in rows))
+    shown = {case: [row for row in rows if row.case == case][::-1] for case in cases}
+    heights = [len(of_case) for of_case in shown.values()]
+    figure, axes = plt.subplots(
+        len(cases),
+        1,
+        figsize=(8, 0.6 * len(cases) + 0.26 * sum(heights)),
+        height_ratios=heights,
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (case, of_case) in zip(axes[:, 0], shown.items()):
+        for y, row in enumerate(of_case):
+            color = "tab:red" if row.name.startswith("lorax") else "0.4"
+            axis.plot([row.ratio_low, row.ratio_high], [y, y], color=color, lw=3)
+            axis.plot(row.ratio, y, "o", color=color)
+        axis.axvline(1, color="0.8", zorder=0)
+        axis.set_yticks(range(len(of_case)), [row.name for row in of_case])
+        axis.set_title(case, fontsize="medium", loc="left")
+        axis.grid(axis="x", alpha=0.3)
+    axes[-1, 0].set_xlabel("time over the floor: median and quartiles")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,139 @@
+"""Other libraries' LoRA on a stack of linear layers with ReLUs. Each function raises
+`ImportError` where its library is not installed."""
+
+# They are optional, and this file is checked also where they are not installed.
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from harness import Program
+from steps import step
+
+
+Pair = tuple[Program, Program]
+"""The floor and the step."""
+
+
+def _nnx_programs(name: str, module: Any, lora_type: type, x: Any) -> Program:
+    from flax import nnx
+
+    graph, trained, rest = nnx.split(module, lora_type, ...)
+
+    def forward(params: Any, x: Any) -> Any:
+        return nnx.merge(graph, *params)(x)
+
+    is_trained = (
+        jax.tree.map(lambda _: True, trained),
+        jax.tree.map(lambda _: False, rest),
+    )
+    return step(name, forward, (trained, rest), is_trained, x)
+
+
+def nnx_lora(layers: int, x: Any, rank: int) -> Program:
+    from flax import nnx
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs: Any):
+            self.layers = nnx.List(
+                nnx.LoRALinear(
+                    x.shape[-1], x.shape[-1], lora_rank=rank, use_bias=False,
+                    dtype=x.dtype, param_dtype=x.dtype, lora_dtype=x.dtype, rngs=rngs,
+                )
+                for _ in range(layers)
+            )  # fmt: skip
+
+        def __call__(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = jax.nn.relu(layer(x))
+            return x
+
+    return _nnx_programs("flax.nnx.LoRALinear", Stack(nnx.Rngs(0)), nnx.LoRAParam, x)
+
+
+def qwix_lora(layers: int, x: Any, rank: int) -> Program:
+    import qwix
+    from flax import nnx
+
+    class Stack(nnx.Module):
+        def __init__(self, rngs: Any):
+            self.layers = nnx.List(
+                nnx.Linear(
+                    x.shape[-1], x.shape[-1], use_bias=False,
+                    dtype=x.dtype, param_dtype=x.dtype, rngs=rngs,
+                )
+                for _ in range(layers)
+            )  # fmt: skip
+
+        def __call__(self, x: Any) -> Any:
+            for layer in self.layers:
+                x = jax.nn.relu(layer(x))
+            return x
+
+    provider = qwix.LoraProvider(module_path=".*", rank=rank, alpha=rank)
+    model = qwix.apply_lora_to_model(
+        Stack(nnx.Rngs(0)), provider, x[:2], rngs=nnx.Rngs(1)
+    )
+    return _nnx_programs("qwix on nnx", model, nnx.LoRAParam, x)
+
+
+def quax_lora(model: Any, x: Any, rank: int) -> Program:
+    import quax
+    from quax.examples.lora import LoraArray, loraify
+
+    adapted = loraify(model, rank=rank, key=jr.key(0))
+    is_lora = lambda node: isinstance(node, LoraArray)  # noqa: E731
+
+    def is_trained(node: Any) -> Any:
+        spec = jax.tree.map(lambda _: False, node)
+        return (
+            eqx.tree_at(lambda n: (n.a, n.b), spec, (True, True))
+            if is_lora(node)
+            else spec
+        )
+
+    def forward(model: Any, x: Any) -> Any:
+        return jax.vmap(quax.quaxify(model))(x)
+
+    trained = jax.tree.map(is_trained, adapted, is_leaf=is_lora)
+    return step("quax", forward, adapted, trained, x)
+
+
+def peft_lora(layers: int, x: Any, rank: int) -> Pair:
+    """Over its own floor, in PyTorch."""
+    import peft
+    import torch
+
+    width = x.shape[-1]
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        parts: list[Any] = []
+        for _ in range(layers):
+            parts += [torch.nn.Linear(width, width, bias=False), torch.nn.ReLU()]
+        return torch.nn.Sequential(*parts).to(dtype)
+
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[x.dtype.name]
+    inputs = torch.from_numpy(np.array(x.astype(jnp.float32))).to(dtype)
+    inputs.requires_grad_(True)
+    plain = make().requires_grad_(False)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=r"\d+")
+    adapted = peft.get_peft_model(make(), config)
+    trained = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, 1e-3)
+
+    def backward(model: Any) -> None:
+        inputs.grad = None
+        model(inputs).float().square().mean().backward()
+
+    def update() -> None:
+        optimizer.zero_grad()
+        backward(adapted)
+        optimizer.step()
+
+    floor = Program("PyTorch, frozen", lambda: backward(plain))
+    return floor, Program("PEFT on PyTorch", update)

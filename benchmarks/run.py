@@ -1,0 +1,45 @@
+"""Time and memory of adapted models over the same models frozen.
+
+    python benchmarks/run.py [--only stack-float32] [--rounds 9] [--output out]
+
+The floor of each case is the same network with all its parameters frozen: forward, and
+backward to the inputs, which no LoRA can beat. Steps also update the adapters by Adam.
+All programs of a case take turns, and a ratio is that to the floor in the same round.
+Peers are those that are installed: `pip install flax qwix quax peft`.
+
+Writes `speed.json` and `speed.png`.
+"""
+
+import argparse
+from pathlib import Path
+
+from contests import every_case
+from harness import compare, machine, print_rows, Row, save_chart, save_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", help="a part of the name of a group of cases")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--small", action="store_true", help="to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("out"))
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2, for there to be quartiles")
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    rows: list[Row] = []
+    for case, floor, programs in every_case(args.only, args.small):
+        of_case = compare(case, floor, programs, args.rounds)
+        print_rows(of_case)
+        rows += of_case
+    if not rows:
+        parser.error(f"--only {args.only} is a part of no name")
+    save_json(rows, args.output / "speed.json")
+    save_chart(rows, args.output / "speed.png")
+    print(f"\nWritten: {args.output / 'speed.json'}, {args.output / 'speed.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Training steps, and the floors under them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from harness import compiled, Program
+from jaxtyping import PyTree
+
+
+OPTIMIZER = optax.adam(1e-3)
+# Gives the outputs for the parameters and the inputs.
+Forward = Callable[[Any, Any], Any]
+
+
+def loss_of(forward: Forward) -> Callable[[Any, Any], Any]:
+    def loss(params: Any, x: Any) -> Any:
+        return jnp.mean(jnp.square(forward(params, x).astype(jnp.float32)))
+
+    return loss
+
+
+def frozen(name: str, forward: Forward, params: PyTree, x: Any) -> Program:
+    """The floor: forward, and backward to the inputs, all parameters frozen."""
+    arrays, rest = eqx.partition(params, eqx.is_array)
+
+    def gradient(arrays: Any, x: Any) -> Any:
+        return jax.grad(loss_of(forward), 1)(eqx.combine(arrays, rest), x)
+
+    return compiled(name, gradient, arrays, x)
+
+
+def step(
+    name: str, forward: Forward, params: PyTree, trained: PyTree[bool], x: Any
+) -> Program:
+    """Forward, backward to the inputs and to what is `trained`, and an update by Adam.
+    What is frozen is an argument and no result."""
+    train, rest = eqx.partition(params, trained)
+    fixed, static = eqx.partition(rest, eqx.is_array)
+
+    def update(train: Any, fixed: Any, state: Any, x: Any) -> Any:
+        def loss(train: Any, x: Any) -> Any:
+            return loss_of(forward)(eqx.combine(train, fixed, static), x)
+
+        gradient, to_x = jax.grad(loss, (0, 1))(train, x)
+        updates, state = OPTIMIZER.update(gradient, state, train)
+        return eqx.apply_updates(train, updates), state, to_x
+
+    return compiled(name, update, train, fixed, OPTIMIZER.init(train), x)
