@@ -9,6 +9,7 @@ floating dtypes, the operands' own dtype otherwise. Callers add up what they hav
 and round once.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -20,12 +21,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ._arrays import wide
+from ._tangent import product_with_factor
 
 
 Label: TypeAlias = Hashable
 Labels: TypeAlias = Sequence[Label]
 # As `jax.lax.dot_general` and `jax.lax.conv_general_dilated` take it.
 Precision: TypeAlias = Any
+
+TangentInY: TypeAlias = Callable[[Array, Array], Array]
 
 # The label of the rank axis. Unlike any axis of a weight, those being integers.
 RANK = "rank"
@@ -64,6 +68,7 @@ def _accumulate(
     x: Array,
     y: Array,
     y_is_frozen: bool,
+    tangent_in_y: TangentInY | None = None,
 ) -> Array:
     """`product(x, y, preferred_element_type)` in the wide dtype of `x` and `y`, and
     without a tangent for `y` if that is frozen.
@@ -74,7 +79,7 @@ def _accumulate(
     """
     accumulator = wide(x.dtype)
     preferred = None if accumulator == x.dtype else accumulator
-    return _with_tangents(product, x, y, y_is_frozen, preferred)
+    return _with_tangents(product, x, y, y_is_frozen, tangent_in_y, preferred)
 
 
 def _with_tangents(
@@ -82,6 +87,7 @@ def _with_tangents(
     x: Array,
     y: Array,
     y_is_frozen: bool,
+    tangent_in_y: TangentInY | None,
     preferred: jnp.dtype | None,
 ) -> Array:
     """`product(x, y, preferred)` with tangents of the operands' own dtype; `y` has none
@@ -92,7 +98,7 @@ def _with_tangents(
     zeros, not a VJP, because a VJP below the `vmap` around every Equinox layer forms
     one gradient per example.
     """
-    if preferred is None and not y_is_frozen:
+    if preferred is None and not y_is_frozen and tangent_in_y is None:
         return product(x, y, None)
 
     @jax.custom_jvp
@@ -104,33 +110,17 @@ def _with_tangents(
         out = product(x, y, preferred)
         terms = []
         if not isinstance(x_dot, SymbolicZero):
-            terms.append(_with_tangents(product, x_dot, y, y_is_frozen, None))
+            terms.append(
+                _with_tangents(product, x_dot, y, y_is_frozen, tangent_in_y, None)
+            )
         if not y_is_frozen and not isinstance(y_dot, SymbolicZero):
-            terms.append(product(x, y_dot, None))
+            in_y = tangent_in_y or (lambda x, y_dot: product(x, y_dot, None))
+            terms.append(in_y(x, y_dot))
         terms = [term.astype(out.dtype) for term in terms]
         return out, sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(out)
 
     ruled.defjvp(jvp, symbolic_zeros=True)
     return ruled(x, y)
-
-
-@jax.custom_jvp
-def _with_rank_major_gradient(factor: Array) -> Array:
-    """`factor`, whose last axis is that of the rank, and whose gradient is computed
-    with that axis first.
-
-    XLA on the CPU multiplies `(rank, tokens) · (tokens, rows)` seven times faster than
-    `(rows, tokens) · (tokens, rank)`. It rewrites the one as the other, whichever way
-    the result is wanted, unless there is a barrier between.
-    """
-    return factor
-
-
-@_with_rank_major_gradient.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (factor,), (factor_dot,) = primals, tangents
-    rank_major = lax.optimization_barrier(jnp.moveaxis(factor_dot, -1, 0))
-    return factor, jnp.moveaxis(rank_major, 0, -1)
 
 
 def product(
@@ -177,9 +167,25 @@ def product(
             preferred_element_type=preferred_element_type,
         )
 
-    if y_labels[-1] == RANK and not y_is_frozen:
-        y = _with_rank_major_gradient(y)
-    out = _accumulate(dot_general, x.astype(dtype), y.astype(dtype), y_is_frozen)
+    def with_factor(x, y_dot):
+        """The tangent in `y` whose transpose is faster than that of `dot_general`."""
+        y_dot = lax.transpose(y_dot, positions(y_labels, y_free + summed))
+        free_sizes = y_dot.shape[: len(y_free)]
+        y_dot = y_dot.reshape(math.prod(free_sizes), -1)
+        x = x.reshape(*x.shape[: len(x_free)], -1)
+        out = product_with_factor(x, y_dot, precision=precision)
+        return out.reshape(*out.shape[:-1], *free_sizes)
+
+    # The first of two factors gets its gradient in the right order by itself.
+    has_natural_order = y_labels[0] == RANK and RANK not in summed
+    is_of_tokens = not batch and y_free and list(x_labels) == x_free + summed
+    out = _accumulate(
+        dot_general,
+        x.astype(dtype),
+        y.astype(dtype),
+        y_is_frozen,
+        with_factor if is_of_tokens and not has_natural_order else None,
+    )
     order = positions(batch + x_free + y_free, out_labels)
     return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
 

@@ -1,5 +1,6 @@
 """The atom as an array: `@`, `.T`, indexing, casts, batch axes, row and column axes."""
 
+import functools
 import itertools
 import math
 import re
@@ -14,6 +15,7 @@ from helpers import assert_close, assert_no_dense, dense_weight, equations, run,
 from hypothesis import given, settings, strategies as st
 
 import eqx_lorax as lorax
+from eqx_lorax._tangent import product_with_factor
 
 
 def make(key, shape=(5, 7), rank=2, dtype=jnp.float32, rows=(-2,), columns=(-1,)):
@@ -413,18 +415,71 @@ def test_all_orders_of_a_kernel_with_two_column_axes(getkey):
         assert_close(out, np.einsum("nhd,ihd->ni", wide(x), dense))
 
 
+def compiled_gradient(call, x):
+    """The program for the gradient of a weight's factors, as XLA has it."""
+    w, b, a = jnp.ones((64, 32)), jnp.ones((64, 4)), jnp.ones((4, 32))
+
+    def loss(factors, x):
+        return (call(lorax.LoraWeight(w, *factors), x) ** 2).sum()
+
+    return str(jax.jit(jax.grad(loss)).lower((b, a), x).compile().as_text())
+
+
+def per_token(weight, x):
+    return jax.vmap(lambda x: weight @ x)(x)
+
+
 def test_the_gradient_of_b_is_computed_with_its_rank_first():
     """XLA on the CPU needs seven times as long for the product the other way round, and
     turns the one into the other unless it is kept from it."""
-    weight = lorax.LoraWeight(jnp.ones((64, 32)), jnp.ones((64, 4)), jnp.ones((4, 32)))
-
-    def loss(factors, x):
-        b, a = factors
-        layer = lorax.LoraWeight(weight.w, b, a)
-        return (jax.vmap(lambda x: layer @ x)(x) ** 2).sum()
-
-    step = jax.jit(jax.grad(loss)).lower((weight.b, weight.a), jnp.ones((128, 32)))
-    text = str(step.compile().as_text())
+    text = compiled_gradient(per_token, jnp.ones((128, 32)))
     # As stored: the rank is the major axis, by shape or by layout.
     assert re.search(r"= f32\[(4,64\]\{1,0|64,4\]\{0,1)\} dot\(", text)
     assert not re.search(r"= f32\[(64,4\]\{1,0|4,64\]\{0,1)\} dot\(", text)
+
+
+def test_a_gradient_below_two_vmaps_transposes_no_activations():
+    """Sequences and tokens are one axis to it."""
+
+    def per_sequence(weight, x):
+        return jax.vmap(functools.partial(per_token, weight))(x)
+
+    text = compiled_gradient(per_sequence, jnp.ones((8, 16, 32)))
+    assert "[128,64]" in text or "[8,16,64]" in text
+    assert "[64,128]" not in text and "[64,8,16]" not in text
+    assert "[32,128]" not in text and "[32,8,16]" not in text
+
+
+@pytest.mark.parametrize("rows", [3, 6])
+def test_product_with_factor(rows):
+    """It is `dot_general`, to every transformation."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(2, 4, 5)), jnp.float32)
+    factor = jnp.asarray(random.normal(size=(rows, 5)), jnp.float32)
+    factors = jnp.stack([factor, 2 * factor])
+
+    def plain(x, factor):
+        return jnp.tensordot(x, factor, [[-1], [1]])
+
+    def twice(product, x, factor):
+        return (jnp.sin(product(x, factor)) ** 2).sum()
+
+    def gradient(product):
+        return jax.grad(functools.partial(twice, product), (0, 1))
+
+    for transformed in (
+        lambda f: f,
+        jax.jit,
+        gradient,
+        lambda f: jax.vmap(gradient(f), (0, None)),
+        lambda f: jax.vmap(f, (1, None), 1),
+        lambda f: jax.vmap(jax.vmap(f, (0, None)), (0, None)),
+        lambda f: jax.jacfwd(gradient(f), 1),
+    ):
+        got = transformed(product_with_factor)(x, factor)
+        assert_close(got, transformed(plain)(x, factor))
+    assert_close(jax.vmap(product_with_factor)(x, factors), jax.vmap(plain)(x, factors))
+    assert_close(
+        jax.vmap(product_with_factor, (None, 0))(x, factors),
+        jax.vmap(plain, (None, 0))(x, factors),
+    )
