@@ -255,6 +255,43 @@ def vmapped_cases() -> Iterator[Case]:
     yield f"vmapped and batched, stack of {LAYERS} × {WIDTH}², rank 8", floor, programs
 
 
+def scanned_stack_cases(tokens: int) -> Iterator[Case]:
+    """A scan keeps what the backward pass needs for every layer: no copy of a weight
+    may be among it. The weights have 50 MB."""
+    layers, rank = 12, 8
+    weights = jr.normal(jr.key(0), (layers, WIDTH, WIDTH)) / WIDTH**0.5
+    x = jr.normal(jr.key(2), (tokens, WIDTH))
+
+    def scanned(weights: Any, x: Any) -> Any:
+        def body(x: Any, w: Any) -> Any:
+            return jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ())))), None
+
+        return lax.scan(body, x, weights)[0]
+
+    adapted = lorax.init_lora(weights, lorax.LoraSpec(rank, batch=(0,)), jr.key(1))
+    make = eqx.filter_vmap(
+        lambda key: eqx.nn.Linear(WIDTH, WIDTH, use_bias=False, key=key)
+    )
+    modules = adapted_by(make(jr.split(jr.key(0), layers)), rank)
+
+    def scanned_modules(modules: Any, x: Any) -> Any:
+        arrays, rest = eqx.partition(modules, eqx.is_array)
+
+        def body(x: Any, arrays: Any) -> Any:
+            return jax.nn.relu(jax.vmap(eqx.combine(arrays, rest))(x)), None
+
+        return lax.scan(body, x, arrays)[0]
+
+    function = lorax.lora(scanned, on_materialise="error")
+    trained = lorax.trainable(modules)
+    programs = [
+        step("lorax, function door", function, adapted, adapted.trainable(), x),
+        step("lorax, module door", scanned_modules, modules, trained, x),
+    ]
+    name = f"scanned stack of {layers} × {WIDTH}², {tokens} tokens, rank {rank}"
+    yield name, frozen("plain JAX, frozen", scanned, weights, x), programs
+
+
 def every_case(only: str | None, small: bool) -> Iterator[Case]:
     """`only`: a part of the name of a group."""
     stacks = [
@@ -262,8 +299,6 @@ def every_case(only: str | None, small: bool) -> Iterator[Case]:
         for dtype in (jnp.float32, jnp.bfloat16)
         for tokens in ((256,) if small else (256, 2048, 8192))
         for rank in (8, 64)
-        # Narrow products are slow on processors that do not know them.
-        if dtype is jnp.float32 or tokens <= 2048
     ]
     groups: dict[str, Callable[[], Iterator[Case]]] = {
         f"stack-{dtype.__name__}-{tokens}-{rank}": functools.partial(
@@ -279,6 +314,7 @@ def every_case(only: str | None, small: bool) -> Iterator[Case]:
         "decoding-float32": lambda: inference_cases(jnp.float32),
         "decoding-bfloat16": lambda: inference_cases(jnp.bfloat16),
         "vmapped": vmapped_cases,
+        "scanned-stack": lambda: scanned_stack_cases(64),
     }
     for name, cases in groups.items():
         if only is None or only in name:
