@@ -121,7 +121,8 @@ def peft_lora(layers: int, x: Any, rank: int) -> Pair:
     inputs = torch.from_numpy(np.array(x.astype(jnp.float32))).to(dtype)
     inputs.requires_grad_(True)
     plain = make().requires_grad_(False)
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=r"\d+")
+    names = [str(2 * i) for i in range(layers)]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     adapted = peft.get_peft_model(make(), config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, 1e-3)
