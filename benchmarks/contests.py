@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -292,8 +292,8 @@ def scanned_stack_cases(tokens: int) -> Iterator[Case]:
     yield name, frozen("plain JAX, frozen", scanned, weights, x), programs
 
 
-def every_case(only: str | None, small: bool) -> Iterator[Case]:
-    """`only`: a part of the name of a group."""
+def every_case(only: Sequence[str], small: bool) -> Iterator[Case]:
+    """`only`: parts of the names of groups, any of which selects a group."""
     stacks = [
         (tokens, rank, dtype)
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -317,5 +317,5 @@ def every_case(only: str | None, small: bool) -> Iterator[Case]:
         "scanned-stack": lambda: scanned_stack_cases(64),
     }
     for name, cases in groups.items():
-        if only is None or only in name:
+        if any(part in name for part in only):
             yield from cases()

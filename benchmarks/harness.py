@@ -192,6 +192,7 @@ def save_chart(rows: Sequence[Row], path: Path) -> None:
             axis.plot(row.ratio, y, "o", color=color)
         axis.axvline(1, color="0.8", zorder=0)
         axis.set_yticks(range(len(of_case)), [row.name for row in of_case])
+        axis.set_ylim(-0.6, len(of_case) - 0.4)
         axis.set_title(case, fontsize="medium", loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel("time over the floor: median and quartiles")

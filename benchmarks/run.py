@@ -21,7 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", help="a part of the name of a group of cases")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="parts of the names of groups of cases"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--small", action="store_true", help="to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("out"))
@@ -35,7 +37,7 @@ def main() -> None:
         print_rows(of_case)
         rows += of_case
     if not rows:
-        parser.error(f"--only {args.only} is a part of no name")
+        parser.error(f"--only {' '.join(args.only)}: these are parts of no name")
     save_json(rows, args.output / "speed.json")
     save_chart(rows, args.output / "speed.png")
     print(f"\nWritten: {args.output / 'speed.json'}, {args.output / 'speed.png'}")
