@@ -35,5 +35,5 @@ def test_speed(only, tmp_path):
 
 
 def test_others():
-    assert "ms a layer" in run("growth", "--width", "8", "--repeats", "1")
+    assert "unloraify" in run("growth", "--width", "8", "--repeats", "1")
     assert "function, gradient" in run("tracing", "--layers", "2", "--repeats", "1")
