@@ -4,6 +4,7 @@
 # They are optional, and this file is checked also where they are not installed.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -34,50 +35,39 @@ def _nnx_programs(name: str, module: Any, lora_type: type, x: Any) -> Program:
     return step(name, forward, (trained, rest), is_trained, x)
 
 
-def nnx_lora(layers: int, x: Any, rank: int) -> Program:
+def _nnx_stack(layers: int, make: Callable[..., Any], x: Any, **options: Any) -> Any:
     from flax import nnx
 
     class Stack(nnx.Module):
-        def __init__(self, rngs: Any):
-            self.layers = nnx.List(
-                nnx.LoRALinear(
-                    x.shape[-1], x.shape[-1], lora_rank=rank, use_bias=False,
-                    dtype=x.dtype, param_dtype=x.dtype, lora_dtype=x.dtype, rngs=rngs,
-                )
-                for _ in range(layers)
-            )  # fmt: skip
+        def __init__(self):
+            options.update(use_bias=False, dtype=x.dtype, param_dtype=x.dtype)
+            sizes, rngs = (x.shape[-1], x.shape[-1]), nnx.Rngs(0)
+            each = [make(*sizes, rngs=rngs, **options) for _ in range(layers)]
+            self.layers = nnx.List(each)
 
         def __call__(self, x: Any) -> Any:
             for layer in self.layers:
                 x = jax.nn.relu(layer(x))
             return x
 
-    return _nnx_programs("flax.nnx.LoRALinear", Stack(nnx.Rngs(0)), nnx.LoRAParam, x)
+    return Stack()
+
+
+def nnx_lora(layers: int, x: Any, rank: int) -> Program:
+    from flax import nnx
+
+    options: dict[str, Any] = dict(lora_rank=rank, lora_dtype=x.dtype)
+    model = _nnx_stack(layers, nnx.LoRALinear, x, **options)
+    return _nnx_programs("flax.nnx.LoRALinear", model, nnx.LoRAParam, x)
 
 
 def qwix_lora(layers: int, x: Any, rank: int) -> Program:
     import qwix
     from flax import nnx
 
-    class Stack(nnx.Module):
-        def __init__(self, rngs: Any):
-            self.layers = nnx.List(
-                nnx.Linear(
-                    x.shape[-1], x.shape[-1], use_bias=False,
-                    dtype=x.dtype, param_dtype=x.dtype, rngs=rngs,
-                )
-                for _ in range(layers)
-            )  # fmt: skip
-
-        def __call__(self, x: Any) -> Any:
-            for layer in self.layers:
-                x = jax.nn.relu(layer(x))
-            return x
-
     provider = qwix.LoraProvider(module_path=".*", rank=rank, alpha=rank)
-    model = qwix.apply_lora_to_model(
-        Stack(nnx.Rngs(0)), provider, x[:2], rngs=nnx.Rngs(1)
-    )
+    model = _nnx_stack(layers, nnx.Linear, x)
+    model = qwix.apply_lora_to_model(model, provider, x[:2], rngs=nnx.Rngs(1))
     return _nnx_programs("qwix on nnx", model, nnx.LoRAParam, x)
 
 

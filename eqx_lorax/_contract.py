@@ -170,11 +170,13 @@ def product(
     def with_factor(x, y_dot):
         """The tangent in `y` whose transpose is faster than that of `dot_general`."""
         y_dot = lax.transpose(y_dot, positions(y_labels, y_free + summed))
-        free_sizes = y_dot.shape[: len(y_free)]
-        y_dot = y_dot.reshape(math.prod(free_sizes), -1)
-        x = x.reshape(*x.shape[: len(x_free)], -1)
+        sizes = y_dot.shape[: len(y_free)]
+        # No -1 for a size: there may be no tokens at all.
+        columns = math.prod(y_dot.shape[len(y_free) :])
+        y_dot = y_dot.reshape(math.prod(sizes), columns)
+        x = x.reshape(*x.shape[: len(x_free)], columns)
         out = product_with_factor(x, y_dot, precision=precision)
-        return out.reshape(*out.shape[:-1], *free_sizes)
+        return out.reshape(*out.shape[:-1], *sizes)
 
     # The first of two factors gets its gradient in the right order by itself.
     has_natural_order = y_labels[0] == RANK and RANK not in summed

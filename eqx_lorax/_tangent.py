@@ -49,8 +49,8 @@ def _gradient_in_factor(
         small, large = large, small
     tokens = math.prod(x.shape[:-1])
     gradient = lax.dot_general(
-        small.reshape(tokens, -1),
-        large.reshape(tokens, -1),
+        small.reshape(tokens, small.shape[-1]),
+        large.reshape(tokens, large.shape[-1]),
         (((0,), (0,)), ((), ())),
         precision=precision,
     )

@@ -483,3 +483,15 @@ def test_product_with_factor(rows):
         jax.vmap(product_with_factor, (None, 0))(x, factors),
         jax.vmap(plain, (None, 0))(x, factors),
     )
+
+
+def test_no_tokens(getkey):
+    """An empty batch has a gradient, which is zero."""
+    weight = make(getkey())
+
+    def loss(weight):
+        return (jnp.ones((0, 7)) @ weight.T).sum()
+
+    gradient = jax.grad(loss)(weight)
+    assert gradient.b.shape == weight.b.shape and not gradient.b.any()
+    assert gradient.a.shape == weight.a.shape and not gradient.a.any()
