@@ -13,6 +13,7 @@ import jax.random as jr
 import peers
 from harness import compiled, Program
 from steps import frozen, step
+from transformer import Block, Scanned, Unrolled
 
 import eqx_lorax as lorax
 
@@ -57,10 +58,14 @@ def on_batch(model: Any, x: Any) -> Any:
     return jax.vmap(model)(x)
 
 
+def raw_layer(w: Any, x: Any) -> Any:
+    """Plain JAX, of batches and of a weight `(out, in)`."""
+    return jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+
+
 def raw_stack(weights: list[Any], x: Any) -> Any:
-    """Plain JAX, of batches and of weights `(out, in)`."""
     for w in weights:
-        x = jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+        x = raw_layer(w, x)
     return x
 
 
@@ -116,51 +121,6 @@ def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
     yield name, frozen("plain JAX, frozen", raw_stack, weights, x), programs
     for floor, program in installed(lambda: peers.peft_lora(LAYERS, x, rank)):
         yield f"{name}, PyTorch", floor, [program]
-
-
-class Block(eqx.Module):
-    attention: eqx.nn.MultiheadAttention
-    norms: list[eqx.nn.LayerNorm]
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-
-    def __init__(self, width: int, heads: int, key: Any):
-        keys = jr.split(key, 3)
-        self.attention = eqx.nn.MultiheadAttention(heads, width, key=keys[0])
-        self.norms = [eqx.nn.LayerNorm(shape=width) for _ in range(2)]
-        self.up = eqx.nn.Linear(width, 4 * width, key=keys[1])
-        self.down = eqx.nn.Linear(4 * width, width, key=keys[2])
-
-    def __call__(self, x: Any) -> Any:
-        y = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(y, y, y)
-        hidden = jax.vmap(self.up)(jax.vmap(self.norms[1])(x))
-        return x + jax.vmap(self.down)(jax.nn.gelu(hidden))
-
-
-class Unrolled(eqx.Module):
-    blocks: list[Block]
-    checkpoint: bool = eqx.field(static=True, default=False)
-
-    def __call__(self, x: Any) -> Any:
-        for block in self.blocks:
-            x = (eqx.filter_checkpoint(block) if self.checkpoint else block)(x)
-        return x
-
-
-class Scanned(eqx.Module):
-    blocks: Block
-    """All of them, stacked."""
-    checkpoint: bool = eqx.field(static=True, default=False)
-
-    def __call__(self, x: Any) -> Any:
-        arrays, rest = eqx.partition(self.blocks, eqx.is_array)
-
-        def body(x: Any, arrays: Any) -> Any:
-            block = eqx.combine(arrays, rest)
-            return (eqx.filter_checkpoint(block) if self.checkpoint else block)(x), None
-
-        return lax.scan(body, x, arrays)[0]
 
 
 def transformer_cases(blocks: int, width: int, sequences: int) -> Iterator[Case]:
@@ -263,10 +223,7 @@ def scanned_stack_cases(tokens: int) -> Iterator[Case]:
     x = jr.normal(jr.key(2), (tokens, WIDTH))
 
     def scanned(weights: Any, x: Any) -> Any:
-        def body(x: Any, w: Any) -> Any:
-            return jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ())))), None
-
-        return lax.scan(body, x, weights)[0]
+        return lax.scan(lambda x, w: (raw_layer(w, x), None), x, weights)[0]
 
     adapted = lorax.init_lora(weights, lorax.LoraSpec(rank, batch=(0,)), jr.key(1))
     make = eqx.filter_vmap(

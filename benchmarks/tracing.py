@@ -18,6 +18,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from transformer import Block, Unrolled
 
 import eqx_lorax as lorax
 
@@ -53,37 +54,8 @@ def block_params() -> dict[str, Any]:
     return {**matrices, **gains, "bias": jnp.ones(4 * WIDTH)}
 
 
-class Block(eqx.Module):
-    attention: eqx.nn.MultiheadAttention
-    norms: list[Any]
-    up: eqx.nn.Linear
-    down: eqx.nn.Linear
-
-    def __init__(self, key: Any):
-        keys = jr.split(key, 3)
-        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=keys[0])
-        self.norms = [eqx.nn.LayerNorm(shape=WIDTH) for _ in range(2)]
-        self.up = eqx.nn.Linear(WIDTH, 4 * WIDTH, key=keys[1])
-        self.down = eqx.nn.Linear(4 * WIDTH, WIDTH, key=keys[2])
-
-    def __call__(self, x: Any) -> Any:
-        y = jax.vmap(self.norms[0])(x)
-        x = x + self.attention(y, y, y)
-        hidden = jax.vmap(self.up)(jax.vmap(self.norms[1])(x))
-        return x + jax.vmap(self.down)(jax.nn.gelu(hidden))
-
-
-class Model(eqx.Module):
-    blocks: list[Any]
-
-    def __call__(self, x: Any) -> Any:
-        for layer in self.blocks:
-            x = layer(x)
-        return x.sum()
-
-
 def run(model: Any, x: Any) -> Any:
-    return model(x)
+    return model(x).sum()
 
 
 def traced(fn: Callable[..., Any], tree: Any, x: Any) -> float:
@@ -116,7 +88,8 @@ def main() -> None:
     params = [block_params() for _ in range(flags.layers)]
     spec = lorax.simple_spec(params, lambda path, array: 8)
     lora_params = lorax.init_lora(params, spec, jr.key(0))
-    model = Model([Block(key) for key in jr.split(jr.key(0), flags.layers)])
+    keys = jr.split(jr.key(0), flags.layers)
+    model = Unrolled([Block(WIDTH, HEADS, key) for key in keys])
     adapted = lorax.loraify(model, rank=8, key=jr.key(1))
 
     through_lora = lorax.lora(function, on_materialise="error")
