@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from ._forward import merged_forward as merged_forward
 from ._function import lora as lora
 from ._layer import AbstractLoraLayer as AbstractLoraLayer
 from ._layers import (

@@ -2,15 +2,21 @@
 
 import functools
 import math
+from typing import Any, TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _contract, _views
-from ._arrays import is_array, promote
+from ._arrays import is_array, promote, wide
 from ._contract import Labels, portable, Precision
+from ._merged import merged_product
 from ._views import Viewed
+
+
+if TYPE_CHECKING:
+    from ._lora import LoraWeight
 
 
 # Compiled as one: each kind of product is then traced once and not in each layer.
@@ -42,7 +48,47 @@ def contract(
             precision=precision,
         )
     lora = w.as_lora()
-    stored = lora.stored_labels(labels)
+    arguments: dict[str, Any] = dict(
+        x_labels=x_labels,
+        stored=lora.stored_labels(labels),
+        out_labels=out_labels,
+        precision=precision,
+    )
+    separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
+    # What is cast to a narrow dtype on the way would lose small updates.
+    if lora.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
+        merged = functools.partial(_merged, **arguments)
+        return merged_product(separate, merged, x, lora)
+    return separate(x, lora, low_rank_x)
+
+
+def _merged(
+    x: Array,
+    lora: "LoraWeight",
+    *,
+    x_labels: Labels,
+    stored: Labels,
+    out_labels: Labels,
+    precision: Precision,
+) -> Array:
+    whole = _views.dense(lora.replace(order=None))
+    return _contract.product(
+        x, x_labels, whole, stored, out_labels, x.dtype, precision=precision
+    )
+
+
+def _separate(
+    x: Array,
+    lora: "LoraWeight",
+    low_rank_x: Array | None = None,
+    *,
+    x_labels: Labels,
+    stored: Labels,
+    out_labels: Labels,
+    is_frozen: bool,
+    precision: Precision,
+) -> Array:
+    """Base and low-rank branch apart. `stored` are the labels of the base's axes."""
     low_rank_x = x if low_rank_x is None else low_rank_x
     gain, gain_labels = lora.gain, stored
     if gain is not None:

@@ -1,5 +1,6 @@
 """How a factored kernel meets images."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TYPE_CHECKING
 
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _contract
-from ._arrays import is_array, promote
+from ._arrays import is_array, promote, wide
 from ._contract import Label, NotFactored, portable, Precision, RANK
-from ._views import add, Viewed
+from ._merged import merged_product
+from ._views import add, dense, Viewed
 
 
 if TYPE_CHECKING:
@@ -74,11 +76,44 @@ def convolve(
             precision=precision,
             **conv,
         )
+    arguments: dict[str, Any] = dict(
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        **conv,
+    )
     lora = w.as_lora()
+    separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
+    if lora.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
+        merged = functools.partial(_merged, **arguments)
+        return merged_product(separate, merged, x, lora)
+    return separate(x, lora, low_rank_x)
+
+
+def _merged(
+    x: Array,
+    lora: "LoraWeight",
+    **arguments: Any,
+) -> Array:
+    return _contract.convolution(x, dense(lora), x.dtype, **arguments)
+
+
+def _separate(
+    x: Array,
+    lora: "LoraWeight",
+    low_rank_x: Array | None = None,
+    *,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    feature_group_count: int,
+    precision: Precision,
+    is_frozen: bool,
+    **conv: Any,
+) -> Array:
+    """Base and low-rank branch apart."""
     shown = lora.shown_axes()
     kernel_axes = tuple(shown[axis] for axis in dimension_numbers.rhs_spec)
     mixer_owns = _mixer(lora, kernel_axes)
-    as_stored = tuple(axis % w.ndim for axis in kernel_axes)
+    as_stored = tuple(axis % lora.w.ndim for axis in kernel_axes)
     base = convolve(
         lora.w,
         x,

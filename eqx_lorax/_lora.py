@@ -51,6 +51,8 @@ class LoraWeight(AbstractLoraWeight):
     # With all the axes of `w`: of their size along the batch axes, of that or one along
     # others.
     gain: Array | None = None
+    # Set by `lorax.merged_forward`.
+    is_merged: bool = eqx.field(static=True, default=False)
 
     frozen = ("w", "gain")
 
@@ -94,6 +96,7 @@ class LoraWeight(AbstractLoraWeight):
         self.rank_stabilised = rank_stabilised
         self.order = None
         self.gain = None
+        self.is_merged = False
 
         if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
             raise ValueError(

@@ -1,0 +1,83 @@
+"""Choosing how adapted weights are multiplied with in the forward pass."""
+
+from typing import Any, TypeVar
+
+from ._arrays import wide
+from ._select import available, Filter, named_places
+from ._tree import Places, rebuild
+from ._weight import is_weight
+
+
+_Model = TypeVar("_Model")
+
+
+def merged_forward(
+    model: _Model, filter: Filter = None, *, enabled: bool = True
+) -> _Model:
+    """Makes adapted weights form `w + scale * (b · a)` once in each forward pass.
+
+    Results are the same to rounding, and so are gradients, which remain those of base
+    and factors kept apart. What differs is the cost: a product of `w`'s shape for each
+    forward pass, in exchange for the reading and writing of all activations by the
+    low-rank branch. That pays where the tokens of a step are many more than
+    `m n / (m + n)`, for a base of `m × n`, and costs where they are few. Lookups, and
+    branches with dropout, go on as before.
+
+    This only sets a static field of the weights, so it may also be called inside a
+    step, for that step alone.
+
+    !!! example
+
+        ```python
+        model = lorax.merged_forward(lorax.loraify(model, rank=8, key=key))
+        ```
+
+    **Arguments:**
+
+    - `model`: A model with adapters, or any pytree with weights in it.
+    - `filter`: Which of them, as of `lorax.loraify`; `None` for all.
+    - `enabled`: `False` for the default, base and branch apart.
+
+    **Returns:**
+
+    The model with the same arrays. `model` itself is not changed.
+
+    **Raises:**
+
+    `ValueError` if any part of `filter` names no adapter, or if a weight's dtype is
+    narrower than float32: rounded to it, the sum would lose a small update.
+    """
+    places = Places(model)
+    weights = [place for place in places.all if is_weight(place.node)]
+    if not weights:
+        raise ValueError("`model` has no adapters. Call `lorax.loraify` first.")
+    if filter is not None:
+        named = named_places(model, places, filter, "filter")
+        weights = []
+        for part in named:
+            beneath = [place for root in part.places for place in places.beneath(root)]
+            of_part = [place for place in beneath if is_weight(place.node)]
+            if not of_part:
+                raise ValueError(
+                    f"{part.label} names no adapter. Available: "
+                    f"{available(places.all)}."
+                )
+            weights += of_part
+    narrow = [place for place in weights if _is_narrow(place.node)]
+    if narrow and enabled:
+        raise ValueError(
+            f"{narrow[0].dotted} is of dtype {narrow[0].node.dtype.name}: `w + scale * "
+            "(b · a)` rounded to that loses small updates. Leave it out of `filter`, "
+            "or keep base weights in float32."
+        )
+    return rebuild(
+        model,
+        {
+            place.steps: lambda weight: weight.replace(is_merged=enabled)
+            for place in weights
+        },
+    )
+
+
+def _is_narrow(weight: Any) -> bool:
+    return wide(weight.dtype) != weight.dtype
