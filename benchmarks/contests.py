@@ -3,6 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -117,7 +118,12 @@ def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
         *installed(lambda: peers.nnx_lora(LAYERS, x, rank)),
         *installed(lambda: peers.qwix_lora(LAYERS, x, rank)),
         *installed(lambda: peers.quax_lora(model, x, rank)),
+        *installed(lambda: peers.equimo_lora(model, x, rank)),
     ]
+    if dtype == jnp.float32:
+        merged, trained = lorax.merged_forward(adapted), lorax.trainable(adapted)
+        program = step("lorax, merged forward", on_batch, merged, trained, x)
+        programs.insert(3, program)
     yield name, frozen("plain JAX, frozen", raw_stack, weights, x), programs
     for floor, program in installed(lambda: peers.peft_lora(LAYERS, x, rank)):
         yield f"{name}, PyTorch", floor, [program]
@@ -138,8 +144,16 @@ def transformer_cases(blocks: int, width: int, sequences: int) -> Iterator[Case]
                 adapted_by(model, 8),
                 adapted_by(model, 8, ["query_proj", "value_proj"]),
             )
+            merged = lorax.merged_forward(every)
             programs = [
                 step("lorax, all linear", on_batch, every, lorax.trainable(every), x),
+                step(
+                    "lorax, all linear, merged forward",
+                    on_batch,
+                    merged,
+                    lorax.trainable(merged),
+                    x,
+                ),
                 step("lorax, query and value", on_batch, few, lorax.trainable(few), x),
                 step(
                     "full fine-tuning",
@@ -151,6 +165,45 @@ def transformer_cases(blocks: int, width: int, sequences: int) -> Iterator[Case]
             ]
             name = f"transformer, {size}, {form}{', checkpoint' * checkpoint}, rank 8"
             yield name, frozen("Equinox, frozen", on_batch, model, x), programs
+
+
+class Sentences(eqx.Module):
+    """MiniLM's layers with a new head, from vectors of tokens to two logits."""
+
+    encoder: Any
+    head: eqx.nn.Linear
+
+    def __call__(self, x: Any) -> Any:
+        return self.head(self.encoder(x, jnp.ones(len(x), bool)).mean(0))
+
+
+def minilm_cases(texts: int, length: int) -> Iterator[Case]:
+    """Fine-tuning the pretrained model of the examples, with a head."""
+    sys.path.append(str(Path(__file__).parent.parent / "examples"))
+    import minilm
+
+    bert = minilm.load_minilm()
+    size = bert.embeddings.words.embedding_size
+    model = Sentences(bert.encoder, eqx.nn.Linear(size, 2, key=jr.key(0)))
+    x = jr.normal(jr.key(2), (texts, length, size))
+
+    def program(name: str, filter: Any) -> Program:
+        adapted = adapted_by(model, 8, filter)
+        return step(name, on_batch, adapted, lorax.trainable(adapted, also="head"), x)
+
+    programs = [
+        program("lorax, all linear", "encoder"),
+        program("lorax, query and value", ["query", "value"]),
+        step(
+            "full fine-tuning",
+            on_batch,
+            model,
+            jax.tree.map(eqx.is_inexact_array, model),
+            x,
+        ),
+    ]
+    floor = frozen("Equinox, frozen", on_batch, model, x)
+    yield f"MiniLM with a head, {texts} × {length} tokens, rank 8", floor, programs
 
 
 class Convolutions(eqx.Module):
@@ -215,6 +268,17 @@ def vmapped_cases() -> Iterator[Case]:
     yield f"vmapped and batched, stack of {LAYERS} × {WIDTH}², rank 8", floor, programs
 
 
+def door_cases() -> Iterator[Case]:
+    """The same adapted model by one door over the other."""
+    adapted = adapted_by(make_stack(jnp.float32), 8)
+    x = jr.normal(jr.key(2), (2048, WIDTH))
+    trained = lorax.trainable(adapted)
+    floor = step("lorax, module door", on_batch, adapted, trained, x)
+    function = lorax.lora(on_batch, on_materialise="error")
+    programs = [step("lorax, function door", function, adapted, trained, x)]
+    yield f"function and module door, stack of {LAYERS} × {WIDTH}²", floor, programs
+
+
 def scanned_stack_cases(tokens: int) -> Iterator[Case]:
     """A scan keeps what the backward pass needs for every layer: no copy of a weight
     may be among it. The weights have 50 MB."""
@@ -267,10 +331,12 @@ def every_case(only: Sequence[str], small: bool) -> Iterator[Case]:
         "transformer": lambda: transformer_cases(
             2 if small else 6, 256, 2 if small else 8
         ),
+        "minilm": lambda: minilm_cases(*(2, 8) if small else (32, 64)),
         "convolutions": lambda: convolution_cases(4 if small else 32),
         "decoding-float32": lambda: inference_cases(jnp.float32),
         "decoding-bfloat16": lambda: inference_cases(jnp.bfloat16),
         "vmapped": vmapped_cases,
+        "doors": door_cases,
         "scanned-stack": lambda: scanned_stack_cases(64),
     }
     for name, cases in groups.items():

@@ -1,59 +1,196 @@
-"""How the time to adapt a model, and to take the adapters out, grows with its layers.
+"""How time and memory grow with the layers, the width and the rank.
 
-    python benchmarks/growth.py [--width 64] [--repeats 5]
+    python benchmarks/growth.py [--small] [--output out]
 
-Prints the median of the repeats, in milliseconds, and the time per layer, which is to
-stay the same.
+A transformer, all of whose linear layers are adapted, against the same model frozen:
+adapting it and merging it back, tracing and lowering a step, compiling it, running it,
+and its temporary memory. By default 1 to 96 blocks of width 64, unrolled and scanned,
+which takes about a quarter of an hour, most of it to compile unrolled blocks.
+
+Writes `growth.json` and `growth.png`.
 """
 
 import argparse
+import dataclasses
+import functools
+import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
+import jax.random as jr
+from contests import adapted_by, on_batch
+from harness import compare, machine
+from steps import frozen, step
+from transformer import Block, Scanned, Unrolled
 
 import eqx_lorax as lorax
 
 
-LAYERS = (10, 30, 100, 300, 1000)
+HEAD, LENGTH, SEQUENCES = 64, 32, 4
+MEASURES = {
+    "adapt": "loraify, s",
+    "merge": "unloraify, s",
+    "lower": "trace and lower, s",
+    "compile": "compile, s",
+    "step": "step, ms",
+    "temporary": "temporary memory, MB",
+}
 
 
-def milliseconds(fn: Callable[[], Any], repeats: int) -> float:
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One model, frozen or adapted, and what it cost."""
+
+    against: str
+    """What grows in this series: layers, width or rank."""
+    value: int
+    form: str
+    """Unrolled or scanned."""
+    program: str
+    adapt: float | None
+    merge: float | None
+    lower: float | None
+    compile: float | None
+    step: float
+    temporary: float | None
+
+
+def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
     def once() -> float:
         start = time.perf_counter()
         jax.block_until_ready(eqx.filter(fn(), eqx.is_array))
-        return 1000 * (time.perf_counter() - start)
+        return time.perf_counter() - start
 
     once()  # compiles
     return statistics.median(once() for _ in range(repeats))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    flags = parser.parse_args()
+def points(
+    against: str, value: int, form: str, layers: int, width: int, rank: int
+) -> list[Point]:
+    make = functools.partial(Block, width, width // HEAD)
+    keys = jr.split(jr.key(0), layers)
+    if form == "scanned":
+        model: Any = Scanned(eqx.filter_vmap(make)(keys))
+    else:
+        model = Unrolled([make(key) for key in keys])
+    adapted = adapted_by(model, rank)
+    x = jr.normal(jr.key(1), (SEQUENCES, LENGTH, width))
+    floor = frozen("frozen", on_batch, model, x)
+    program = step("adapted", on_batch, adapted, lorax.trainable(adapted), x)
+    rows = compare(form, floor, [program], 5)
+    adapt = seconds(lambda: adapted_by(model, rank))
+    merge = seconds(lambda: lorax.unloraify(adapted))
+    return [
+        Point(
+            against,
+            value,
+            form,
+            timed.name,
+            adapt if timed is program else None,
+            merge if timed is program else None,
+            timed.lowering,
+            timed.compiling,
+            row.milliseconds,
+            row.temporary_megabytes,
+        )
+        for timed, row in zip((floor, program), rows)
+    ]
 
-    key = jax.random.key(0)
-    keys = jax.random.split(key, max(LAYERS))
-    layers = [eqx.nn.Linear(flags.width, flags.width, key=key) for key in keys]
-    print(f"{'layers':>7}{'loraify':>12}{'each':>10}{'unloraify':>12}{'each':>10}")
-    for count in LAYERS:
-        model = layers[:count]
-        adapted = lorax.loraify(model, rank=4, key=key)
-        adapt = milliseconds(
-            lambda model=model: lorax.loraify(model, rank=4, key=key), flags.repeats
-        )
-        merge = milliseconds(
-            lambda adapted=adapted: lorax.unloraify(adapted), flags.repeats
-        )
-        print(
-            f"{count:>7}{adapt:>12.1f}{adapt / count:>10.3f}"
-            f"{merge:>12.1f}{merge / count:>10.3f}"
-        )
+
+def study(small: bool) -> list[Point]:
+    layers = (1, 2) if small else (1, 3, 6, 12, 24, 48, 96)
+    widths = (64, 128) if small else (64, 128, 256, 512)
+    ranks = (1, 4) if small else (1, 4, 16, 64)
+    few, wide = (1, 64) if small else (4, 256)
+    series = [
+        *[("layers", n, form, n, 64, 8) for form in FORMS for n in layers],
+        *[("width", n, form, few, n, 8) for form in FORMS for n in widths],
+        *[("rank", n, form, few, wide, n) for form in FORMS for n in ranks],
+    ]
+    points("", 0, "unrolled", 1, 64, 8)  # the first one imports and compiles
+    found: list[Point] = []
+    print(f"{'':<42}" + "".join(f"{label:>22}" for label in MEASURES.values()))
+    for arguments in series:
+        for point in points(*arguments):
+            against, value = point.against, point.value
+            name = f"{against} {value}, {point.form}, {point.program}"
+            figures = [getattr(point, measure) for measure in MEASURES]
+            shown = ["" if x is None else f"{x:.3f}" for x in figures]
+            print(f"{name:<42}" + "".join(f"{x:>22}" for x in shown), flush=True)
+            found.append(point)
+    return found
+
+
+FORMS = ("unrolled", "scanned")
+
+
+def save_charts(found: Sequence[Point], path: Path) -> None:
+    """A row of panels for each measure, a column for each thing that grows."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = list(dict.fromkeys(point.against for point in found))
+    figure, axes = plt.subplots(
+        len(MEASURES), len(columns), figsize=(11, 16), sharex="col", layout="constrained"
+    )
+    for row, (measure, label) in zip(axes, MEASURES.items()):
+        for axis, against in zip(row, columns):
+            for form in FORMS:
+                for program in ("frozen", "adapted"):
+                    line = [
+                        (point.value, getattr(point, measure))
+                        for point in found
+                        if (point.against, point.form, point.program)
+                        == (against, form, program)
+                    ]
+                    if any(y is None for _, y in line):
+                        continue
+                    axis.plot(
+                        *zip(*line),
+                        marker="o",
+                        color="tab:red" if program == "adapted" else "0.4",
+                        ls="-" if form == "unrolled" else ":",
+                        label=f"{program}, {form}",
+                    )
+            axis.set(xscale="log", yscale="log")
+            axis.grid(alpha=0.3)
+            axis.minorticks_off()
+            ticks = sorted({p.value for p in found if p.against == against})
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        row[0].set_ylabel(label)
+    for axis, against in zip(axes[-1], columns):
+        axis.set_xlabel(against)
+    handles, labels = axes[-1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("out"))
+    flags = parser.parse_args()
+    found = study(flags.small)
+    flags.output.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": machine(),
+        "points": [dataclasses.asdict(point) for point in found],
+    }
+    path = flags.output / "growth.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    save_charts(found, flags.output / "growth.png")
+    print(f"\nWritten: {path}, {flags.output / 'growth.png'}")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,19 @@ class Program:
     """What the compiled program reads and writes."""
     temporary: int | None = None
     """The bytes that it needs besides its arguments and results."""
+    lowering: float | None = None
+    """Seconds to trace and lower it."""
+    compiling: float | None = None
+    """Seconds to compile it."""
 
 
 def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
     """`fn(*args)`, compiled by `jax.jit`, with what XLA says of it."""
-    executable = jax.jit(fn).lower(*args).compile()
+    start = time.perf_counter()
+    lowered = jax.jit(fn).lower(*args)
+    middle = time.perf_counter()
+    executable = lowered.compile()
+    end = time.perf_counter()
     # Neither is there on every backend.
     cost: Any = executable.cost_analysis() or {}
     memory: Any = executable.memory_analysis()
@@ -41,6 +49,8 @@ def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
         cost.get("flops"),
         cost.get("bytes accessed"),
         memory and memory.temp_size_in_bytes,
+        middle - start,
+        end - middle,
     )
 
 

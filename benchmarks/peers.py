@@ -93,6 +93,23 @@ def quax_lora(model: Any, x: Any, rank: int) -> Program:
     return step("quax", forward, adapted, trained, x)
 
 
+def equimo_lora(model: Any, x: Any, rank: int) -> Program:
+    """Needs Python 3.12 or newer."""
+    from equimo.finetune import TargetSpec
+    from equimo.finetune.peft.lora import apply_lora, LoRAConfig
+
+    every = TargetSpec(predicate=lambda *_: True)
+    config = LoRAConfig(rank=rank, alpha=rank, target=every)
+    adapted = apply_lora(model, config, key=jr.key(0))
+
+    def is_factor(path: Any, _: Any) -> bool:
+        return path[-1].name in ("lora_A", "lora_B")
+
+    trained = jax.tree_util.tree_map_with_path(is_factor, adapted)
+    forward = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    return step("equimo.finetune", forward, adapted, trained, x)
+
+
 def peft_lora(layers: int, x: Any, rank: int) -> Pair:
     """Over its own floor, in PyTorch."""
     import peft

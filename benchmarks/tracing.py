@@ -1,11 +1,12 @@
-"""What `lorax.lora(fn)` adds to the time in which JAX traces `fn`.
+"""What adapters add to the time in which JAX traces and lowers a model.
 
     python benchmarks/tracing.py [--layers 48] [--repeats 9]
 
 Two transformers, all of whose matrices are adapted: a plain function of a tree of
-arrays, whose author spent nothing but `jax.numpy`, and an Equinox model. Prints
-the median of the repeats in seconds, and the median of the ratios of neighbours. The
-model is also traced through the module door.
+arrays, whose author spent nothing but `jax.numpy`, traced by `lorax.lora`, and an
+Equinox model, unrolled and scanned, by both doors. Prints the median of the repeats in
+seconds, and the median of the ratios of neighbours. A gradient of the plain model is
+that to its inputs.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from transformer import Block, Unrolled
+from transformer import Block, Scanned, Unrolled
 
 import eqx_lorax as lorax
 
@@ -58,20 +59,33 @@ def run(model: Any, x: Any) -> Any:
     return model(x).sum()
 
 
-def traced(fn: Callable[..., Any], tree: Any, x: Any) -> float:
-    """Seconds to trace `fn(tree, x)`."""
+def factor_gradient(model: Any, x: Any) -> Any:
+    """To the factors and to the inputs."""
+    params, frozen = lorax.partition(model)
+    loss = lambda params, x: run(eqx.combine(params, frozen), x)  # noqa: E731
+    return jax.grad(loss, (0, 1))(params, x)
+
+
+def seconds(fn: Callable[..., Any], tree: Any, x: Any, lower: bool) -> float:
+    """To trace `fn(tree, x)`, and to lower it too if asked for."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
     start = time.perf_counter()
     # A new function, so that JAX does not remember the last time.
-    jax.make_jaxpr(lambda arrays, x: fn(eqx.combine(arrays, rest), x))(arrays, x)
+    traced = jax.jit(lambda arrays, x: fn(eqx.combine(arrays, rest), x)).trace(
+        arrays, x
+    )
+    if lower:
+        traced.lower()
     return time.perf_counter() - start
 
 
-def report(name: str, plain: Any, adapted: Any, x: Any, repeats: int) -> None:
+def report(
+    name: str, plain: Any, adapted: Any, x: Any, repeats: int, lower: bool = False
+) -> None:
     """`plain` and `adapted` are pairs of a function and its tree."""
     pairs = []
     for i in range(repeats + 1):
-        pair = traced(plain[0], plain[1], x), traced(adapted[0], adapted[1], x)
+        pair = seconds(*plain, x, lower), seconds(*adapted, x, lower)
         pairs += [pair] if i else []  # the first one imports and compiles
     times = [statistics.median(column) for column in zip(*pairs)]
     ratio = statistics.median(after / before for before, after in pairs)
@@ -90,7 +104,10 @@ def main() -> None:
     lora_params = lorax.init_lora(params, spec, jr.key(0))
     keys = jr.split(jr.key(0), flags.layers)
     model = Unrolled([Block(WIDTH, HEADS, key) for key in keys])
-    adapted = lorax.loraify(model, rank=8, key=jr.key(1))
+    stacked = Scanned(eqx.filter_vmap(lambda key: Block(WIDTH, HEADS, key))(keys))
+    adapted, adapted_stack = (
+        lorax.loraify(plain, rank=8, key=jr.key(1)) for plain in (model, stacked)
+    )
 
     through_lora = lorax.lora(function, on_materialise="error")
     run_lora = lorax.lora(run, on_materialise="error")
@@ -111,6 +128,21 @@ def main() -> None:
     )
     report("Equinox model, function door", (run, model), (run_lora, adapted), x, of)
     report("Equinox model, module door", (run, model), (run, adapted), x, of)
+
+    print("\nTrace and lower, module door")
+    for form, plain, with_adapters in (
+        ("unrolled", model, adapted),
+        ("scanned", stacked, adapted_stack),
+    ):
+        report(form, (run, plain), (run, with_adapters), x, of, lower=True)
+        report(
+            f"{form}, gradient",
+            (gradient(run), plain),
+            (factor_gradient, with_adapters),
+            x,
+            of,
+            lower=True,
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import math
 from typing import Any, TYPE_CHECKING
 
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
     from ._lora import LoraWeight
 
 
-# Compiled as one: each kind of product is then traced once and not in each layer.
-@functools.partial(
-    jax.jit,
-    static_argnames=("x_labels", "labels", "out_labels", "is_frozen", "precision"),
-)
 def contract(
     w: Viewed,
     x: Array,
@@ -36,6 +32,55 @@ def contract(
     precision: Precision = None,
 ) -> Array:
     """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
+    lora = w if is_array(w) else w.as_lora()
+    stored = tuple(labels) if is_array(w) else lora.stored_labels(labels)
+    # Axes of both in the front, what is summed at the end. Code with `w @ x` below
+    # `vmap` has all its activations the other way round: these transposes cancel each
+    # other, and XLA finds the products in the fast order, also in the backward pass.
+    shared = [label for label in x_labels if label in stored]
+    batch = [label for label in shared if label in out_labels]
+    free = [label for label in x_labels if label not in stored]
+    x_first = (*batch, *free, *(label for label in shared if label not in out_labels))
+    natural = tuple(dict.fromkeys([*batch, *free, *stored]))
+    natural = tuple(label for label in natural if label in out_labels)
+
+    def reordered(y: Array, labels: Labels, wanted: Labels) -> Array:
+        return lax.transpose(y, [labels.index(label) for label in wanted])
+
+    y = _contracted(
+        lora,
+        reordered(x, x_labels, x_first),
+        None if low_rank_x is None else reordered(low_rank_x, x_labels, x_first),
+        x_labels=x_first,
+        labels=stored,
+        out_labels=natural,
+        is_frozen=is_frozen,
+        precision=precision,
+    )
+    return reordered(y, natural, out_labels)
+
+
+# Compiled as one: each kind of product is then traced once and not in each layer.
+@functools.partial(
+    jax.jit,
+    static_argnames=("x_labels", "labels", "out_labels", "is_frozen", "precision"),
+)
+def _contracted(
+    w: Viewed,
+    x: Array,
+    low_rank_x: Array | None = None,
+    *,
+    x_labels: Labels,
+    labels: Labels,
+    out_labels: Labels,
+    is_frozen: bool = False,
+    precision: Precision = None,
+) -> Array:
+    """As `contract`, for axes in the order of the weight as it is stored and of the
+    products themselves."""
+    arguments: dict[str, Any] = dict(
+        x_labels=x_labels, stored=labels, out_labels=out_labels, precision=precision
+    )
     if is_array(w):
         return _contract.product(
             x,
@@ -47,19 +92,12 @@ def contract(
             y_is_frozen=True,
             precision=precision,
         )
-    lora = w.as_lora()
-    arguments: dict[str, Any] = dict(
-        x_labels=x_labels,
-        stored=lora.stored_labels(labels),
-        out_labels=out_labels,
-        precision=precision,
-    )
     separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
     # What is cast to a narrow dtype on the way would lose small updates.
-    if lora.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
+    if w.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
         merged = functools.partial(_merged, **arguments)
-        return merged_product(separate, merged, x, lora)
-    return separate(x, lora, low_rank_x)
+        return merged_product(separate, merged, x, w)
+    return separate(x, w, low_rank_x)
 
 
 def _merged(
