@@ -139,7 +139,11 @@ def save_charts(found: Sequence[Point], path: Path) -> None:
 
     columns = list(dict.fromkeys(point.against for point in found))
     figure, axes = plt.subplots(
-        len(MEASURES), len(columns), figsize=(11, 16), sharex="col", layout="constrained"
+        len(MEASURES),
+        len(columns),
+        figsize=(11, 16),
+        sharex="col",
+        layout="constrained",
     )
     for row, (measure, label) in zip(axes, MEASURES.items()):
         for axis, against in zip(row, columns):

@@ -7,6 +7,8 @@ share of their effect that is in the output: the regression of the difference be
 the outputs with and without the adapter on what it is in float64. One is perfect.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ def main() -> None:
         WIDTH, WIDTH, use_bias=False, dtype=jnp.bfloat16, key=keys[0]
     )
     x = jr.normal(keys[1], (TOKENS, WIDTH), jnp.bfloat16)
-    fresh = lorax.loraify(linear, rank=RANK, key=keys[2])
+    fresh: Any = lorax.loraify(linear, rank=RANK, key=keys[2])
     base = np.linalg.norm(np.asarray(linear.weight, float))
     print(f"{'relative size':<16}{'lorax':>9}{'naive':>9}{'merged':>9}")
     for size in (1e-4, 1e-3, 1e-2):

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from . import _contract, _views
 from ._arrays import is_array, promote, wide
-from ._contract import Labels, portable, Precision
+from ._contract import Label, Labels, portable, Precision
 from ._merged import merged_product
 from ._views import Viewed
 
@@ -32,32 +32,48 @@ def contract(
     precision: Precision = None,
 ) -> Array:
     """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
-    lora = w if is_array(w) else w.as_lora()
-    stored = tuple(labels) if is_array(w) else lora.stored_labels(labels)
-    # Axes of both in the front, what is summed at the end. Code with `w @ x` below
-    # `vmap` has all its activations the other way round: these transposes cancel each
-    # other, and XLA finds the products in the fast order, also in the backward pass.
-    shared = [label for label in x_labels if label in stored]
-    batch = [label for label in shared if label in out_labels]
-    free = [label for label in x_labels if label not in stored]
-    x_first = (*batch, *free, *(label for label in shared if label not in out_labels))
-    natural = tuple(dict.fromkeys([*batch, *free, *stored]))
-    natural = tuple(label for label in natural if label in out_labels)
-
-    def reordered(y: Array, labels: Labels, wanted: Labels) -> Array:
-        return lax.transpose(y, [labels.index(label) for label in wanted])
-
+    stored = tuple(labels)
+    if not is_array(w):
+        w = w.as_lora()
+        stored = w.stored_labels(labels)
+    x_first, natural = _fast_orders(tuple(x_labels), stored, tuple(out_labels))
     y = _contracted(
-        lora,
-        reordered(x, x_labels, x_first),
-        None if low_rank_x is None else reordered(low_rank_x, x_labels, x_first),
+        w,
+        _reordered(x, x_labels, x_first),
+        None if low_rank_x is None else _reordered(low_rank_x, x_labels, x_first),
         x_labels=x_first,
         labels=stored,
         out_labels=natural,
         is_frozen=is_frozen,
         precision=precision,
     )
-    return reordered(y, natural, out_labels)
+    return _reordered(y, natural, out_labels)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fast_orders(
+    x_labels: tuple[Label, ...],
+    labels: tuple[Label, ...],
+    out_labels: tuple[Label, ...],
+) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
+    """The orders of the axes of `x` and of the result in which products are fast: those
+    that `x` and the weight both keep, those of `x` alone, and then the others.
+
+    Code with `w @ x` below `vmap` has all its activations the other way round. The
+    transposes before and after cancel each other, and XLA finds the products in the
+    fast order, also in the backward pass.
+    """
+    batch = [x for x in x_labels if x in labels and x in out_labels]
+    free = [x for x in x_labels if x not in labels]
+    summed = [x for x in x_labels if x in labels and x not in out_labels]
+    kept = [x for x in labels if x in out_labels and x not in batch]
+    return (*batch, *free, *summed), (*batch, *free, *kept)
+
+
+def _reordered(x: Array, labels: Labels, wanted: Labels) -> Array:
+    if tuple(labels) == tuple(wanted):
+        return x
+    return lax.transpose(x, [labels.index(label) for label in wanted])
 
 
 # Compiled as one: each kind of product is then traced once and not in each layer.

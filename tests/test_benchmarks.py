@@ -18,7 +18,9 @@ def run(program, *flags):
     return done.stdout
 
 
-@pytest.mark.parametrize("only", ["stack-float32-256-8", "transformer", "decoding"])
+@pytest.mark.parametrize(
+    "only", ["stack-float32-256-8", "transformer", "minilm", "decoding"]
+)
 def test_speed(only, tmp_path):
     flags = ["--only", only, "--small", "--rounds", "2", "--output", str(tmp_path)]
     printed = run("run", *flags)
@@ -28,12 +30,21 @@ def test_speed(only, tmp_path):
     assert all(name in printed for _, name in rows)
     for row in saved["rows"]:
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
-    flops = [row["flops"] for (_, name), row in rows.items() if "lorax" in name]
+    flops = [row["flops"] for (_, name), row in rows.items() if "door" in name]
     if only.startswith("stack"):
         # 1 + 1.5 r (1/m + 1/n), the floor being two products a layer.
         assert flops and all(abs(x - (1 + 3 * 8 / 1024)) < 0.003 for x in flops)
 
 
 def test_others():
-    assert "unloraify" in run("growth", "--width", "8", "--repeats", "1")
+    assert "loraify, warm" in run("outside", "--dim", "20", "--layers", "2")
+    assert "merged" in run("precision")
     assert "function, gradient" in run("tracing", "--layers", "2", "--repeats", "1")
+
+
+def test_growth(tmp_path):
+    assert "unloraify" in run("growth", "--small", "--output", str(tmp_path))
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "growth.json").read_text())["points"]
+    assert {point["against"] for point in points} == {"layers", "width", "rank"}
+    assert all(point["step"] > 0 for point in points)

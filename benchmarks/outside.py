@@ -1,0 +1,97 @@
+"""What adapting costs outside a step: the README program of jax-lorax, at its size.
+
+    python benchmarks/outside.py [--dim 5000] [--layers 30]
+
+Thirty matrices of 5000 × 5000, three gigabytes. Prints the seconds that `loraify` takes
+on them, cold and warm, and what memory it adds; the bytes of Adam's state; and a step
+of that program, which takes one vector, over its floor: the same forward and backward
+pass with all matrices frozen. The step gets the frozen matrices and does not return
+them.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from harness import compare, print_rows
+from steps import frozen, step
+
+import eqx_lorax as lorax
+
+
+RANK = 64
+
+
+def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = fn()
+    jax.block_until_ready(eqx.filter(result, eqx.is_array))
+    return time.perf_counter() - start, result
+
+
+def readme(params: Sequence[Any], x: Any) -> Any:
+    for massive_w in params:
+        x = jax.nn.relu(x @ massive_w)
+    return jnp.sum(x)
+
+
+def nbytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dim", type=int, default=5000)
+    parser.add_argument("--layers", type=int, default=30)
+    flags = parser.parse_args()
+    dim = flags.dim
+    rank = min(RANK, dim)
+
+    def make(key: Any) -> Any:
+        # Drawn by a few rows, which is faster; what is in them is no matter.
+        w = jnp.tile(jr.normal(key, (dim, 10)) / dim**0.5, (1, -(-dim // 10)))[:, :dim]
+        linear = eqx.filter_eval_shape(
+            lambda: eqx.nn.Linear(dim, dim, use_bias=False, key=key)
+        )
+        return eqx.tree_at(lambda layer: layer.weight, linear, w)
+
+    model = [make(key) for key in jr.split(jr.key(0), flags.layers)]
+    jax.block_until_ready([layer.weight for layer in model])
+    adapt = lambda: lorax.loraify(model, rank=rank, key=jr.key(1))  # noqa: E731
+    cold, adapted = seconds(adapt)
+    warm, adapted = seconds(adapt)
+    shared = all(
+        new.weight.w is old.weight for new, old in zip(adapted, model, strict=True)
+    )
+    params, _ = lorax.partition(adapted)
+    state = nbytes(optax.adam(1e-3).init(params))
+    print(
+        f"{flags.layers} × ({dim} × {dim}), rank {rank}: {nbytes(model) / 1e9:.2f} GB"
+    )
+    print(f"loraify, cold           {cold:8.3f} s")
+    print(f"loraify, warm           {warm:8.3f} s")
+    print(f"bases shared            {str(shared):>8}")
+    print(f"factors                 {nbytes(params) / 1e9:8.3f} GB")
+    print(f"state of Adam           {state / 1e9:8.3f} GB")
+    print(f"  over the factors      {state / nbytes(params):8.5f}")
+
+    weights = [layer.weight for layer in model]
+    lora_weights = [layer.weight for layer in adapted]
+    is_trained = [weight.trainable() for weight in lora_weights]
+    x = jr.normal(jr.key(2), (dim,))
+    floor = frozen("plain JAX, frozen", readme, weights, x)
+    function = lorax.lora(readme, on_materialise="error")
+    program = step("lorax", function, lora_weights, is_trained, x)
+    print_rows(compare("jax-lorax's README program, a step", floor, [program], 9))
+
+
+if __name__ == "__main__":
+    main()
