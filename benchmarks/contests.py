@@ -121,9 +121,9 @@ def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
         *installed(lambda: peers.equimo_lora(model, x, rank)),
     ]
     if dtype == jnp.float32:
-        merged, trained = lorax.merged_forward(adapted), lorax.trainable(adapted)
-        program = step("lorax, merged forward", on_batch, merged, trained, x)
-        programs.insert(3, program)
+        merged = lorax.merged_forward(adapted)
+        trained = lorax.trainable(merged)
+        programs.append(step("lorax, merged forward", on_batch, merged, trained, x))
     yield name, frozen("plain JAX, frozen", raw_stack, weights, x), programs
     for floor, program in installed(lambda: peers.peft_lora(LAYERS, x, rank)):
         yield f"{name}, PyTorch", floor, [program]
