@@ -2,6 +2,7 @@
 
 import importlib.metadata
 
+from . import peft as peft
 from ._forward import merged_forward as merged_forward
 from ._function import lora as lora
 from ._layer import AbstractLoraLayer as AbstractLoraLayer
@@ -19,6 +20,12 @@ from ._params import (
     split_lora_params as split_lora_params,
 )
 from ._report import MaterialiseWarning as MaterialiseWarning
+from ._save import (
+    adapter_info as adapter_info,
+    AdapterFileError as AdapterFileError,
+    load_adapter as load_adapter,
+    save_adapter as save_adapter,
+)
 from ._spec import (
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,

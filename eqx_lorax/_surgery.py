@@ -135,7 +135,7 @@ def loraify(
                 key=key_for(key, key_paths[array]),
             )
             edits[array.steps] = lambda _, weight=weight: weight
-        edits[target.module.steps] = _wrapping(target.module, rate)
+        edits[target.module.steps] = wrapping(target.module, rate)
     return rebuild(model, edits)
 
 
@@ -202,7 +202,7 @@ def _adapt(
 ) -> LoraWeight:
     w = array.node
     dtype = _factor_dtype(dtype, array)
-    rows, columns = _axes(array)
+    rows, columns = axes_of(array)
     b_shape, a_shape = factor_shapes(w.shape, rows, columns, rank)
     a = initial_factor(
         init,
@@ -219,14 +219,14 @@ def _adapt(
     return LoraWeight(w, b, a, alpha, rows, columns, rank_stabilised=rank_stabilised)
 
 
-def _axes(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def axes_of(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
     assert array.owner is not None
     if array.path[-1] != "weight":
         return (-2,), (-1,)
     return kernel_axes(array.owner.module, len(array.node.shape))
 
 
-def _wrapping(place: Place, rate: int | float) -> Callable[[Any], Any]:
+def wrapping(place: Place, rate: int | float) -> Callable[[Any], Any]:
     """What puts the layer for the module at `place` around it."""
     layer: Any = layer_for(place.module)
 
@@ -307,7 +307,7 @@ def _check_ranks(targets: Sequence[Target], ranks: Sequence[Any]) -> None:
         for array in target.arrays:
             shape = array.node.shape
             limit = min(
-                math.prod(shape[axis] for axis in axes) for axes in _axes(array)
+                math.prod(shape[axis] for axis in axes) for axes in axes_of(array)
             )
             if rank > limit:
                 too_large[array.dotted] = (rank, limit, tuple(shape))

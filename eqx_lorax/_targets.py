@@ -132,16 +132,16 @@ def _resolve(part: Named, places: Places) -> list[Target]:
 
 def _targets_at(place: Place, places: Places, label: str) -> list[Target]:
     if place.is_array:
-        target = _target_of(place)
+        target = target_of(place)
         return [] if target is None else [target]
     if layer_for(place.module) is not LoraModule:
         return [_target_of_layer(place, places, label)]
     found = _layers_beneath(place, places)
     own = [array for array in places.beneath(place) if array.owner is place]
     weight = [array for array in own if array.path[-1] == "weight"]
-    targets = [_target_of(array) for array in weight if array.is_array]
+    targets = [target_of(array) for array in weight if array.is_array]
     found += [target for target in targets if target is not None]
-    candidates = [array for array in own if _target_of(array) is not None]
+    candidates = [array for array in own if target_of(array) is not None]
     if not found and candidates:
         listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in candidates)
         raise ValueError(
@@ -167,7 +167,7 @@ def _target_of_layer(layer: Place, places: Places, label: str | None) -> Target:
             f"{label} names {layer.dotted}, whose weight `eqx.nn.Shared` takes from "
             f"elsewhere. Name its owner: {_owner_of_shared(weight, places)!r}."
         )
-    target = _target_of(weight)
+    target = target_of(weight)
     if target is None:
         raise ValueError(
             f"{weight.dotted} has dtype {weight.node.dtype}, which cannot carry an "
@@ -184,7 +184,7 @@ def _weight_of(layer: Place, places: Places) -> Place:
     )
 
 
-def _target_of(array: Place) -> Target | None:
+def target_of(array: Place) -> Target | None:
     """The target that adapting `array` makes; `None` if it cannot be adapted."""
     owner = array.owner
     if owner is None or not array.is_array or len(array.node.shape) < 2:

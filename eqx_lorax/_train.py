@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from ._arrays import is_inexact
 from ._select import available, Filter, named_places
-from ._tree import Places, rebuild
+from ._tree import Place, Places, rebuild
 from ._weight import is_weight
 
 
@@ -44,23 +44,8 @@ def trainable(model: PyTree, also: Filter = None) -> PyTree[bool]:
                 "`lorax.loraify` first, or name what to train with `also`."
             )
         return spec
-    places = Places(model)
-    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
-    for named in named_places(model, places, also, "also"):
-        arrays = [
-            array
-            for place in named.places
-            for array in places.beneath(place)
-            if is_inexact(array.node)
-        ]
-        if not arrays:
-            raise ValueError(
-                f"{named.label} names no array that could be trained: there are only "
-                "adapters, which are trained anyway, their frozen bases, or none. "
-                f"Available: {available(places.all)}."
-            )
-        edits |= {array.steps: lambda _: True for array in arrays}
-    return rebuild(spec, edits)
+    also_trained = trained_places(model, Places(model), also)
+    return rebuild(spec, {place.steps: lambda _: True for place in also_trained})
 
 
 def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
@@ -154,3 +139,25 @@ def adapter_spec(model: PyTree) -> PyTree[bool]:
         model,
         is_leaf=is_weight,
     )
+
+
+def trained_places(model: PyTree, places: Places, also: Filter) -> list[Place]:
+    """The arrays that `also` names, each once."""
+    if also is None:
+        return []
+    found: dict[Place, None] = {}
+    for named in named_places(model, places, also, "also"):
+        arrays = [
+            array
+            for place in named.places
+            for array in places.beneath(place)
+            if is_inexact(array.node)
+        ]
+        if not arrays:
+            raise ValueError(
+                f"{named.label} names no array that could be trained: there are only "
+                "adapters, which are trained anyway, their frozen bases, or none. "
+                f"Available: {available(places.all)}."
+            )
+        found.update(dict.fromkeys(arrays))
+    return list(found)

@@ -6,7 +6,7 @@ that is how it reaches inside containers, `jax.tree_util.Partial` and bound meth
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -55,6 +55,12 @@ class Place:
     def holds(self, other: "Place") -> bool:
         """Whether `other` is this place or beneath it."""
         return other.steps[: len(self.steps)] == self.steps
+
+
+def joined(path: Sequence[str]) -> str:
+    """The path as one string, of which no other path is an example: dots inside names
+    are escaped."""
+    return ".".join(name.replace("\\", r"\\").replace(".", r"\.") for name in path)
 
 
 def children(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:

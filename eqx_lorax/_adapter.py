@@ -1,0 +1,184 @@
+"""An adapter apart from its model: what is kept of it, and putting it into a model."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from ._arrays import is_array
+from ._layer import is_layer
+from ._lora import LoraWeight
+from ._select import Filter
+from ._surgery import wrapping
+from ._targets import target_of
+from ._train import trained_places
+from ._tree import Place, Places, rebuild
+from ._weight import AbstractLoraWeight, is_weight
+
+
+_Model = TypeVar("_Model")
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """One adapted weight without its base."""
+
+    path: Path
+    method: str
+    """Which of `METHODS` it is."""
+    shape: tuple[int, ...]
+    """Of the base."""
+    dtype: str
+    """Of the base."""
+    settings: dict[str, Any]
+    """The static arguments of the class."""
+    dropout: float
+    arrays: dict[str, Any]
+    """The other arguments of the class, but for the base."""
+
+    @property
+    def dotted(self) -> str:
+        return ".".join(self.path)
+
+    def on(self, base: Any) -> AbstractLoraWeight:
+        """The weight, on top of a base."""
+        arrays = {name: jnp.asarray(x) for name, x in self.arrays.items()}
+        return METHODS[self.method](base, **arrays, **self.settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """All that is trained of a model."""
+
+    adapted: list[Adapted]
+    others: dict[Path, Any]
+    """Arrays that are trained as they are: heads, biases."""
+
+
+def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
+    """**Raises:**
+
+    `ValueError` if the model has no adapters, or as `lorax.partition` for `also`.
+    `TypeError` if there are shapes in the place of arrays.
+    """
+    weights = [place for place in places.all if is_weight(place.node)]
+    if not weights and also is None:
+        raise ValueError(
+            "`model` has no adapters to save. Call `lorax.loraify` first, or name with "
+            "`also` what else was trained."
+        )
+    others = {place.path: place.node for place in trained_places(model, places, also)}
+    adapter = Adapter([_adapted(place, places) for place in weights], others)
+    abstract = [
+        ".".join(path)
+        for path, array in [
+            *others.items(),
+            *((x.path, array) for x in adapter.adapted for array in x.arrays.values()),
+        ]
+        if not isinstance(array, jax.Array)
+    ]
+    if abstract:
+        raise TypeError(f"There is no array to save at {', '.join(abstract[:8])}.")
+    return adapter
+
+
+def _adapted(place: Place, places: Places) -> Adapted:
+    weight = place.node
+    methods = {weight_type: method for method, weight_type in METHODS.items()}
+    if type(weight) not in methods:
+        known = ", ".join(weight_type.__name__ for weight_type in methods)
+        raise TypeError(
+            f"{place.dotted} is a {type(weight).__name__}. What can be saved is a "
+            f"{known}."
+        )
+    names = [name for name in inspect.signature(type(weight)).parameters if name != "w"]
+    values = {name: getattr(weight, name) for name in names}
+    return Adapted(
+        path=place.path,
+        method=methods[type(weight)],
+        shape=tuple(weight.shape),
+        dtype=jnp.dtype(weight.dtype).name,
+        settings={name: x for name, x in values.items() if not is_array(x)},
+        dropout=_dropout(place),
+        arrays={name: x for name, x in values.items() if is_array(x)},
+    )
+
+
+def _dropout(place: Place) -> float:
+    layer = place.owner.node if place.owner is not None else None
+    dropout = getattr(layer, "dropout", None) if is_layer(layer) else None
+    return float(dropout.p) if isinstance(dropout, eqx.nn.Dropout) else 0.0
+
+
+METHODS: dict[str, type[AbstractLoraWeight]] = {"lora": LoraWeight}
+"""The classes of weights by the names that files have for them."""
+
+
+def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
+    """`model` with `adapter` in the place of the one that it has, if any.
+
+    **Raises:**
+
+    `ValueError`, before anything is done, with all that does not fit: targets that the
+    model has not, or has and the adapter has not; other shapes or dtypes.
+    """
+    by_path = {place.path: place for place in places.all}
+    has_adapters = any(is_weight(place.node) for place in places.all)
+    wrong = list(_misfits(by_path, adapter, has_adapters))
+    if wrong:
+        more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
+        lines = "".join(f"\n  {line}" for line in wrong[:12])
+        raise ValueError(f"The adapter does not fit `model`:{lines}{more}")
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
+    for adapted in adapter.adapted:
+        place = by_path[adapted.path]
+        base = place.node.w if is_weight(place.node) else place.node
+        weight = adapted.on(base)
+        edits[place.steps] = lambda _, weight=weight: weight
+        target = target_of(place)
+        if target is not None and not is_weight(place.node):
+            edits[target.module.steps] = wrapping(target.module, adapted.dropout)
+    for path, array in adapter.others.items():
+        edits[by_path[path].steps] = lambda _, array=array: jnp.asarray(array)
+    return rebuild(model, edits)
+
+
+def _misfits(
+    by_path: Mapping[Path, Place], adapter: Adapter, has_adapters: bool
+) -> Iterator[str]:
+    paths = {adapted.path for adapted in adapter.adapted}
+    for adapted in adapter.adapted:
+        place = by_path.get(adapted.path)
+        if place is None or not place.is_array:
+            yield f"{adapted.dotted}: there is no such array in the model"
+        elif (found := tuple(place.node.shape)) != adapted.shape:
+            yield f"{adapted.dotted}: {found} in the model, not {adapted.shape}"
+        elif has_adapters and not is_weight(place.node):
+            yield f"{adapted.dotted}: the model has other adapters, but none here"
+        elif is_weight(place.node):
+            now = {name: getattr(place.node, name, None) for name in adapted.arrays}
+            for name, array in adapted.arrays.items():
+                yield from _mismatch(f"{adapted.dotted}, `{name}`", now[name], array)
+    for path, place in by_path.items():
+        if is_weight(place.node) and path not in paths:
+            yield f"{place.dotted}: the adapter has nothing for this one"
+    for path, array in adapter.others.items():
+        place = by_path.get(path)
+        if place is None or not is_array(place.node):
+            yield f"{'.'.join(path)}: there is no such array in the model"
+        else:
+            yield from _mismatch(place.dotted, place.node, array)
+
+
+def _mismatch(name: str, now: Any, new: Any) -> Iterator[str]:
+    found, wanted = (
+        f"{jnp.dtype(x.dtype).name} {tuple(x.shape)}" if is_array(x) else "nothing"
+        for x in (now, new)
+    )
+    if found != wanted:
+        yield f"{name}: {found} in the model, {wanted} in the adapter"

@@ -1,0 +1,208 @@
+"""The tensors of PEFT: how each kind of layer has its factors there."""
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import equinox as eqx
+import numpy as np
+
+from .._arrays import is_inexact
+from .._layers import kernel_axes
+from .._tree import Place, Places
+from .names import Names, template
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The factors of one weight without batch axes but for those of experts, as they
+    are here, and what scales them."""
+
+    b: np.ndarray
+    a: np.ndarray
+    alpha: float
+    rank_stabilised: bool
+    counted: int
+    """The rank by which `alpha` is divided."""
+
+    @property
+    def rank(self) -> int:
+        return self.b.shape[-1]
+
+    def scaled_for(self, rank: int, rank_stabilised: bool) -> float:
+        """The alpha that gives the same scale if another rank is counted."""
+        power = 0.5 if self.rank_stabilised else 1.0
+        wanted = 0.5 if rank_stabilised else 1.0
+        if (rank, wanted) == (self.counted, power):
+            return self.alpha
+        return self.alpha * rank**wanted / self.counted**power
+
+
+class Layout(abc.ABC):
+    """How PEFT has the factors of one kind of layer."""
+
+    names: ClassVar[tuple[str, str]] = "lora_A.weight", "lora_B.weight"
+    is_parameter: ClassVar[bool] = False
+    """Whether PEFT adapts a parameter of a module and not the module."""
+
+    @abc.abstractmethod
+    def to_torch(self, b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`(A, B)` of PEFT."""
+
+    @abc.abstractmethod
+    def from_torch(
+        self, first: np.ndarray, second: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """`(b, a)` of what PEFT has. Raises `ValueError` if it has no such form."""
+
+    def torch_rank(self, rank: int) -> int:
+        """The rank that PEFT counts."""
+        return rank
+
+
+class Linear(Layout):
+    """`A (r, in)`, `B (out, r)`."""
+
+    def to_torch(self, b, a):
+        return a, b
+
+    def from_torch(self, first, second):
+        return second, first
+
+
+class Embedding(Layout):
+    """`A (r, entries)`, `B (size, r)`: the update is transposed."""
+
+    names = "lora_embedding_A", "lora_embedding_B"
+
+    def to_torch(self, b, a):
+        return b.T, a.T
+
+    def from_torch(self, first, second):
+        return first.T, second.T
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Layout):
+    """`A (r · experts, in)`, expert first; `B (out, r · experts)`, rank first."""
+
+    experts: int
+    is_parameter = True
+
+    def to_torch(self, b, a):
+        experts, rank, columns = a.shape
+        wide = np.transpose(b, (1, 2, 0)).reshape(-1, rank * experts)
+        return a.reshape(experts * rank, columns), wide
+
+    def from_torch(self, first, second):
+        if first.shape[0] % self.experts:
+            raise ValueError(f"{first.shape[0]} rows for {self.experts} experts")
+        a = first.reshape(self.experts, -1, first.shape[1])
+        b = second.reshape(second.shape[0], -1, self.experts)
+        return np.transpose(b, (2, 0, 1)), a
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Layout):
+    """`A (r, in, *window)` without groups, `B (out, r / groups, 1, ...)` with them: the
+    outputs of each group mix a part of the rank of their own.
+
+    Here all groups share `a (r, in / groups, *window)`. In PEFT that is a block of `A`
+    for each group, which sees the inputs of this group alone.
+    """
+
+    groups: int
+
+    def torch_rank(self, rank):
+        return rank * self.groups
+
+    def to_torch(self, b, a):
+        rank, inputs, *window = a.shape
+        wide = np.zeros((self.groups, rank, self.groups, inputs, *window), a.dtype)
+        for group in range(self.groups):
+            wide[group, :, group] = a
+        first = wide.reshape(self.groups * rank, self.groups * inputs, *window)
+        return first, b.reshape(*b.shape, *(1 for _ in window))
+
+    def from_torch(self, first, second):
+        rank, inputs, *window = first.shape
+        b = second.reshape(second.shape[:2])
+        if self.groups == 1:
+            return b, first
+        shape = (self.groups, rank // self.groups, self.groups, -1, *window)
+        wide = first.reshape(shape)
+        a = wide[0, :, 0]
+        expected, _ = self.to_torch(b, a)
+        if not np.array_equal(expected, first):
+            raise ValueError(
+                "its groups see each other's inputs, or each has factors of its own, "
+                "which no update of the kernel's own shape does"
+            )
+        return b, a
+
+
+def _layout_of(place: Place, experts: int | None) -> Layout:
+    """The layout of the weight at `place`; `experts` is the size of the batch axis that
+    is left once a stack is taken apart.
+
+    **Raises:**
+
+    `ValueError` if PEFT has none.
+    """
+    module = place.owner.module if place.owner is not None else None
+    is_weight = place.path[-1:] == ("weight",)
+    if is_weight and isinstance(module, eqx.nn.ConvTranspose):
+        raise ValueError("PEFT has no transposed convolutions")
+    if experts is not None:
+        return Experts(experts)
+    if is_weight and isinstance(module, eqx.nn.Embedding):
+        return Embedding()
+    if is_weight and kernel_axes(module, len(place.node.shape))[1] != (-1,):
+        return Conv(getattr(module, "groups", 1))
+    return Linear()
+
+
+def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
+    left = batch[torch.count("{}") :]
+    if len(left) > 1 or torch.count("{}") > len(batch):
+        raise ValueError(
+            f"`names` gives {torch!r} for {'.'.join(place.path)}, which is a stack of "
+            f"{tuple(batch)}: it needs one '{{}}' for each of these axes, or one fewer "
+            "for experts."
+        )
+    try:
+        return _layout_of(place, left[0] if left else None)
+    except ValueError as error:
+        raise ValueError(f"{'.'.join(place.path)}: {error}.") from error
+
+
+def template_for(place: Place, names: Names) -> str:
+    path = named(place)
+    torch = template(names, path)
+    if torch is None:
+        dotted = ".".join(path)
+        raise ValueError(f"`names` has nothing for {dotted!r}.")
+    return torch
+
+
+def named(place: Place) -> tuple[str, ...]:
+    """What `names` is asked about an array: the module whose weight it is."""
+    return place.path[:-1] if place.path[-1] == "weight" else place.path
+
+
+def prefix_of(torch: str, layout: Layout, parameters: list[str]) -> str:
+    """The prefix of the tensors of one adapted module or parameter."""
+    if not layout.is_parameter:
+        return f"{torch}."
+    module, _, _ = torch.rpartition(".")
+    beside = [x for x in parameters if x.rpartition(".")[0] == module]
+    # PEFT wraps a module once for each parameter, the last one outermost.
+    return f"{module}." + "base_layer." * (len(beside) - 1 - beside.index(torch))
+
+
+def arrays_of(module: Place, places: Places) -> list[Place]:
+    return [
+        place
+        for place in places.beneath(module)
+        if place.owner is module and is_inexact(place.node)
+    ]

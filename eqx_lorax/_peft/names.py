@@ -1,0 +1,50 @@
+"""From paths here to paths in PyTorch."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from .._select import matches
+
+
+Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
+Index: TypeAlias = tuple[int, ...]
+
+
+def template(names: Names, path: Sequence[str]) -> str | None:
+    """The path in PyTorch, with `{}` for each axis of a stack; `None` for a path that
+    `names` says nothing of."""
+    dotted = ".".join(path)
+    if not isinstance(names, Mapping):
+        try:
+            return names(dotted)
+        except LookupError:
+            return None
+    if dotted in names:
+        return names[dotted]
+    for pattern, torch in names.items():
+        globs = pattern.split(".")
+        if "*" not in globs or not matches(pattern, path):
+            continue
+        for glob, name in zip(globs, path):
+            torch = torch.replace("{}", name, 1) if glob == "*" else torch
+        return torch
+    return None
+
+
+def expanded(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]:
+    """The paths of the modules of a stack, with their positions in it. The leading axes
+    of `shape` are those of the stack, as many as there are `{}`."""
+    axes = template.count("{}")
+    for index in np.ndindex(*shape[:axes]):
+        filled = template
+        for position in index:
+            filled = filled.replace("{}", str(position), 1)
+        yield tuple(map(int, index)), filled
+
+
+def escaped(path: str) -> str:
+    """A pattern of PEFT's that this path alone matches."""
+    return "^" + re.escape(path)

@@ -1,0 +1,133 @@
+"""From adapters here to the tensors and the configuration of PEFT."""
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .._adapter import Adapter
+from .._surgery import axes_of
+from .._tree import Place, Places
+from .._weight import is_weight
+from .config import new_config
+from .layout import (
+    arrays_of,
+    Factors,
+    Layout,
+    layout_for,
+    prefix_of,
+    template_for,
+)
+from .names import expanded, Names, template
+
+
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """Modules that are saved whole."""
+
+    paths: list[str]
+    """Of the modules in PyTorch."""
+    tensors: dict[str, Any]
+    saved: set[tuple[str, ...]]
+    """The paths of their arrays here."""
+
+
+def written(
+    adapter: Adapter, places: Places, names: Names
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors of all adapted weights, and the configuration that fits them."""
+    by_path = {place.path: place for place in places.all}
+    is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.adapted)
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    parameters: list[str] = []
+    factors: dict[str, tuple[Layout, Factors]] = {}
+    for adapted in adapter.adapted:
+        place = by_path[adapted.path]
+        if is_weight(place.node.w):
+            raise ValueError(
+                f"{adapted.dotted} has an adapter upon an adapter, which PEFT has not. "
+                "Merge the one below first."
+            )
+        for torch, layout, part in _parts(place, names):
+            if torch in factors:
+                raise ValueError(f"`names` gives {torch!r} twice.")
+            factors[torch] = layout, part
+            ranks[torch] = layout.torch_rank(part.rank)
+            alphas[torch] = part.scaled_for(ranks[torch], is_stabilised)
+            if layout.is_parameter:
+                parameters.append(torch)
+    tensors = {
+        prefix_of(torch, layout, parameters) + name: array
+        for torch, (layout, part) in factors.items()
+        for name, array in zip(layout.names, layout.to_torch(part.b, part.a))
+    }
+    config = new_config(
+        ranks,
+        alphas,
+        parameters=parameters,
+        rank_stabilised=bool(adapter.adapted) and is_stabilised,
+        dropout=_common_dropout(adapter),
+    )
+    return tensors, config
+
+
+def _parts(place: Place, names: Names) -> Iterator[tuple[str, Layout, Factors]]:
+    """What PyTorch has for the weight at `place`: a layer of a stack each."""
+    weight = place.node.as_lora()
+    if (weight.rows, weight.columns) != axes_of(place):
+        raise ValueError(
+            f"{'.'.join(place.path)} has factors along the axes {weight.rows} and "
+            f"{weight.columns}, which PEFT has not."
+        )
+    torch = template_for(place, names)
+    batch = [weight.shape[axis] for axis in weight.batch_axes()]
+    layout = layout_for(place, torch, batch)
+    b, a = np.asarray(weight.b), np.asarray(weight.a)
+    for index, path in expanded(torch, batch):
+        yield (
+            path,
+            layout,
+            Factors(
+                b[index], a[index], weight.alpha, weight.rank_stabilised, weight.rank
+            ),
+        )
+
+
+def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
+    """What has to be saved whole, because some arrays of these modules were trained."""
+    by_path = {place.path: place for place in places.all}
+    owners = dict.fromkeys(by_path[path].owner for path in adapter.others)
+    paths: list[str] = []
+    tensors: dict[str, Any] = {}
+    saved: set[tuple[str, ...]] = set()
+    for owner in owners:
+        if owner is None or not owner.path:
+            raise ValueError("`also` names arrays that are in no module with a name.")
+        if any(is_weight(place.node) for place in places.beneath(owner)):
+            raise ValueError(
+                f"`also` names arrays of {owner.dotted}, which has an adapter too; "
+                "PEFT saves one or the other."
+            )
+        torch = template(names, owner.path)
+        if torch is None:
+            raise ValueError(f"`names` has nothing for {owner.dotted!r}.")
+        for array in arrays_of(owner, places):
+            saved.add(array.path)
+            for index, path in expanded(torch, array.node.shape):
+                paths.append(path)
+                tensors[f"{path}.{array.path[-1]}"] = array.node[index]
+    return Whole(sorted(set(paths)), tensors, saved)
+
+
+def _common_dropout(adapter: Adapter) -> float:
+    rates = {adapted.dropout for adapted in adapter.adapted}
+    if len(rates) > 1:
+        warnings.warn(
+            f"PEFT has one `lora_dropout` for all layers, and here there are "
+            f"{sorted(rates)}: written as 0.",
+            stacklevel=3,
+        )
+    return rates.pop() if len(rates) == 1 else 0.0

@@ -1,0 +1,356 @@
+"""Adapters on disk, in the format of this library: one safetensors file.
+
+The file holds the trained arrays, bit for bit. Under `"eqx_lorax"` its metadata have a
+JSON object that says what they are, and a digest of every tensor and of every base
+array; under `"eqx_lorax_digest"` a digest of that object. Nothing in the file is ever
+executed.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import safe_open, SafetensorError
+from safetensors.numpy import save_file
+
+from ._adapter import Adapted, Adapter, adapter_of, METHODS, put_into
+from ._atomic import replacing
+from ._fingerprint import base_digests
+from ._select import Filter
+from ._tree import joined, Places
+
+
+_Model = TypeVar("_Model")
+_Value = TypeVar("_Value")
+
+FORMAT = 1
+_HEADER, _DIGEST = "eqx_lorax", "eqx_lorax_digest"
+# What reading a header may raise that is not what it should be.
+MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class AdapterFileError(ValueError):
+    """A file is no adapter, is damaged, or belongs to another model."""
+
+
+def save_adapter(
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    also: Filter = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes what is trained of a model, and not its base, to one file.
+
+    The file is written beside `path` and then moved there: a good file that was there
+    before stays until the new one is whole.
+
+    !!! example
+
+        ```python
+        lorax.save_adapter("adapter.safetensors", model, also="head")
+        model = lorax.load_adapter("adapter.safetensors", plain_model)
+        ```
+
+    **Arguments:**
+
+    - `path`: The file, usually `*.safetensors`. Folders on the way to it are made.
+    - `model`: A model with adapters.
+    - `also`: What was trained besides the factors, as of `lorax.partition`.
+    - `metadata`: Anything JSON has, to be kept with it: `lorax.adapter_info` gives it
+        back.
+
+    **Raises:**
+
+    `ValueError` if there is nothing to save, or as `lorax.partition` for `also`;
+    `TypeError` if `metadata` is not JSON or there are shapes in the place of arrays.
+    """
+    places = Places(model)
+    adapter = adapter_of(model, places, also)
+    tensors: dict[str, np.ndarray] = {}
+
+    def stored(name: str, array: Any) -> str:
+        tensors[name] = np.asarray(array, order="C")
+        return name
+
+    targets = [
+        {
+            "path": adapted.path,
+            "method": adapted.method,
+            "shape": adapted.shape,
+            "dtype": adapted.dtype,
+            "settings": adapted.settings,
+            "dropout": adapted.dropout,
+            "tensors": {
+                name: stored(f"{joined(adapted.path)}.{name}", array)
+                for name, array in adapted.arrays.items()
+            },
+        }
+        for adapted in adapter.adapted
+    ]
+    others = [
+        {"path": path, "tensor": stored(joined(path), array)}
+        for path, array in adapter.others.items()
+    ]
+    try:
+        header = json.dumps(
+            {
+                "format": FORMAT,
+                "library": importlib.metadata.version("eqx-lorax"),
+                "targets": targets,
+                "others": others,
+                "digests": {name: _digest(array) for name, array in tensors.items()},
+                "base": base_digests(places, adapter.others),
+                "metadata": dict(metadata or {}),
+            },
+            allow_nan=False,
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"`metadata` is not what JSON can hold: {error}") from error
+    with replacing(Path(path)) as new:
+        save_file(tensors, new, {_HEADER: header, _DIGEST: _digest(header.encode())})
+
+
+def load_adapter(
+    path: str | os.PathLike[str], model: _Model, *, allow_other_base: bool = False
+) -> _Model:
+    """Puts an adapter that `lorax.save_adapter` has written into a model.
+
+    **Arguments:**
+
+    - `path`: The file.
+    - `model`: The plain model, or one with adapters in the same places, the arrays of
+        which are replaced.
+    - `allow_other_base`: Whether base weights may differ from those that the adapter
+        was trained on, which is otherwise an error.
+
+    **Returns:**
+
+    The model with the adapter, and with what else was saved in its place. The arrays
+    have the dtypes and bits that they had when saved. `model` itself is not changed.
+
+    **Raises:**
+
+    `lorax.AdapterFileError`, a `ValueError`, if the file is not such an adapter, is
+    damaged or from a newer version, or if it does not fit the model: other paths,
+    shapes, dtypes, or base weights. The message names the paths. `OSError` if there is
+    no file that can be read.
+    """
+    header, tensors = _read(Path(path))
+    adapter = well_formed(path, lambda: _adapter(header, tensors))
+    places = Places(model)
+    try:
+        adapted = put_into(model, places, adapter)
+    except MALFORMED as error:
+        raise AdapterFileError(f"{path}: {error}") from error
+    if not allow_other_base:
+        base = well_formed(path, lambda: dict(header["base"]))
+        check_base(path, base, places, adapter.others)
+    return adapted
+
+
+def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `lorax.save_adapter` wrote about an adapter.
+
+    **Arguments:**
+
+    - `path`: The file.
+
+    **Returns:**
+
+    A dictionary with `"format"` and `"library"` (versions), `"targets"` (with path,
+    shape and dtype of the base, method, settings, rank), `"others"` (paths),
+    `"base"` (a digest for each frozen array), and your own `"metadata"`.
+
+    **Raises:**
+
+    As `lorax.load_adapter` for the file alone.
+    """
+    header, tensors = _read(Path(path))
+    adapter = well_formed(path, lambda: _adapter(header, tensors))
+    return {
+        "format": header["format"],
+        "library": header["library"],
+        "targets": [
+            {
+                "path": adapted.dotted,
+                "shape": adapted.shape,
+                "dtype": adapted.dtype,
+                "method": adapted.method,
+                "dropout": adapted.dropout,
+                **adapted.settings,
+                "arrays": {name: x.shape for name, x in adapted.arrays.items()},
+            }
+            for adapted in adapter.adapted
+        ],
+        "others": [".".join(path) for path in adapter.others],
+        "base": header["base"],
+        "metadata": header["metadata"],
+    }
+
+
+# Reading
+
+
+def check_base(
+    path: Any,
+    written: Mapping[str, Any],
+    places: Places,
+    without: Collection[tuple[str, ...]],
+) -> None:
+    """**Raises:**
+
+    `AdapterFileError` if the arrays of a model, but those at `without`, are not those
+    whose digests have been `written`.
+    """
+    wrong = list(differences(written, base_digests(places, without)))
+    if wrong:
+        listed = "; ".join(wrong[:8])
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise AdapterFileError(
+            f"{path} was trained on another base than `model`: {listed}{more}. Load it "
+            "into the model that it was trained on, or pass `allow_other_base=True` if "
+            "these differences are meant."
+        )
+
+
+def read_tensors(
+    path: Path,
+) -> tuple[dict[str, str], dict[str, Array], dict[str, str]]:
+    """The metadata, the tensors and their digests of a safetensors file.
+
+    **Raises:**
+
+    `AdapterFileError` if it is not one, or not a whole one.
+    """
+    with open(path, "rb"):
+        pass  # raises the usual error if there is no such file
+    tensors: dict[str, Array] = {}
+    digests: dict[str, str] = {}
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            # One after the other from the mapped file, so that there is never a copy
+            # of it all.
+            for name in file.keys():
+                array = file.get_tensor(name)
+                digests[name] = _digest(array)
+                tensors[name] = _on_device(path, name, array)
+    except AdapterFileError:
+        raise
+    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} is not a whole safetensors file: {error}. If it was copied here, "
+            "copy it again."
+        ) from error
+    return metadata, tensors, digests
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The header and the tensors, the bits of both being those that were written."""
+    metadata, tensors, digests = read_tensors(path)
+    if _HEADER not in metadata:
+        raise AdapterFileError(
+            f"{path} was not written by `lorax.save_adapter`. A folder of PEFT's is "
+            "read by `lorax.peft.load`."
+        )
+    if metadata.get(_DIGEST) != _digest(metadata[_HEADER].encode()):
+        raise AdapterFileError(f"{path} is damaged: its header is not as written.")
+    header = well_formed(path, lambda: dict(json.loads(metadata[_HEADER])))
+    found = well_formed(path, lambda: int(header["format"]))
+    if found > FORMAT:
+        raise AdapterFileError(
+            f"{path} has format {found}, of eqx-lorax {header.get('library')}; this "
+            f"version reads formats up to {FORMAT}. Upgrade eqx-lorax."
+        )
+    wrong = list(
+        differences(well_formed(path, lambda: dict(header["digests"])), digests)
+    )
+    if wrong:
+        raise AdapterFileError(f"{path} is damaged: {'; '.join(wrong[:8])}.")
+    return header, tensors
+
+
+def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise AdapterFileError(
+            f"{path}: {name} is of dtype {array.dtype}, which JAX would round. Switch "
+            "on `jax_enable_x64`."
+        )
+    return jnp.asarray(array)
+
+
+def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
+    def adapted(target: Mapping[str, Any]) -> Adapted:
+        if target["method"] not in METHODS:
+            raise ValueError(f"its method {target['method']!r} is not known here")
+        if not 0 <= target["dropout"] < 1 or not all(
+            isinstance(x, bool | int | float) for x in _flat(target["settings"])
+        ):
+            raise ValueError(f"{target['settings']} are no settings")
+        return Adapted(
+            path=tuple(map(str, target["path"])),
+            method=target["method"],
+            shape=tuple(map(int, target["shape"])),
+            dtype=str(target["dtype"]),
+            settings=dict(target["settings"]),
+            dropout=float(target["dropout"]),
+            arrays={
+                str(name): tensors[tensor] for name, tensor in target["tensors"].items()
+            },
+        )
+
+    others = {
+        tuple(map(str, other["path"])): tensors[other["tensor"]]
+        for other in header["others"]
+    }
+    if len(tensors) != len(others) + sum(len(t["tensors"]) for t in header["targets"]):
+        raise ValueError("some tensors belong to nothing")
+    return Adapter([adapted(target) for target in header["targets"]], others)
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[Any]:
+    for value in settings.values():
+        yield from value if isinstance(value, list) else [value]
+
+
+def well_formed(path: Any, parse: Callable[[], _Value]) -> _Value:
+    try:
+        return parse()
+    except MALFORMED as error:
+        raise AdapterFileError(
+            f"{path}: the header does not describe an adapter: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def differences(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    for name in written:
+        if name not in found:
+            yield f"{name} is missing"
+        elif written[name] != found[name]:
+            yield f"{name} differs"
+    for name in found:
+        if name not in written:
+            yield f"{name} is not of it"
+
+
+def _digest(content: Any) -> str:
+    if isinstance(content, np.ndarray):
+        content = content.reshape(-1).view(np.uint8).data
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

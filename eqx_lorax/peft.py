@@ -1,0 +1,162 @@
+"""Adapters in the format of PEFT, HuggingFace's library for PyTorch: a folder with
+`adapter_config.json` and `adapter_model.safetensors`.
+
+Equinox's layers have PyTorch's layout, so the numbers are the same; what differs are
+the paths, which `names` translates.
+
+??? cite
+
+    [PEFT: State-of-the-art Parameter-Efficient Fine-Tuning
+    methods](https://github.com/huggingface/peft), its checkpoint format as of 0.21.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ._adapter import adapter_of, put_into
+from ._atomic import replacing
+from ._fingerprint import base_digests
+from ._peft.config import check_config
+from ._peft.names import Names
+from ._peft.reading import adapter_from
+from ._peft.writing import whole_modules, written
+from ._save import AdapterFileError, check_base, MALFORMED, read_tensors
+from ._select import Filter
+from ._tree import Places
+
+
+__all__ = ["load", "save"]
+
+_Model = TypeVar("_Model")
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_BASE = "eqx_lorax_base"
+
+
+def save(
+    directory: str | os.PathLike[str],
+    model: Any,
+    *,
+    names: Names,
+    also: Filter = None,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes the adapters of a model so that PEFT on PyTorch loads them.
+
+    Linear layers, convolutions, embeddings, stacks of them (each layer apart), and
+    expert weights `(experts, out, in)` are written as PEFT has them; modules that
+    `also` reaches into are saved whole. Every update is exactly what it is here: ranks
+    and alphas that differ go to `rank_pattern` and `alpha_pattern`, and a grouped
+    convolution, whose `a` all groups share, has its rank multiplied by the groups.
+
+    !!! example
+
+        ```python
+        lorax.peft.save(
+            "adapter",
+            model,
+            names={"layers.*.attention.query": "encoder.layer.{}.attention.self.query"},
+        )
+        ```
+
+    **Arguments:**
+
+    - `directory`: The folder, which is made if it is not there.
+    - `model`: A model with adapters.
+    - `names`: From the path of each module here to that in PyTorch; for an array that
+        is not called `weight`, from the array's. A mapping, in whose keys `*` stands
+        for one name, or a function that returns `None` for what it does not know. `{}` in
+        what is returned is filled with the names that `*` stood for, and then with the
+        position in a stack of layers. A batch axis without `{}` is one of experts, and
+        the path is then that of PyTorch's parameter.
+    - `also`: What else was trained, as of `lorax.partition`.
+    - `base_model_name_or_path`, `task_type`: Written to the configuration, such as
+        `"sentence-transformers/all-MiniLM-L6-v2"` and `"SEQ_CLS"`.
+
+    **Raises:**
+
+    `ValueError` if `names` lacks a path or gives two the same, or if PEFT has no form
+    for an adapter: transposed convolutions, adapters upon adapters.
+    """
+    places = Places(model)
+    adapter = adapter_of(model, places, also)
+    whole = whole_modules(adapter, places, names)
+    tensors, config = written(adapter, places, names)
+    tensors |= whole.tensors
+    config |= {
+        "base_model_name_or_path": base_model_name_or_path,
+        "modules_to_save": whole.paths or None,
+        "task_type": task_type,
+    }
+    digests = base_digests(places, whole.saved)
+    folder = Path(directory)
+    with replacing(folder / _WEIGHTS) as new:
+        save_file(
+            {_PREFIX + name: np.array(x, order="C") for name, x in tensors.items()},
+            new,
+            {"format": "pt", _BASE: json.dumps(digests)},
+        )
+    with replacing(folder / _CONFIG) as new:
+        new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def load(
+    directory: str | os.PathLike[str],
+    model: _Model,
+    *,
+    names: Names,
+    allow_other_base: bool = False,
+) -> _Model:
+    """Puts an adapter that PEFT, or `lorax.peft.save`, has written into a plain model.
+
+    **Arguments:**
+
+    - `directory`: The folder with `adapter_config.json` and
+        `adapter_model.safetensors`.
+    - `model`: The plain model.
+    - `names`: As of `lorax.peft.save`. The paths in PyTorch are those below the model
+        that was given to `peft.get_peft_model`.
+    - `allow_other_base`: As of `lorax.load_adapter`. PEFT writes nothing about the
+        base; this concerns files by `lorax.peft.save`.
+
+    **Returns:**
+
+    The adapted model, with the modules that were saved whole in their places.
+
+    **Raises:**
+
+    `lorax.AdapterFileError`, a `ValueError`, if any tensor has no place in the model,
+    or is missing or misshapen, and if the adapter uses anything but plain LoRA. PEFT
+    itself ignores most of these. `OSError` if a file cannot be read.
+    """
+    folder = Path(directory)
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+        check_config(config)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{folder / _CONFIG}: {error}.") from error
+    metadata, tensors, _ = read_tensors(folder / _WEIGHTS)
+    places = Places(model)
+    try:
+        unprefixed = {_without_prefix(name): x for name, x in tensors.items()}
+        adapter = adapter_from(config, unprefixed, places, names)
+        adapted = put_into(model, places, adapter)
+        base = json.loads(metadata.get(_BASE, "null"))
+    except MALFORMED as error:
+        raise AdapterFileError(f"{folder}: {error}") from error
+    if isinstance(base, dict) and not allow_other_base:
+        check_base(folder, base, places, adapter.others)
+    return adapted
+
+
+def _without_prefix(name: str) -> str:
+    if not name.startswith(_PREFIX):
+        raise ValueError(f"{name} does not begin with {_PREFIX}.")
+    return name.removeprefix(_PREFIX)
