@@ -13,6 +13,7 @@ from ._layers import (
     LoraModule as LoraModule,
 )
 from ._lora import LoraWeight as LoraWeight
+from ._many import combine as combine, scale as scale, stack as stack
 from ._optimizer import wrap_optimizer as wrap_optimizer
 from ._params import (
     init_lora as init_lora,

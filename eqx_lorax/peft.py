@@ -72,10 +72,11 @@ def save(
     - `model`: A model with adapters.
     - `names`: From the path of each module here to that in PyTorch; for an array that
         is not called `weight`, from the array's. A mapping, in whose keys `*` stands
-        for one name, or a function that returns `None` for what it does not know. `{}` in
-        what is returned is filled with the names that `*` stood for, and then with the
-        position in a stack of layers. A batch axis without `{}` is one of experts, and
-        the path is then that of PyTorch's parameter.
+        for one name, or a function that returns `None` for what it does not know.
+        `{}` in what is returned is filled with the names that `*` stood for, and then
+        with the position in a stack of layers. A batch axis without `{}` is one of
+        experts, and the path is then that of PyTorch's parameter; several of these in
+        one module have to be in the same order as there.
     - `also`: What else was trained, as of `lorax.partition`.
     - `base_model_name_or_path`, `task_type`: Written to the configuration, such as
         `"sentence-transformers/all-MiniLM-L6-v2"` and `"SEQ_CLS"`.

@@ -2,7 +2,9 @@
 
 import abc
 import dataclasses
-from typing import ClassVar
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import equinox as eqx
 import numpy as np
@@ -150,16 +152,19 @@ def _layout_of(place: Place, experts: int | None) -> Layout:
     `ValueError` if PEFT has none.
     """
     module = place.owner.module if place.owner is not None else None
-    is_weight = place.path[-1:] == ("weight",)
-    if is_weight and isinstance(module, eqx.nn.ConvTranspose):
+    if place.path[-1] != "weight":
+        return Linear() if experts is None else Experts(experts)
+    if isinstance(module, eqx.nn.ConvTranspose):
         raise ValueError("PEFT has no transposed convolutions")
+    is_conv = kernel_axes(module, len(place.node.shape))[1] != (-1,)
+    is_embedding = isinstance(module, eqx.nn.Embedding)
+    if experts is not None and (is_conv or is_embedding):
+        raise ValueError("PEFT has no experts of this kind")
     if experts is not None:
         return Experts(experts)
-    if is_weight and isinstance(module, eqx.nn.Embedding):
-        return Embedding()
-    if is_weight and kernel_axes(module, len(place.node.shape))[1] != (-1,):
+    if is_conv:
         return Conv(getattr(module, "groups", 1))
-    return Linear()
+    return Embedding() if is_embedding else Linear()
 
 
 def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
@@ -174,6 +179,20 @@ def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
         return _layout_of(place, left[0] if left else None)
     except ValueError as error:
         raise ValueError(f"{'.'.join(place.path)}: {error}.") from error
+
+
+def warn_of_convolution(place: Place) -> None:
+    """Says so where PEFT computes something else than what the factors are."""
+    module: Any = place.owner.module if place.owner is not None else None
+    if getattr(module, "num_spatial_dims", 0) and (
+        any(step != 1 for step in module.dilation) or module.padding_mode != "ZEROS"
+    ):
+        warnings.warn(
+            f"{place.dotted} is dilated or not padded with zeros. PEFT (0.21) leaves "
+            "both out of the low-rank branch, so that its outputs differ from those "
+            "here, which are those of the merged kernel.",
+            stacklevel=4,
+        )
 
 
 def template_for(place: Place, names: Names) -> str:
@@ -198,6 +217,15 @@ def prefix_of(torch: str, layout: Layout, parameters: list[str]) -> str:
     beside = [x for x in parameters if x.rpartition(".")[0] == module]
     # PEFT wraps a module once for each parameter, the last one outermost.
     return f"{module}." + "base_layer." * (len(beside) - 1 - beside.index(torch))
+
+
+def torch_shape(array: Place, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape in PyTorch of an array of a module that is saved whole, of this `shape`
+    here: biases of convolutions have axes of size one more."""
+    module = array.owner.module if array.owner is not None else None
+    if array.path[-1] == "bias" and hasattr(module, "num_spatial_dims"):
+        return tuple(shape[: len(shape) - module.num_spatial_dims])
+    return tuple(shape)
 
 
 def arrays_of(module: Place, places: Places) -> list[Place]:

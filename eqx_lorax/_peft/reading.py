@@ -23,6 +23,8 @@ from .layout import (
     named,
     prefix_of,
     template_for,
+    torch_shape,
+    warn_of_convolution,
 )
 from .names import expanded, Index, Names, template
 
@@ -105,6 +107,7 @@ def _factors(
     first: np.ndarray,
     second: np.ndarray,
 ) -> Factors:
+    warn_of_convolution(home.place)
     rank = home.layout.torch_rank(1)
     try:
         b, a = home.layout.from_torch(first, second)
@@ -188,13 +191,15 @@ def _whole_arrays(
         if missing:
             raise ValueError(f"of {torch} there is no {', '.join(missing[:8])}.")
         for array, of_array in keys.items():
-            parts = np.stack([np.asarray(left.pop(key)) for key in of_array])
-            if parts.size != array.node.size:
-                raise ValueError(
-                    f"{of_array[0]} has shape {parts.shape[1:]}; {array.dotted} has "
-                    f"{tuple(array.node.shape)}."
-                )
-            yield array.path, parts.reshape(array.node.shape)
+            parts = [np.asarray(left.pop(key)) for key in of_array]
+            wanted = torch_shape(array, array.node.shape[torch.count("{}") :])
+            for key, part in zip(of_array, parts):
+                if part.shape != wanted:
+                    raise ValueError(
+                        f"{key} has shape {part.shape}, but {array.dotted} is "
+                        f"{wanted} in PyTorch."
+                    )
+            yield array.path, np.stack(parts).reshape(array.node.shape)
 
 
 def _is_module(place: Place) -> bool:

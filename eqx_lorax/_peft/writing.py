@@ -19,6 +19,8 @@ from .layout import (
     layout_for,
     prefix_of,
     template_for,
+    torch_shape,
+    warn_of_convolution,
 )
 from .names import expanded, Names, template
 
@@ -85,6 +87,7 @@ def _parts(place: Place, names: Names) -> Iterator[tuple[str, Layout, Factors]]:
     torch = template_for(place, names)
     batch = [weight.shape[axis] for axis in weight.batch_axes()]
     layout = layout_for(place, torch, batch)
+    warn_of_convolution(place)
     b, a = np.asarray(weight.b), np.asarray(weight.a)
     for index, path in expanded(torch, batch):
         yield (
@@ -118,7 +121,9 @@ def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
             saved.add(array.path)
             for index, path in expanded(torch, array.node.shape):
                 paths.append(path)
-                tensors[f"{path}.{array.path[-1]}"] = array.node[index]
+                part = np.asarray(array.node[index])
+                shape = torch_shape(array, part.shape)
+                tensors[f"{path}.{array.path[-1]}"] = part.reshape(shape)
     return Whole(sorted(set(paths)), tensors, saved)
 
 

@@ -1,0 +1,222 @@
+"""Several adapters of one model: stacked, scaled, added up."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from cases import by_name, LAYERS, MODELS
+from helpers import assert_close, assert_identical, filled, run, weights, wide
+
+import eqx_lorax as lorax
+
+
+CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
+CASES = [
+    case
+    for case in [*LAYERS, *MODELS]
+    if case.layer != "LoraConv" or case.name in CONVOLUTIONS
+]
+every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
+
+
+def randomised(adapted, key):
+    """The adapter of a model, as if trained: with random factors."""
+    params, _ = lorax.partition(adapted)
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jr.split(key, len(leaves))
+    drawn = [0.5 * jr.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def make(case, getkey, ranks, **options):
+    """The frozen model, its adapters, and inputs."""
+    model = filled(case.make, jnp.float32, getkey())
+    adapters, frozen = [], None
+    for rank in ranks:
+        adapted = lorax.loraify(model, case.filter, rank=rank, key=getkey(), **options)
+        adapters.append(randomised(adapted, getkey()))
+        _, frozen = lorax.partition(adapted)
+    return adapters, frozen, case.inputs(jnp.float32)
+
+
+@every_case
+def test_a_batch_of_several_adapters(case, getkey):
+    """Equals one run for each, base rows included, with nothing compiled again."""
+    adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
+    stacked = lorax.stack([*adapters[:2], None, adapters[2]])
+    one_by_one = [run(eqx.combine(params, frozen), *inputs) for params in adapters]
+    base = run(eqx.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
+    expected = [*one_by_one[:2], base, one_by_one[2]]
+
+    @eqx.filter_jit
+    def answers(stacked, frozen, index, inputs):
+        def one(i, *inputs):
+            params = jax.tree.map(lambda array: array[i], stacked)
+            return eqx.combine(params, frozen)(*inputs)
+
+        return eqx.filter_vmap(one)(index, *inputs)
+
+    index = [3, 0, 2, 1, 2]
+    batch = jax.tree.map(lambda x: jnp.stack([x] * len(index)), inputs)
+    found = answers(stacked, frozen, jnp.array(index), batch)
+    for i, y in zip(index, found):
+        assert_close(y, expected[i])
+
+
+@every_case
+def test_ranks_and_scales_that_differ(case, getkey):
+    if case.rank < 2:
+        return
+    adapters, frozen, inputs = make(case, getkey, [1])
+    more, frozen_too, _ = make(case, getkey, [case.rank], alpha=7.0)
+    stacked = lorax.stack([*adapters, *more])
+    assert {weight.rank for weight in weights(stacked)} == {case.rank}
+    for i, adapter in enumerate([*adapters, *more]):
+        params = jax.tree.map(lambda array, i=i: array[i], stacked)
+        like = frozen_too if i else frozen
+        frozen_here = lorax.partition(eqx.combine(adapter, like))[1]
+        assert_close(
+            run(eqx.combine(params, _like(frozen_here, params)), *inputs),
+            run(eqx.combine(adapter, like), *inputs),
+        )
+
+
+def _like(frozen, params):
+    """`frozen` with the static fields of `params`, whose rank is another."""
+    leaves = jax.tree.leaves(frozen, is_leaf=lambda x: x is None)
+    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
+    return jax.tree.unflatten(treedef, leaves)
+
+
+@pytest.mark.parametrize("method", ("exact", "svd"))
+@every_case
+def test_combining_is_the_sum_of_the_updates(case, method, getkey):
+    ranks = [1, case.rank, case.rank]
+    factors = [0.5, -1.0, 2.0]
+    model = filled(case.make, jnp.float32, getkey())
+    models = [
+        lorax.loraify(model, case.filter, rank=rank, alpha=alpha, key=getkey())
+        for rank, alpha in zip(ranks, (1.0, 3.0, 2.0))
+    ]
+    models = [eqx.combine(randomised(m, getkey()), m) for m in models]
+    total = sum(ranks)
+    options = {"rank": total} if method == "svd" else {}
+    combined = lorax.combine(models, factors, method, **options)
+    for new, *parts in zip(weights(combined), *map(weights, models)):
+        update = sum(
+            factor * (wide(part.materialise()) - wide(part.w))
+            for factor, part in zip(factors, parts)
+        )
+        assert_close(wide(new.materialise()) - wide(new.w), update, 1e-4)
+        assert new.scale == 1
+        assert new.rank == total or method == "svd"
+
+
+def test_the_smaller_rank_is_the_best_there_is(getkey):
+    linear = eqx.nn.Linear(20, 30, key=getkey())
+    adapters = [
+        randomised(lorax.loraify(linear, rank=3, key=getkey()), getkey())
+        for _ in range(2)
+    ]
+    update = sum(
+        weight.scale * wide(weight.b) @ wide(weight.a)
+        for adapter in adapters
+        for weight in weights(adapter)
+    )
+    sizes = np.linalg.svd(update, compute_uv=False)
+    combined, errors = lorax.combine(adapters, [1, 1], "svd", rank=2, return_error=True)
+    (weight,) = weights(combined)
+    found = wide(weight.b) @ wide(weight.a)
+    lost = np.linalg.norm(found - update) / np.linalg.norm(update)
+    assert np.isclose(lost, np.linalg.norm(sizes[2:]) / np.linalg.norm(sizes), 1e-4)
+    assert np.isclose(errors["weight"], lost, 1e-4)
+    with pytest.warns(UserWarning, match=r"lose more than 1 %.*1 of 1 weights: weight"):
+        lorax.combine(adapters, [1, 1], "svd", rank=2)
+
+
+def test_a_weight_of_minus_one_negates(getkey):
+    linear = eqx.nn.Linear(5, 7, key=getkey())
+    adapter = randomised(lorax.loraify(linear, rank=2, key=getkey()), getkey())
+    (nothing,) = weights(lorax.combine([adapter, adapter], [1, -1]))
+    assert np.abs(nothing.b @ nothing.a).max() < 1e-6
+    twice = lorax.scale(lorax.scale(adapter, -1), -1)
+    assert_identical(twice, adapter)
+
+
+def test_scaling_compiles_nothing_again(getkey):
+    linear = eqx.nn.Linear(5, 7, key=getkey())
+    adapted = lorax.loraify(linear, rank=2, key=getkey())
+    params, frozen = lorax.partition(
+        eqx.combine(randomised(adapted, getkey()), adapted)
+    )
+    traces = []
+
+    @eqx.filter_jit
+    def call(params, frozen, x):
+        traces.append(1)
+        return eqx.combine(params, frozen)(x)
+
+    x = jnp.ones(5)
+    outs = [call(lorax.scale(params, f), frozen, x) for f in (0, 1, -2, jnp.array(0.5))]
+    assert len(traces) == 1
+    assert_close((outs[1] - outs[0]) * -2, outs[2] - outs[0])
+    # Another adapter of the same shape is switched to as well.
+    other = randomised(adapted, getkey())
+    call(other, frozen, x)
+    assert len(traces) == 1
+    scaled = eqx.filter_jit(lorax.scale)(params, jnp.array(0.5))
+    assert_close(call(scaled, frozen, x), outs[3])
+
+
+def test_heads(getkey):
+    model = eqx.nn.MLP(4, 3, 6, 1, key=getkey())
+    adapted = lorax.loraify(model, "layers.0", rank=2, key=getkey())
+    params, _ = lorax.partition(adapted, also="layers.1")
+    other = eqx.tree_at(lambda m: m.layers[1].bias, params, jnp.ones(3))
+    stacked = lorax.stack([params, other])
+    assert_identical(stacked.layers[1].bias[1], other.layers[1].bias)
+    assert_identical(lorax.scale(params, 3).layers[1], params.layers[1])
+    with pytest.raises(ValueError, match=r"layers\.1\.\w+ was trained too.*`None`"):
+        lorax.stack([params, None])
+    with pytest.raises(
+        ValueError, match=r"layers\.1\.bias was trained too and differs"
+    ):
+        lorax.combine([params, other], [1, 1])
+    same = lorax.combine([params, params], [1, 1])
+    assert_identical(same.layers[1], params.layers[1])
+
+
+def test_what_does_not_fit_together(getkey):
+    model = eqx.nn.MLP(4, 3, 6, 1, key=getkey())
+    whole = lorax.loraify(model, rank=2, key=getkey())
+    params = lorax.partition(whole)[0]
+    few = lorax.partition(lorax.loraify(model, "layers.0", rank=2, key=getkey()))[0]
+    narrow = lorax.partition(
+        lorax.loraify(model, rank=2, dtype=jnp.bfloat16, key=getkey())
+    )[0]
+    larger = eqx.nn.MLP(4, 3, 8, 1, key=getkey())
+    larger = lorax.partition(lorax.loraify(larger, rank=2, key=getkey()))[0]
+    with pytest.raises(
+        ValueError, match=r"0 and 1 do not.*only one has layers\.1\.wei"
+    ):
+        lorax.stack([params, few])
+    with pytest.raises(ValueError, match=r"layers\.0\.weight differs in shape"):
+        lorax.combine([params, larger], [1, 1])
+    with pytest.raises(ValueError, match=r"layers\.0\.weight has factors of several"):
+        lorax.stack([params, narrow])
+    with pytest.raises(ValueError, match="its frozen base with it.*partition"):
+        lorax.stack([whole, whole])
+    with pytest.raises(ValueError, match="no adapter in what was passed to `stack`"):
+        lorax.stack([None, None])
+    with pytest.raises(ValueError, match="no adapter in what was passed to `combine`"):
+        lorax.combine([model], [1])
+    with pytest.raises(ValueError, match="2 `weights` for 1 `adapters`"):
+        lorax.combine([params], [1, 2])
+    with pytest.raises(ValueError, match="neither 'exact' nor 'svd'"):
+        lorax.combine([params], [1], "linear")  # pyright: ignore
+    with pytest.raises(ValueError, match="`rank=3` is for `method='svd'`"):
+        lorax.combine([params], [1], rank=3)
+    with pytest.raises(ValueError, match="one number"):
+        lorax.scale(params, jnp.ones(2))

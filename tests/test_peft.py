@@ -1,0 +1,298 @@
+"""PEFT's format without PEFT: what goes out comes back, and what does not fit is
+refused. `test_peft_interop.py` holds it against the real one."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_identical, trained
+from safetensors.numpy import load_file, save_file
+
+import eqx_lorax as lorax
+
+
+class Block(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    experts: jax.Array
+    norm: eqx.nn.LayerNorm
+
+    def __init__(self, key):
+        keys = jr.split(key)
+        self.attention = eqx.nn.MultiheadAttention(2, 4, key=keys[0])
+        self.experts = jr.normal(keys[1], (3, 5, 4))
+        self.norm = eqx.nn.LayerNorm(4)
+
+
+class Model(eqx.Module):
+    words: eqx.nn.Embedding
+    blocks: Block
+    """Two of them, stacked."""
+    convs: list[eqx.nn.Conv2d]
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 5)
+        self.words = eqx.nn.Embedding(9, 4, key=keys[0])
+        self.blocks = eqx.filter_vmap(Block)(jr.split(keys[1], 2))
+        self.convs = [
+            eqx.nn.Conv2d(4, 6, 3, key=keys[2]),
+            eqx.nn.Conv2d(4, 6, 3, groups=2, key=keys[3]),
+        ]
+        self.head = eqx.nn.Linear(4, 2, key=keys[4])
+
+
+NAMES = {
+    "words": "embed.word",
+    "blocks.attention.query_proj": "layer.{}.self.q",
+    "blocks.attention.key_proj": "layer.{}.self.k",
+    "blocks.attention.value_proj": "layer.{}.self.v",
+    "blocks.attention.output_proj": "layer.{}.self.o",
+    "blocks.experts": "layer.{}.mlp.experts",
+    "blocks.norm": "layer.{}.norm",
+    "convs.*": "conv{}",
+    "head": "classifier",
+}
+FILTER = ["words", "attention", "experts", "convs"]
+
+
+def make(getkey, also="head", **options):
+    plain = Model(getkey())
+    options = {"rank": {"convs": 1, "*": 2}, "alpha": 3.0} | options
+    return plain, trained(lorax.loraify(plain, FILTER, key=getkey(), **options))
+
+
+def files(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def write(folder, config, tensors):
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+@pytest.fixture
+def saved(tmp_path, getkey):
+    plain, adapted = make(getkey)
+    also = ["head", "norm"]
+    lorax.peft.save(tmp_path, adapted, names=NAMES, also=also, task_type="SEQ_CLS")
+    return plain, adapted, tmp_path
+
+
+def test_round_trip(saved):
+    plain, adapted, folder = saved
+    assert_identical(lorax.peft.load(folder, plain, names=NAMES), adapted)
+    assert_identical(lorax.peft.load(folder, plain, names=NAMES.get), adapted)
+    assert_identical(lorax.peft.load(folder, plain, names=NAMES.__getitem__), adapted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(rank_stabilised=True),
+        dict(dropout=0.25),
+        dict(rank={"key_proj": 3, "convs": 1, "*": 2}, alpha={"value_proj": 7}),
+        dict(dtype=jnp.bfloat16),
+    ],
+    ids=str,
+)
+def test_options_come_back(options, tmp_path, getkey):
+    plain, adapted = make(getkey, **options)
+    lorax.peft.save(tmp_path, adapted, names=NAMES)
+    loaded = lorax.peft.load(tmp_path, plain, names=NAMES)
+    has = lambda path, x: type(x) is eqx.nn.Dropout  # noqa: E731
+    del has
+    for x, y in zip(
+        jax.tree.leaves(loaded, is_leaf=is_weight),
+        jax.tree.leaves(adapted, is_leaf=is_weight),
+    ):
+        if is_weight(x):
+            assert np.isclose(x.scale, y.scale)
+            assert_identical((x.w, x.b, x.a), (y.w, y.b, y.a))
+
+
+def is_weight(x):
+    return isinstance(x, lorax.LoraWeight)
+
+
+def test_the_configuration(saved):
+    _, _, folder = saved
+    config, tensors = files(folder)
+    assert config["peft_type"] == "LORA"
+    assert config["task_type"] == "SEQ_CLS"
+    assert config["inference_mode"] is True
+    assert config["init_lora_weights"] is True
+    assert (config["r"], config["lora_alpha"]) == (2, 3)
+    assert config["rank_pattern"] == {"^conv0": 1}
+    # The groups multiply the rank, so they do alpha.
+    assert config["alpha_pattern"] == {"^conv1": 6}
+    assert config["target_parameters"] == [f"layer.{i}.mlp.experts" for i in range(2)]
+    assert "layer.1.self.o" in config["target_modules"]
+    assert config["modules_to_save"] == ["classifier", "layer.0.norm", "layer.1.norm"]
+    shapes = {name: x.shape for name, x in tensors.items()}
+    prefix = "base_model.model."
+    assert shapes[prefix + "layer.1.self.q.lora_A.weight"] == (2, 4)
+    assert shapes[prefix + "embed.word.lora_embedding_A"] == (2, 9)
+    assert shapes[prefix + "embed.word.lora_embedding_B"] == (4, 2)
+    assert shapes[prefix + "conv1.lora_A.weight"] == (2, 4, 3, 3)
+    assert shapes[prefix + "conv1.lora_B.weight"] == (6, 1, 1, 1)
+    assert shapes[prefix + "layer.0.mlp.lora_A.weight"] == (6, 4)
+    assert shapes[prefix + "layer.0.mlp.lora_B.weight"] == (5, 6)
+    assert shapes[prefix + "classifier.bias"] == (2,)
+    assert all(name.startswith(prefix) for name in shapes)
+
+
+def test_names(tmp_path, getkey):
+    _, adapted = make(getkey)
+    few = {path: torch for path, torch in NAMES.items() if path != "words"}
+    with pytest.raises(ValueError, match="`names` has nothing for 'words'"):
+        lorax.peft.save(tmp_path, adapted, names=few)
+    with pytest.raises(ValueError, match=r"'layer\.0\.self\.k' twice"):
+        names = NAMES | {"blocks.attention.query_proj": "layer.{}.self.k"}
+        lorax.peft.save(tmp_path, adapted, names=names)
+    with pytest.raises(ValueError, match=r"is a stack of \(2,\): it needs one '\{\}'"):
+        names = NAMES | {"blocks.attention.query_proj": "layer.{}.{}.self.k"}
+        lorax.peft.save(tmp_path, adapted, names=names)
+    with pytest.raises(ValueError, match="`names` has nothing for 'head'"):
+        names = {path: torch for path, torch in NAMES.items() if path != "head"}
+        lorax.peft.save(tmp_path, adapted, names=names, also="head")
+    with pytest.raises(ValueError, match="of convs.0, which has an adapter too"):
+        lorax.peft.save(tmp_path, adapted, names=NAMES, also="convs.0.bias")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_peft_has_no_form_for(tmp_path, getkey):
+    transposed = eqx.nn.ConvTranspose2d(2, 3, 3, key=getkey())
+    model = lorax.loraify([transposed], rank=2, key=getkey())
+    with pytest.raises(ValueError, match="0.weight: PEFT has no transposed conv"):
+        lorax.peft.save(tmp_path, model, names=lambda path: "conv")
+    linear = [eqx.nn.Linear(4, 4, key=getkey())]
+    twice = lorax.loraify(
+        lorax.loraify(linear, rank=2, key=getkey()), rank=1, stack=True, key=getkey()
+    )
+    with pytest.raises(ValueError, match="adapter upon an adapter.*Merge"):
+        lorax.peft.save(tmp_path, twice, names=lambda path: "x")
+    dilated = [eqx.nn.Conv2d(2, 3, 3, dilation=2, key=getkey())]
+    dilated = lorax.loraify(dilated, rank=2, key=getkey())
+    with pytest.warns(UserWarning, match="dilated"):
+        lorax.peft.save(tmp_path, dilated, names=lambda path: "conv")
+    rates = lorax.loraify(
+        [*linear, *linear][:1] + [eqx.nn.Linear(4, 4, key=getkey())],
+        rank=2,
+        dropout={"0": 0.1},
+        key=getkey(),
+    )
+    with pytest.warns(UserWarning, match="one `lora_dropout`"):
+        lorax.peft.save(tmp_path, rates, names={"0": "x", "1": "y"})
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"peft_type": "LOHA"}, "`peft_type` is 'LOHA'"),
+        ({"peft_type": None}, "`peft_type` is None"),
+        ({"use_dora": True}, "DoRA"),
+        ({"use_qalora": True}, "it uses use_qalora"),
+        ({"lora_bias": True}, "it uses lora_bias"),
+        ({"layer_replication": [[0, 1]]}, "it uses layer_replication"),
+        ({"trainable_token_indices": [1]}, "it uses trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "it uses alora_invocation_tokens"),
+        ({"of_tomorrow": {"x": 1}}, "it uses of_tomorrow"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the base.*conversion"),
+        ({"init_lora_weights": "olora"}, "has changed the base"),
+        ({"bias": "lora_only"}, "trains biases of the base"),
+        ({"r": 5}, r"has rank 2, but 5 in the configuration"),
+        ({"rank_pattern": {"k": 4, "^conv0": 1}}, "self.k has rank 2, but 4 in the"),
+    ],
+)
+def test_other_methods_are_refused_by_name(saved, option, message):
+    plain, _, folder = saved
+    config, tensors = files(folder)
+    write(folder, config | option, tensors)
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(folder, plain, names=NAMES)
+
+
+def renamed(old, new):
+    def change(tensors):
+        found = {k.replace(old, new): x for k, x in tensors.items()}
+        assert found.keys() != tensors.keys()
+        return found
+
+    return change
+
+
+def without(part):
+    return lambda tensors: {k: x for k, x in tensors.items() if part not in k}
+
+
+def misshapen(part):
+    return lambda tensors: {
+        k: np.ascontiguousarray(x.T) if part in k else x for k, x in tensors.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (renamed("self.q", "self.query"), "leads nowhere.*self.query.lora_A"),
+        (renamed("lora_A", "lora_magnitude"), "there is only layer.0.self.q.lora_B"),
+        (
+            renamed("base_model.model.", "model."),
+            "does not begin with base_model.model.",
+        ),
+        (without("layer.1.self.v.lora_B"), "of layer.1.self.v there is only"),
+        (without("layer.1.self.v"), r"stacks \(2,\) layers.*no adapter for \(1,\)"),
+        (without("layer.1.mlp"), r"blocks.experts stacks \(2,\) layers"),
+        (without("classifier.bias"), "of classifier there is no classifier.bias"),
+        (misshapen("classifier.weight"), r"classifier.weight has shape \(4, 2\)"),
+        (misshapen("conv0.lora_B"), "conv0"),
+        (misshapen("embed.word.lora_embedding_A"), "embed.word"),
+        (lambda t: t | {"base_model.model.x": np.ones(2)}, "leads nowhere.* for x"),
+        (
+            lambda t: {k: x + 1 if "conv1.lora_A" in k else x for k, x in t.items()},
+            "conv1.*see each other's inputs",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(saved, change, message):
+    plain, _, folder = saved
+    config, tensors = files(folder)
+    write(folder, config, change(tensors))
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(folder, plain, names=NAMES)
+
+
+def test_another_base(saved, getkey):
+    _, adapted, folder = saved
+    other = Model(getkey())
+    with pytest.raises(
+        lorax.AdapterFileError, match="another base.*words.weight differs"
+    ):
+        lorax.peft.load(folder, other, names=NAMES)
+    loaded = lorax.peft.load(folder, other, names=NAMES, allow_other_base=True)
+    assert_identical(loaded.words.weight.b, adapted.words.weight.b)
+    # PEFT itself says nothing of the base.
+    write(folder, *files(folder))
+    lorax.peft.load(folder, other, names=NAMES)
+
+
+def test_damaged_files(saved):
+    plain, _, folder = saved
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(lorax.AdapterFileError, match="not a whole safetensors file"):
+        lorax.peft.load(folder, plain, names=NAMES)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(lorax.AdapterFileError, match="adapter_config.json: Expecting"):
+        lorax.peft.load(folder, plain, names=NAMES)
+    (folder / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(lorax.AdapterFileError, match="adapter_config.json"):
+        lorax.peft.load(folder, plain, names=NAMES)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        lorax.peft.load(folder, plain, names=NAMES)
