@@ -4,9 +4,9 @@
 
 A transformer, all of whose linear layers are adapted, against the same model frozen:
 adapting it and merging it back, tracing and lowering a step, compiling it, running it,
-and its temporary memory. By default 1 to 96 blocks of width 64, unrolled and scanned; most of
-the time goes to compiling unrolled blocks. For 96 of those XLA needs more than 24 GB on
-a CPU, so that they are left out unless asked for by `--unrolled 96`.
+and its temporary memory. By default 1 to 96 blocks of width 64, unrolled and scanned;
+most of the time goes to compiling unrolled blocks. For 96 of those XLA needs more than
+24 GB on a CPU, so that they are left out unless asked for by `--unrolled 96`.
 
 Writes `growth.json` and `growth.png`.
 """

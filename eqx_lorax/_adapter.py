@@ -5,7 +5,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -37,7 +36,8 @@ class Adapted:
     """Of the base."""
     settings: dict[str, Any]
     """The static arguments of the class."""
-    dropout: float
+    dropout: float | None
+    """Of its layer, `None` if that can have none."""
     arrays: dict[str, Any]
     """The other arguments of the class, but for the base."""
 
@@ -109,10 +109,11 @@ def _adapted(place: Place, places: Places) -> Adapted:
     )
 
 
-def _dropout(place: Place) -> float:
-    layer = place.owner.node if place.owner is not None else None
-    dropout = getattr(layer, "dropout", None) if is_layer(layer) else None
-    return float(dropout.p) if isinstance(dropout, eqx.nn.Dropout) else 0.0
+def _dropout(place: Place) -> float | None:
+    layer: Any = place.owner.node if place.owner is not None else None
+    if not is_layer(layer) or not layer.has_dropout:
+        return None
+    return float(layer.dropout.p) if layer.dropout is not None else 0.0
 
 
 METHODS: dict[str, type[AbstractLoraWeight]] = {"lora": LoraWeight}
@@ -142,7 +143,7 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
         edits[place.steps] = lambda _, weight=weight: weight
         target = target_of(place)
         if target is not None and not is_weight(place.node):
-            edits[target.module.steps] = wrapping(target.module, adapted.dropout)
+            edits[target.module.steps] = wrapping(target.module, adapted.dropout or 0.0)
     for path, array in adapter.others.items():
         edits[by_path[path].steps] = lambda _, array=array: jnp.asarray(array)
     return rebuild(model, edits)

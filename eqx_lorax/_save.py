@@ -299,7 +299,7 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
     def adapted(target: Mapping[str, Any]) -> Adapted:
         if target["method"] not in METHODS:
             raise ValueError(f"its method {target['method']!r} is not known here")
-        if not 0 <= target["dropout"] < 1 or not all(
+        if not 0 <= (target["dropout"] or 0) < 1 or not all(
             isinstance(x, bool | int | float) for x in _flat(target["settings"])
         ):
             raise ValueError(f"{target['settings']} are no settings")
@@ -309,7 +309,7 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
             shape=tuple(map(int, target["shape"])),
             dtype=str(target["dtype"]),
             settings=dict(target["settings"]),
-            dropout=float(target["dropout"]),
+            dropout=target["dropout"],
             arrays={
                 str(name): tensors[tensor] for name, tensor in target["tensors"].items()
             },

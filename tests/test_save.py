@@ -232,7 +232,7 @@ def set_(*keys_and_value):
         (set_("targets", 0, "settings", {"alpha": {}}), "are no settings"),
         (set_("targets", 0, "settings", "rows", [[]]), "are no settings"),
         (set_("targets", 0, "dropout", 1.5), "are no settings"),
-        (set_("targets", 0, "tensors", {"b": "x"}), "KeyError: 'x'"),
+        (set_("targets", 0, "tensors", "b", "x"), "KeyError: 'x'"),
         (set_("targets", 0, "tensors", {}), "some tensors belong to nothing"),
         (set_("targets", 0, "shape", [4, 6]), r"\(6, 4\) in the model, not \(4, 6\)"),
         (set_("targets", "many"), "does not describe an adapter"),
@@ -260,7 +260,7 @@ def test_a_header_that_was_changed(saved):
 
 def test_foreign_files(saved, tmp_path):
     plain, _, path = saved
-    save_file({"x": np.ones(3)}, path)
+    save_file({"x": np.ones(3, np.float32)}, path)
     with pytest.raises(
         ERRORS, match=r"not written by `lorax.save_adapter`.*lorax\.peft"
     ):
@@ -281,6 +281,11 @@ def deep(levels):
     return b'{"__metadata__":{"eqx_lorax":"' + b"[" * levels + b'"}}'
 
 
+def tensor(**changes):
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]} | changes
+    return json.dumps({"../../x": entry}).encode()
+
+
 @pytest.mark.parametrize(
     "header, length",
     [
@@ -289,14 +294,11 @@ def deep(levels):
         (b"{}", 0),
         (b"[" * 100_000, None),
         (deep(100_000), None),
-        (
-            b'{"x":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,4]}}',
-            None,
-        ),
-        (b'{"x":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', None),
-        (b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', None),
-        (b'{"../../x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', None),
-        (b'{"x":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}', None),
+        (tensor(), None),
+        (tensor(shape=[2**32, 2**32]), None),
+        (tensor(shape=[-1]), None),
+        (tensor(data_offsets=[4, 0]), None),
+        (tensor(dtype="F8_E4M3", shape=[4]), None),
         (b"\xff\xfe", None),
     ],
 )

@@ -222,7 +222,7 @@ def prefix_of(torch: str, layout: Layout, parameters: list[str]) -> str:
 def torch_shape(array: Place, shape: Sequence[int]) -> tuple[int, ...]:
     """The shape in PyTorch of an array of a module that is saved whole, of this `shape`
     here: biases of convolutions have axes of size one more."""
-    module = array.owner.module if array.owner is not None else None
+    module: Any = array.owner.module if array.owner is not None else None
     if array.path[-1] == "bias" and hasattr(module, "num_spatial_dims"):
         return tuple(shape[: len(shape) - module.num_spatial_dims])
     return tuple(shape)

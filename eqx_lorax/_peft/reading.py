@@ -92,7 +92,10 @@ def _homes(places: Places, names: Names) -> Iterator[tuple[str, _Home]]:
         rows, columns = axes_of(place)
         batch = list(place.node.shape[: -len((*rows, *columns))])
         torch = template_for(place, names)
-        layout = layout_for(place, torch, batch)
+        try:
+            layout = layout_for(place, torch, batch)
+        except ValueError:
+            continue  # a stack of vectors, or what PEFT has no form for
         for index, path in expanded(torch, batch):
             if path in taken:
                 raise ValueError(f"`names` gives {path!r} twice.")

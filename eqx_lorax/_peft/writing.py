@@ -71,7 +71,7 @@ def written(
         alphas,
         parameters=parameters,
         rank_stabilised=bool(adapter.adapted) and is_stabilised,
-        dropout=_common_dropout(adapter),
+        dropout=_dropout(adapter, parameters),
     )
     return tensors, config
 
@@ -127,12 +127,15 @@ def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
     return Whole(sorted(set(paths)), tensors, saved)
 
 
-def _common_dropout(adapter: Adapter) -> float:
-    rates = {adapted.dropout for adapted in adapter.adapted}
-    if len(rates) > 1:
-        warnings.warn(
-            f"PEFT has one `lora_dropout` for all layers, and here there are "
-            f"{sorted(rates)}: written as 0.",
-            stacklevel=3,
-        )
-    return rates.pop() if len(rates) == 1 else 0.0
+def _dropout(adapter: Adapter, parameters: list[str]) -> float:
+    """What PEFT has for all layers."""
+    rates = {x.dropout for x in adapter.adapted if x.dropout is not None}
+    if len(rates) < 2 and not (parameters and any(rates)):
+        return rates.pop() if rates else 0.0
+    warnings.warn(
+        "PEFT has one `lora_dropout` for all layers, which must be zero if there are "
+        f"expert weights; here it is {', '.join(map(str, sorted(rates)))}. Written as "
+        "zero, which only concerns those who train on.",
+        stacklevel=4,
+    )
+    return 0.0
