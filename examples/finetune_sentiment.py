@@ -5,6 +5,8 @@ Adapters on its attention and a new head are trained; everything else stays froz
 
 import argparse
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,9 +62,11 @@ class Result:
     max_logit_difference: float
     """The largest between the adapted and the merged model."""
     picture: Path
+    adapters: tuple[Path, Path]
+    """The file of the library's own format, and the folder of PEFT's."""
 
 
-def main(argv: Sequence[str] | None = None) -> Result:
+def main(argv: Sequence[str] | None = None) -> Result | None:
     parser = _parser()
     args = parser.parse_args(argv)
     _check_flags(parser, args)
@@ -70,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
     head_key, adapter_key = jr.split(jr.key(args.seed))
     plain = Classifier(minilm.load_minilm(), key=head_key)
+    if args.evaluate:
+        return evaluate(plain, args.evaluate, test_reviews)
     try:
         model = lorax.loraify(plain, args.targets, rank=args.rank, key=adapter_key)
     except ValueError as error:
@@ -90,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> Result:
     picture = args.output / "sentiment.png"
     draw(losses, before, after, picture)
     print(f"Loss curve                {picture}")
-    return Result(before, after, losses, difference, picture)
+    adapters = save(model, args.output)
+    evaluate_afresh(adapters, args)
+    return Result(before, after, losses, difference, picture, adapters)
 
 
 # Data
@@ -214,6 +222,52 @@ def check_merging(
     return toolbox.check_same_answers(logits, predict(merged, reviews))
 
 
+# Files
+
+
+def torch_name(path: str) -> str | None:
+    """What a module is called in a PyTorch model of `bert` and `head`."""
+    return path if path == "head" else minilm.torch_name(path)
+
+
+def save(model: Classifier, folder: Path) -> tuple[Path, Path]:
+    """The adapter and the head in both formats; the base is in neither."""
+    file, peft_folder = folder / "sentiment.safetensors", folder / "sentiment_peft"
+    lorax.save_adapter(file, model, also="head")
+    lorax.peft.save(
+        peft_folder,
+        model,
+        names=torch_name,
+        also="head",
+        base_model_name_or_path="sentence-transformers/all-MiniLM-L6-v2",
+    )
+    size = file.stat().st_size / 1e6
+    print(f"Adapter and head          {file} ({size:.2f} MB)")
+    print(f"The same for PEFT         {peft_folder}", end="\n\n", flush=True)
+    return file, peft_folder
+
+
+def evaluate_afresh(adapters: Sequence[Path], args: argparse.Namespace) -> None:
+    """Loads what was saved in another process."""
+    flags = [
+        f"--{name.replace('_', '-')}={getattr(args, name)}"
+        for name in ("length", "train_rows", "test_rows", "batch_size", "seed")
+    ]
+    command = [sys.executable, __file__, *flags, "--evaluate", *map(str, adapters)]
+    subprocess.run(command, check=True)
+
+
+def evaluate(plain: Classifier, adapters: Sequence[Path], reviews: Reviews) -> None:
+    """The accuracy of saved adapters, without training."""
+    for path in adapters:
+        if path.is_dir():
+            model = lorax.peft.load(path, plain, names=torch_name)
+        else:
+            model = lorax.load_adapter(path, plain)
+        correct = accuracy(predict(model, reviews), reviews)
+        print(f"Held-out accuracy of {path.name:22} {correct:.3f}")
+
+
 # What is shown
 
 
@@ -253,6 +307,13 @@ def _parser() -> argparse.ArgumentParser:
         default=["query", "value"],
         metavar="PATTERN",
         help="what to adapt, such as 'feed_forward' or 'bert.encoder.layers.5.**.key'",
+    )
+    parser.add_argument(
+        "--evaluate",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="adapters that this example has saved, to be evaluated and not trained",
     )
     for name, default, help in [
         ("--length", 40, "tokens to which reviews are cut and padded"),

@@ -252,12 +252,19 @@ _NAMES = {
 _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
 
 
+def torch_name(path: str) -> str | None:
+    """What the module at `path` is called in PyTorch's BERT, as `lorax.peft` asks;
+    `None` for what is none of its layers."""
+    for ours, theirs in _NAMES.items():
+        if f".{path}".endswith(f".{ours}"):
+            return (path.removesuffix(ours) + theirs).replace("layers.", "layer.")
+    return None
+
+
 def _tensor_name(path: Any) -> str:
-    *parents, group, module, parameter = jax.tree_util.keystr(
-        path, simple=True, separator="."
-    ).split(".")
-    name = _NAMES[f"{group}.{module}"]
-    return ".".join([*parents, name, parameter]).replace("layers.", "layer.")
+    dotted = jax.tree_util.keystr(path, simple=True, separator=".")
+    module, _, parameter = dotted.rpartition(".")
+    return f"{torch_name(module)}.{parameter}"
 
 
 def _check_tensors(model: Bert, tensors: Any, file: Path) -> None:

@@ -23,19 +23,24 @@ def _as_for_users():
         yield
 
 
-def test_sentiment(tmp_path, capsys):
+def test_sentiment(tmp_path, capfd):
     import finetune_sentiment
 
     small = "--steps 6 --train-rows 96 --test-rows 64 --length 16".split()
     result = finetune_sentiment.main([*small, "--output", str(tmp_path)])
+    assert result is not None
     assert len(result.losses) == 6
     assert 0 <= result.accuracy_before <= 1 and 0 <= result.accuracy_after <= 1
     assert result.max_logit_difference < 1e-3
     assert result.picture.read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "bert.encoder.layers.5.attention.value.weight" in printed
     assert "64 of 64 answers are the same" in printed
     assert "74,498" in printed
+    # Both files have the trained accuracy in a process of their own.
+    same = f"{result.accuracy_after:.3f}"
+    assert re.search(rf"accuracy of sentiment\.safetensors +{same}", printed)
+    assert re.search(rf"accuracy of sentiment_peft +{same}", printed)
 
 
 def test_minilm_embeds_meaning():

@@ -1,0 +1,374 @@
+"""PEFT's format against the real PEFT, on PyTorch: what is trained here gives the same
+outputs there, and the reverse."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import llama
+import numpy as np
+import pytest
+from helpers import trained
+
+import eqx_lorax as lorax
+
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
+# Not `importorskip`: where these tests run, nothing may skip.
+try:
+    import peft
+    import torch
+    import transformers
+except ImportError as error:
+    missing = error
+    pytestmark.append(pytest.mark.skip(f"needs the extra `interop`: {missing}"))
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def in_peft(model, folder):
+    """The PyTorch model with the adapter of `folder`, of which PEFT misses nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def numpy(x):
+    return x.detach().numpy()
+
+
+def filled_from(model, named, names):
+    """An Equinox model with the arrays of a PyTorch model of `named` parameters."""
+    from eqx_lorax._peft.layout import arrays_of, torch_shape
+    from eqx_lorax._peft.names import expanded, template
+    from eqx_lorax._tree import Places
+
+    del torch_shape
+    places = Places(model)
+    found = {}
+    for module in places.all:
+        torch_path = template(names, module.path) if module.path else None
+        if torch_path is None or not isinstance(module.node, eqx.Module):
+            continue
+        for array in arrays_of(module, places):
+            parts = [
+                numpy(named[f"{path}.{array.path[-1]}"])
+                for _, path in expanded(torch_path, array.node.shape)
+            ]
+            found[array.steps] = np.stack(parts).reshape(array.node.shape)
+    steps = [place.steps for place in places.all if place.is_array]
+    assert found.keys() == set(steps)
+    leaves, treedef = jax.tree.flatten(model)
+    arrays = iter(steps)
+    new = [jnp.asarray(found[next(arrays)]) if eqx.is_array(x) else x for x in leaves]
+    return jax.tree.unflatten(treedef, new)
+
+
+# Each kind of layer
+
+
+class Theirs(torch.nn.Module if "torch" in globals() else object):  # pyright: ignore
+    def __init__(self):
+        super().__init__()
+        nn = torch.nn
+        self.words = nn.Embedding(11, 6)
+        self.layer = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+        self.conv = nn.Conv1d(6, 8, 3, padding=1, stride=2)
+        self.grouped = nn.Conv1d(8, 4, 3, padding=1, groups=2)
+        self.classifier = nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        x = self.words(tokens)
+        for layer in self.layer:
+            x = torch.tanh(layer(x))
+        x = self.grouped(self.conv(x.transpose(1, 2)))
+        return self.classifier(x.mean(-1))
+
+
+class Ours(eqx.Module):
+    words: eqx.nn.Embedding
+    layers: eqx.nn.Linear
+    conv: eqx.nn.Conv1d
+    grouped: eqx.nn.Conv1d
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 5)
+        make = eqx.filter_vmap(lambda key: eqx.nn.Linear(6, 6, key=key))
+        self.words = eqx.nn.Embedding(11, 6, key=keys[0])
+        self.layers = make(jr.split(keys[1], 3))
+        self.conv = eqx.nn.Conv1d(6, 8, 3, padding=1, stride=2, key=keys[2])
+        self.grouped = eqx.nn.Conv1d(8, 4, 3, padding=1, groups=2, key=keys[3])
+        self.head = eqx.nn.Linear(4, 3, key=keys[4])
+
+    def __call__(self, tokens):
+        arrays, rest = eqx.partition(self.layers, eqx.is_array)
+
+        def body(x, arrays):
+            return jnp.tanh(jax.vmap(eqx.combine(arrays, rest))(x)), None
+
+        x, _ = jax.lax.scan(body, jax.vmap(self.words)(tokens), arrays)
+        return self.head(self.grouped(self.conv(x.T)).mean(-1))
+
+
+NAMES = {
+    "words": "words",
+    "layers": "layer.{}",
+    "conv": "conv",
+    "grouped": "grouped",
+    "head": "classifier",
+}
+TOKENS = np.random.default_rng(0).integers(0, 11, (5, 8))
+
+
+@pytest.fixture
+def pair(getkey):
+    torch.manual_seed(0)
+    theirs = Theirs()
+    named = dict(theirs.named_parameters())
+    return filled_from(Ours(getkey()), named, NAMES), theirs
+
+
+def ours_on(model, tokens):
+    return jax.jit(jax.vmap(lambda tokens: model(tokens)))(jnp.asarray(tokens))
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_stabilised": True}], ids=str)
+def test_every_kind_of_layer_to_peft(pair, options, tmp_path, getkey):
+    ours, theirs = pair
+    adapted = lorax.loraify(
+        ours,
+        ["words", "layers", "conv", "grouped"],
+        rank={"layers": 3, "*": 2},
+        alpha={"words": 5, "layers": 4.5},
+        key=getkey(),
+        **options,
+    )
+    adapted = trained(adapted)
+    adapted = eqx.tree_at(lambda m: m.head.weight, adapted, jnp.ones((3, 4)))
+    lorax.peft.save(tmp_path, adapted, names=NAMES, also="head")
+    found = numpy(in_peft(theirs, tmp_path)(torch.tensor(TOKENS)))
+    np.testing.assert_allclose(ours_on(adapted, TOKENS), found, atol=1e-5)
+    assert np.abs(ours_on(ours, TOKENS) - found).max() > 0.1
+
+
+@pytest.mark.parametrize("stabilised", (False, True))
+def test_every_kind_of_layer_from_peft(pair, stabilised, tmp_path):
+    ours, theirs = pair
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=["words", "layer.0", "layer.1", "layer.2", "conv"],
+        modules_to_save=["classifier"],
+        rank_pattern={"conv": 2},
+        alpha_pattern={"words": 3},
+        use_rslora=stabilised,
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(theirs, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.2
+    model.save_pretrained(tmp_path)
+    loaded = lorax.peft.load(tmp_path, ours, names=NAMES)
+    expected = numpy(model.eval()(torch.tensor(TOKENS)))
+    np.testing.assert_allclose(ours_on(loaded, TOKENS), expected, atol=1e-5)
+    assert np.abs(ours_on(ours, TOKENS) - expected).max() > 0.1
+
+
+def test_groups_of_peft_that_no_kernel_has(pair, tmp_path):
+    ours, theirs = pair
+    config = peft.LoraConfig(r=4, target_modules=["grouped"], init_lora_weights=False)
+    peft.get_peft_model(theirs, config).save_pretrained(tmp_path)
+    with pytest.raises(lorax.AdapterFileError, match="grouped.*each other's inputs"):
+        lorax.peft.load(tmp_path, ours, names=NAMES)
+
+
+# Experts
+
+
+class Experts(torch.nn.Module if "torch" in globals() else object):  # pyright: ignore
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(3, 5, 4))
+        self.down = torch.nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        hidden = torch.einsum("eoi,bi->ebo", self.up, x)
+        return torch.einsum("eoi,ebi->bo", self.down, torch.tanh(hidden))
+
+
+class OurExperts(eqx.Module):
+    up: jax.Array
+    down: jax.Array
+
+    def __call__(self, x):
+        hidden = jnp.einsum("eoi,i->eo", self.up, x)
+        return jnp.einsum("eoi,ei->o", self.down, jnp.tanh(hidden))
+
+
+def experts():
+    torch.manual_seed(0)
+    theirs = torch.nn.Sequential(Experts())
+    up, down = (jnp.asarray(numpy(p)) for p in (theirs[0].up, theirs[0].down))
+    return [OurExperts(up, down)], theirs
+
+
+EXPERTS = {"0.up": "0.up", "0.down": "0.down"}
+INPUTS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("targets", (["up"], ["up", "down"]))
+def test_experts_to_peft(targets, tmp_path, getkey):
+    ours, theirs = experts()
+    adapted = trained(lorax.loraify(ours, targets, rank=2, alpha=3, key=getkey()))
+    lorax.peft.save(tmp_path, adapted, names=EXPERTS)
+    expected = numpy(in_peft(theirs, tmp_path)(torch.tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(adapted[0])(INPUTS), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("targets", (["up"], ["up", "down"]))
+def test_experts_from_peft(targets, tmp_path):
+    ours, theirs = experts()
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=5,
+        target_modules=[],
+        target_parameters=[f"0.{name}" for name in targets],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(theirs, config)
+    model.save_pretrained(tmp_path)
+    loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS)
+    expected = numpy(model(torch.tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=2e-5)
+
+
+# MiniLM
+
+
+def bert_folder():
+    import minilm
+
+    return minilm._file("config.json").parent
+
+
+def bert():
+    model = transformers.BertModel.from_pretrained(
+        bert_folder(), add_pooling_layer=False
+    )
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def minilm_tokens():
+    return np.random.default_rng(0).integers(0, 30_000, (3, 12))
+
+
+def outputs(model, tokens):
+    mask = jnp.ones(tokens.shape[1], bool)
+    return jax.jit(jax.vmap(lambda tokens: model(tokens, mask)))(jnp.asarray(tokens))
+
+
+def test_minilm_to_peft(minilm_tokens, tmp_path, getkey):
+    import minilm
+
+    plain = minilm.load_minilm()
+    adapted = trained_a_little(
+        lorax.loraify(
+            plain, ["attention", "feed_forward", "words"], rank=4, key=getkey()
+        )
+    )
+    lorax.peft.save(tmp_path, adapted, names=minilm.torch_name)
+    model = in_peft(bert(), tmp_path)
+    expected = numpy(model(torch.tensor(minilm_tokens)).last_hidden_state)
+    found = outputs(adapted, minilm_tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(outputs(plain, minilm_tokens) - expected).max() > 0.1
+
+
+def trained_a_little(model):
+    """As `trained`, but with updates small enough for a deep model."""
+    model = trained(model)
+    return lorax.scale(model, 0.1)
+
+
+def test_minilm_from_a_script_of_pefts_own(tmp_path):
+    import minilm
+
+    script = Path(__file__).parent / "peft_script.py"
+    command = [sys.executable, str(script), str(bert_folder()), str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True)
+    loaded = lorax.peft.load(tmp_path, minilm.load_minilm(), names=minilm.torch_name)
+    with np.load(tmp_path / "expected.npz") as file:
+        tokens, expected = file["tokens"], file["outputs"]
+    loaded = eqx.nn.inference_mode(loaded)
+    found = outputs(loaded, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    plain = outputs(minilm.load_minilm(), tokens)
+    assert np.abs(plain - expected).max() > 0.1
+
+
+# A causal model, its layers stacked
+
+
+@pytest.fixture
+def causal(getkey):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    named = dict(theirs.named_parameters())
+    ours = llama.Llama(61, 32, 48, 3, 4, 2, getkey())
+    ours = filled_from(ours, named, llama.NAMES)
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 10))
+    expected = numpy(theirs(torch.tensor(tokens)).logits)
+    np.testing.assert_allclose(ours_on(ours, tokens), expected, atol=1e-5)
+    return ours, theirs, tokens
+
+
+def test_a_causal_model_to_peft(causal, tmp_path, getkey):
+    ours, theirs, tokens = causal
+    adapted = trained(lorax.loraify(ours, "blocks", rank=4, alpha=2, key=getkey()))
+    lorax.peft.save(
+        tmp_path, adapted, names=llama.NAMES, also="norm", task_type="CAUSAL_LM"
+    )
+    expected = numpy(in_peft(theirs, tmp_path)(torch.tensor(tokens)).logits)
+    found = ours_on(adapted, tokens)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
+
+
+def test_a_causal_model_from_peft(causal, tmp_path):
+    ours, theirs, tokens = causal
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules="all-linear",
+        modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM",
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(theirs, config)
+    model.save_pretrained(tmp_path)
+    expected = numpy(model.eval()(torch.tensor(tokens)).logits)
+    loaded = lorax.peft.load(tmp_path, ours, names=llama.NAMES)
+    np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=2e-5)
+    assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
