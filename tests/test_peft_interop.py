@@ -16,17 +16,12 @@ import pytest
 from helpers import trained
 
 import eqx_lorax as lorax
+from eqx_lorax._peft.layout import arrays_of
+from eqx_lorax._peft.names import expanded, template
+from eqx_lorax._tree import Places
 
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
-# Not `importorskip`: where these tests run, nothing may skip.
-try:
-    import peft
-    import torch
-    import transformers
-except ImportError as error:
-    missing = error
-    pytestmark.append(pytest.mark.skip(f"needs the extra `interop`: {missing}"))
 
 
 @pytest.fixture(autouse=True)
@@ -35,24 +30,45 @@ def _as_for_users():
         yield
 
 
+# PyTorch is imported where it is used: only those who run these tests have it.
+
+
 def in_peft(model, folder):
     """The PyTorch model with the adapter of `folder`, of which PEFT misses nothing."""
+    import peft
+
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "Found missing adapter keys")
         return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def by_peft(model, folder, **config):
+    """The PyTorch model with a random adapter of PEFT's, which is saved to `folder`."""
+    import peft
+    import torch
+
+    config = peft.LoraConfig(init_lora_weights=False, **config)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.2
+    model.save_pretrained(folder)
+    return model
 
 
 def numpy(x):
     return x.detach().numpy()
 
 
+def tensor(x):
+    import torch
+
+    return torch.tensor(x)
+
+
 def filled_from(model, named, names):
     """An Equinox model with the arrays of a PyTorch model of `named` parameters."""
-    from eqx_lorax._peft.layout import arrays_of, torch_shape
-    from eqx_lorax._peft.names import expanded, template
-    from eqx_lorax._tree import Places
-
-    del torch_shape
     places = Places(model)
     found = {}
     for module in places.all:
@@ -76,22 +92,28 @@ def filled_from(model, named, names):
 # Each kind of layer
 
 
-class Theirs(torch.nn.Module if "torch" in globals() else object):  # pyright: ignore
-    def __init__(self):
-        super().__init__()
-        nn = torch.nn
-        self.words = nn.Embedding(11, 6)
-        self.layer = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
-        self.conv = nn.Conv1d(6, 8, 3, padding=1, stride=2)
-        self.grouped = nn.Conv1d(8, 4, 3, padding=1, groups=2)
-        self.classifier = nn.Linear(4, 3)
+def make_theirs():
+    import torch
+    from torch import nn
 
-    def forward(self, tokens):
-        x = self.words(tokens)
-        for layer in self.layer:
-            x = torch.tanh(layer(x))
-        x = self.grouped(self.conv(x.transpose(1, 2)))
-        return self.classifier(x.mean(-1))
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = nn.Embedding(11, 6)
+            self.layer = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+            self.conv = nn.Conv1d(6, 8, 3, padding=1, stride=2)
+            self.grouped = nn.Conv1d(8, 4, 3, padding=1, groups=2)
+            self.classifier = nn.Linear(4, 3)
+
+        def forward(self, tokens):
+            x = self.words(tokens)
+            for layer in self.layer:
+                x = torch.tanh(layer(x))
+            x = self.grouped(self.conv(x.transpose(1, 2)))
+            return self.classifier(x.mean(-1))
+
+    torch.manual_seed(0)
+    return Theirs()
 
 
 class Ours(eqx.Module):
@@ -132,8 +154,7 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (5, 8))
 
 @pytest.fixture
 def pair(getkey):
-    torch.manual_seed(0)
-    theirs = Theirs()
+    theirs = make_theirs()
     named = dict(theirs.named_parameters())
     return filled_from(Ours(getkey()), named, NAMES), theirs
 
@@ -156,7 +177,7 @@ def test_every_kind_of_layer_to_peft(pair, options, tmp_path, getkey):
     adapted = trained(adapted)
     adapted = eqx.tree_at(lambda m: m.head.weight, adapted, jnp.ones((3, 4)))
     lorax.peft.save(tmp_path, adapted, names=NAMES, also="head")
-    found = numpy(in_peft(theirs, tmp_path)(torch.tensor(TOKENS)))
+    found = numpy(in_peft(theirs, tmp_path)(tensor(TOKENS)))
     np.testing.assert_allclose(ours_on(adapted, TOKENS), found, atol=1e-5)
     assert np.abs(ours_on(ours, TOKENS) - found).max() > 0.1
 
@@ -164,7 +185,9 @@ def test_every_kind_of_layer_to_peft(pair, options, tmp_path, getkey):
 @pytest.mark.parametrize("stabilised", (False, True))
 def test_every_kind_of_layer_from_peft(pair, stabilised, tmp_path):
     ours, theirs = pair
-    config = peft.LoraConfig(
+    model = by_peft(
+        theirs,
+        tmp_path,
         r=4,
         lora_alpha=7,
         target_modules=["words", "layer.0", "layer.1", "layer.2", "conv"],
@@ -172,40 +195,21 @@ def test_every_kind_of_layer_from_peft(pair, stabilised, tmp_path):
         rank_pattern={"conv": 2},
         alpha_pattern={"words": 3},
         use_rslora=stabilised,
-        init_lora_weights=False,
     )
-    model = peft.get_peft_model(theirs, config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter += 0.2
-    model.save_pretrained(tmp_path)
     loaded = lorax.peft.load(tmp_path, ours, names=NAMES)
-    expected = numpy(model.eval()(torch.tensor(TOKENS)))
+    expected = numpy(model(tensor(TOKENS)))
     np.testing.assert_allclose(ours_on(loaded, TOKENS), expected, atol=1e-5)
     assert np.abs(ours_on(ours, TOKENS) - expected).max() > 0.1
 
 
 def test_groups_of_peft_that_no_kernel_has(pair, tmp_path):
     ours, theirs = pair
-    config = peft.LoraConfig(r=4, target_modules=["grouped"], init_lora_weights=False)
-    peft.get_peft_model(theirs, config).save_pretrained(tmp_path)
+    by_peft(theirs, tmp_path, r=4, target_modules=["grouped"])
     with pytest.raises(lorax.AdapterFileError, match="grouped.*each other's inputs"):
         lorax.peft.load(tmp_path, ours, names=NAMES)
 
 
 # Experts
-
-
-class Experts(torch.nn.Module if "torch" in globals() else object):  # pyright: ignore
-    def __init__(self):
-        super().__init__()
-        self.up = torch.nn.Parameter(torch.randn(3, 5, 4))
-        self.down = torch.nn.Parameter(torch.randn(3, 4, 5))
-
-    def forward(self, x):
-        hidden = torch.einsum("eoi,bi->ebo", self.up, x)
-        return torch.einsum("eoi,ebi->bo", self.down, torch.tanh(hidden))
 
 
 class OurExperts(eqx.Module):
@@ -218,9 +222,22 @@ class OurExperts(eqx.Module):
 
 
 def experts():
+    import torch
+    from torch import nn
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 5, 4))
+            self.down = nn.Parameter(torch.randn(3, 4, 5))
+
+        def forward(self, x):
+            hidden = torch.einsum("eoi,bi->ebo", self.up, x)
+            return torch.einsum("eoi,ebi->bo", self.down, torch.tanh(hidden))
+
     torch.manual_seed(0)
-    theirs = torch.nn.Sequential(Experts())
-    up, down = (jnp.asarray(numpy(p)) for p in (theirs[0].up, theirs[0].down))
+    theirs = nn.Sequential(Experts())
+    up, down = (jnp.asarray(numpy(p)) for p in theirs.parameters())
     return [OurExperts(up, down)], theirs
 
 
@@ -233,24 +250,23 @@ def test_experts_to_peft(targets, tmp_path, getkey):
     ours, theirs = experts()
     adapted = trained(lorax.loraify(ours, targets, rank=2, alpha=3, key=getkey()))
     lorax.peft.save(tmp_path, adapted, names=EXPERTS)
-    expected = numpy(in_peft(theirs, tmp_path)(torch.tensor(INPUTS)))
+    expected = numpy(in_peft(theirs, tmp_path)(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(adapted[0])(INPUTS), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("targets", (["up"], ["up", "down"]))
 def test_experts_from_peft(targets, tmp_path):
     ours, theirs = experts()
-    config = peft.LoraConfig(
+    model = by_peft(
+        theirs,
+        tmp_path,
         r=2,
         lora_alpha=5,
         target_modules=[],
         target_parameters=[f"0.{name}" for name in targets],
-        init_lora_weights=False,
     )
-    model = peft.get_peft_model(theirs, config)
-    model.save_pretrained(tmp_path)
     loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS)
-    expected = numpy(model(torch.tensor(INPUTS)))
+    expected = numpy(model(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=2e-5)
 
 
@@ -264,6 +280,8 @@ def bert_folder():
 
 
 def bert():
+    import transformers
+
     model = transformers.BertModel.from_pretrained(
         bert_folder(), add_pooling_layer=False
     )
@@ -291,7 +309,7 @@ def test_minilm_to_peft(minilm_tokens, tmp_path, getkey):
     )
     lorax.peft.save(tmp_path, adapted, names=minilm.torch_name)
     model = in_peft(bert(), tmp_path)
-    expected = numpy(model(torch.tensor(minilm_tokens)).last_hidden_state)
+    expected = numpy(model(tensor(minilm_tokens)).last_hidden_state)
     found = outputs(adapted, minilm_tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.abs(outputs(plain, minilm_tokens) - expected).max() > 0.1
@@ -324,6 +342,9 @@ def test_minilm_from_a_script_of_pefts_own(tmp_path):
 
 @pytest.fixture
 def causal(getkey):
+    import torch
+    import transformers
+
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=61,
@@ -339,7 +360,7 @@ def causal(getkey):
     ours = llama.Llama(61, 32, 48, 3, 4, 2, getkey())
     ours = filled_from(ours, named, llama.NAMES)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 10))
-    expected = numpy(theirs(torch.tensor(tokens)).logits)
+    expected = numpy(theirs(tensor(tokens)).logits)
     np.testing.assert_allclose(ours_on(ours, tokens), expected, atol=1e-5)
     return ours, theirs, tokens
 
@@ -350,7 +371,7 @@ def test_a_causal_model_to_peft(causal, tmp_path, getkey):
     lorax.peft.save(
         tmp_path, adapted, names=llama.NAMES, also="norm", task_type="CAUSAL_LM"
     )
-    expected = numpy(in_peft(theirs, tmp_path)(torch.tensor(tokens)).logits)
+    expected = numpy(in_peft(theirs, tmp_path)(tensor(tokens)).logits)
     found = ours_on(adapted, tokens)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
@@ -358,17 +379,16 @@ def test_a_causal_model_to_peft(causal, tmp_path, getkey):
 
 def test_a_causal_model_from_peft(causal, tmp_path):
     ours, theirs, tokens = causal
-    config = peft.LoraConfig(
+    model = by_peft(
+        theirs,
+        tmp_path,
         r=4,
         lora_alpha=6,
         target_modules="all-linear",
         modules_to_save=["lm_head"],
         task_type="CAUSAL_LM",
-        init_lora_weights=False,
     )
-    model = peft.get_peft_model(theirs, config)
-    model.save_pretrained(tmp_path)
-    expected = numpy(model.eval()(torch.tensor(tokens)).logits)
+    expected = numpy(model(tensor(tokens)).logits)
     loaded = lorax.peft.load(tmp_path, ours, names=llama.NAMES)
     np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=2e-5)
     assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
