@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from . import _contract, _views
 from ._arrays import is_array, promote, wide
-from ._contract import Label, Labels, portable, Precision
+from ._contract import Label, Labels, portable, Precision, RANK
 from ._merged import merged_product
 from ._views import Viewed
 
@@ -34,7 +34,7 @@ def contract(
     """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
     stored = tuple(labels)
     if not is_array(w):
-        w = w.as_lora()
+        w = w.factored()
         stored = w.stored_labels(labels)
     x_first, natural = _fast_orders(tuple(x_labels), stored, tuple(out_labels))
     y = _contracted(
@@ -198,6 +198,9 @@ def _separate(
         precision=precision,
     )
     hidden = hidden * lora.scale
+    if lora.gate is not None:
+        batch = [stored[axis] for axis in lora.batch_axes()]
+        hidden = _contract.scaled(hidden, hidden_labels, lora.gate, [*batch, RANK])
     update = _contract.product(
         hidden,
         hidden_labels,

@@ -51,10 +51,13 @@ class LoraWeight(AbstractLoraWeight):
     # With all the axes of `w`: of their size along the batch axes, of that or one along
     # others.
     gain: Array | None = None
+    # With all the axes of `b` but its rows. How much of each part of the rank there is:
+    # `lorax.AdapterBank` has several adapters side by side.
+    gate: Array | None = None
     # Set by `lorax.merged_forward`.
     is_merged: bool = eqx.field(static=True, default=False)
 
-    frozen = ("w", "gain")
+    frozen = ("w", "gain", "gate")
 
     def __init__(
         self,
@@ -96,6 +99,7 @@ class LoraWeight(AbstractLoraWeight):
         self.rank_stabilised = rank_stabilised
         self.order = None
         self.gain = None
+        self.gate = None
         self.is_merged = False
 
         if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
@@ -114,6 +118,16 @@ class LoraWeight(AbstractLoraWeight):
             )
 
     def as_lora(self) -> "LoraWeight":
+        if self.gate is None:
+            return self
+        # Of a batch of gates the smaller factor becomes a batch.
+        if self.b.size <= self.a.size:
+            axes = range(self.gate.ndim - 1, self.b.ndim - 1)
+            return self.replace(b=self.b * jnp.expand_dims(self.gate, axes), gate=None)
+        axes = range(self.gate.ndim, self.a.ndim)
+        return self.replace(a=self.a * jnp.expand_dims(self.gate, axes), gate=None)
+
+    def factored(self) -> "LoraWeight":
         return self
 
     @property

@@ -86,8 +86,8 @@ def stack(adapters: Sequence[PyTree | None]) -> PyTree:
 
     **Returns:**
 
-    An adapter all of whose arrays have a leading axis of `len(adapters)`. Its
-    structure is that of one adapter of the largest rank.
+    An adapter all of whose arrays have a leading axis of `len(adapters)`. It goes with
+    the frozen part of the first one's model.
 
     **Raises:**
 
@@ -164,10 +164,10 @@ def combine(
 
     **Returns:**
 
-    The adapter, with a scale of one; with `return_error` also a dictionary from the
-    path of each weight to what the sum has lost, relative to its Frobenius norm (over
-    all layers of a stack). Without it, a loss of more than a percent is told by a
-    `UserWarning`.
+    The adapter, which goes with the frozen part of the first one's model; with
+    `return_error` also a dictionary from the path of each weight to what the sum has
+    lost, relative to its Frobenius norm (over all layers of a stack). Without it, a
+    loss of more than a percent is told by a `UserWarning`.
 
     **Raises:**
 
@@ -201,13 +201,13 @@ def combine(
             combined.append(column[0])
             continue
         parts = [weight.as_lora() for weight in column]
-        side_by_side = _side_by_side(parts, weights)
+        total, errors[place.dotted] = _side_by_side(parts, weights), jnp.zeros(())
         if method == "svd":
             largest = max(part.rank for part in parts) if rank is None else rank
-            side_by_side, errors[place.dotted] = _compressed(side_by_side, largest)
-        else:
-            errors[place.dotted] = jnp.zeros(())
-        combined.append(side_by_side)
+            total, errors[place.dotted] = _compressed(total, largest)
+        total = _like(parts[0], total, 1.0)
+        dtype = promote(*(part.b.dtype for part in parts))
+        combined.append(total.replace(b=total.b.astype(dtype)))
     adapter = aligned.filled(combined)
     if return_error:
         return adapter, errors
@@ -282,40 +282,49 @@ def _mismatch(x: Any, y: Any) -> str | None:
 
 
 def _without_rank(weight: LoraWeight) -> tuple[int, ...]:
-    axis = _rank_axis(weight)
+    axis = rank_axis(weight)
     return (*weight.a.shape[:axis], *weight.a.shape[axis + 1 :])
 
 
-def _rank_axis(weight: LoraWeight) -> int:
+def rank_axis(weight: LoraWeight) -> int:
     return weight.a.ndim - 1 - len(weight.columns)
 
 
 def _common(place: Place, column: Sequence[Any]) -> list[LoraWeight]:
-    """The weights with one rank and one scale, the largest and that of all, or one."""
+    """The weights with the largest rank, and with the scale that the first one has at
+    that rank."""
     weights = [weight.as_lora() for weight in column]
     rank = max(weight.rank for weight in weights)
-    scales = {weight.scale for weight in weights}
-    scale = scales.pop() if len(scales) == 1 else 1.0
-    dtypes = [(weight.b.dtype, weight.a.dtype) for weight in weights]
-    if len(set(dtypes)) > 1:
+    if len({(weight.b.dtype, weight.a.dtype) for weight in weights}) > 1:
         raise ValueError(
             f"{place.dotted} has factors of several dtypes: cast them to one."
         )
-    return [_with(weight, rank, scale) for weight in weights]
+    return [
+        _like(weights[0], _padded(weight, rank), weight.scale) for weight in weights
+    ]
 
 
-def _with(weight: LoraWeight, rank: int, scale: float) -> LoraWeight:
-    b, a, axis = weight.b, weight.a, _rank_axis(weight)
-    if weight.scale != scale:
-        dtype = wide(b.dtype)
-        b = (b.astype(dtype) * (weight.scale / scale)).astype(b.dtype)
+def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
     more = rank - weight.rank
-    if more:
-        b = jnp.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)])
-        a = jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])
-    if (weight.rank, weight.scale) == (rank, scale):
+    if not more:
         return weight
-    return weight.replace(b=b, a=a, alpha=scale * rank, rank_stabilised=False)
+    axis = rank_axis(weight)
+    b, a = weight.b, weight.a
+    return weight.replace(
+        b=jnp.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)]),
+        a=jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)]),
+    )
+
+
+def _like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> LoraWeight:
+    """`scale * (b · a)` with the static fields of `first`, so that it goes with the
+    same frozen model. What its scale is not goes into `b`, which is rounded once."""
+    new = first.replace(b=weight.b, a=weight.a)
+    factor = scale / new.scale
+    if isinstance(factor, float) and factor == 1:
+        return new
+    b = weight.b.astype(wide(weight.b.dtype)) * factor
+    return new.replace(b=b.astype(weight.b.dtype))
 
 
 def _stacked_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
@@ -332,21 +341,21 @@ def _side_by_side(
     weights: Sequence[LoraWeight], factors: Sequence[ArrayLike]
 ) -> LoraWeight:
     first = weights[0]
-    dtype = promote(*(weight.b.dtype for weight in weights))
+    dtype = promote(*(wide(weight.b.dtype) for weight in weights))
     b = jnp.concatenate(
         [
-            (weight.b.astype(wide(dtype)) * (factor * weight.scale)).astype(dtype)
+            weight.b.astype(dtype) * (factor * weight.scale)
             for weight, factor in zip(weights, factors)
         ],
         axis=-1,
     )
-    a = jnp.concatenate([weight.a for weight in weights], axis=_rank_axis(first))
-    return first.replace(b=b, a=a, alpha=float(b.shape[-1]), rank_stabilised=False)
+    a = jnp.concatenate([weight.a for weight in weights], axis=rank_axis(first))
+    return first.replace(b=b, a=a)
 
 
 def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     """The nearest weight of this rank, and the relative error."""
-    axis = _rank_axis(weight)
+    axis = rank_axis(weight)
     total = weight.rank
     batch = weight.a.shape[:axis]
     dtype = promote(wide(weight.b.dtype), wide(weight.a.dtype))
@@ -366,8 +375,6 @@ def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     compressed = weight.replace(
         b=new_b.reshape(*weight.b.shape[:-1], rank).astype(weight.b.dtype),
         a=new_a.reshape(*batch, rank, *columns).astype(weight.a.dtype),
-        alpha=float(rank),
-        rank_stabilised=False,
     )
     return compressed, error
 

@@ -63,7 +63,7 @@ def transpose(x: Viewed, permutation: Sequence[int]) -> Viewed:
     """As `jax.lax.transpose`; a view, that moves nothing, of a weight."""
     if is_array(x):
         return lax.transpose(x, permutation)
-    return x.as_lora().reordered(permutation)
+    return x.factored().reordered(permutation)
 
 
 def convert(x: Viewed, dtype: DTypeLike) -> Viewed:

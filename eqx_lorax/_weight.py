@@ -59,6 +59,11 @@ class AbstractLoraWeight(eqx.Module):
     def as_lora(self) -> "LoraWeight":
         """This weight as base plus `scale * (b · a)`, without forming the product."""
 
+    def factored(self) -> "LoraWeight":
+        """As `as_lora`, but perhaps with a gate on the rank, for those who only move
+        axes or multiply with the factors one after the other."""
+        return self.as_lora()
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
@@ -114,13 +119,13 @@ class AbstractLoraWeight(eqx.Module):
     @property
     def T(self) -> "LoraWeight":
         """The transpose (all axes reversed). A view: the base is not moved."""
-        return self.as_lora().reordered(range(self.ndim)[::-1])
+        return self.factored().reordered(range(self.ndim)[::-1])
 
     @property
     def mT(self) -> "LoraWeight":
         """The transpose of the last two axes. A view: the base is not moved."""
         *batch, rows, columns = range(self.ndim)
-        return self.as_lora().reordered([*batch, columns, rows])
+        return self.factored().reordered([*batch, columns, rows])
 
     def astype(self, dtype: DTypeLike) -> "LoraWeight":
         """The weight of another dtype: that of the base. The factors, which may be

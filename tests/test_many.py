@@ -7,7 +7,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 from cases import by_name, LAYERS, MODELS
-from helpers import assert_close, assert_identical, filled, run, weights, wide
+from helpers import (
+    assert_close,
+    assert_identical,
+    equations,
+    filled,
+    run,
+    weights,
+    wide,
+)
 
 import eqx_lorax as lorax
 
@@ -66,28 +74,95 @@ def test_a_batch_of_several_adapters(case, getkey):
 
 
 @every_case
+def test_a_bank(case, getkey):
+    """The same side by side, mixtures too."""
+    adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
+    one_by_one = [run(eqx.combine(params, frozen), *inputs) for params in adapters]
+    bank = lorax.AdapterBank([*adapters[:2], None, adapters[2]])
+    base = run(eqx.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
+    expected = [*one_by_one[:2], base, one_by_one[2]]
+
+    @eqx.filter_jit
+    def answers(bank, frozen, index, inputs):
+        def one(i, *inputs):
+            return eqx.combine(bank[i], frozen)(*inputs)
+
+        return eqx.filter_vmap(one)(index, *inputs)
+
+    index = [3, 0, 2, 1, -1]
+    batch = jax.tree.map(lambda x: jnp.stack([x] * len(index)), inputs)
+    found = answers(bank, frozen, jnp.array(index), batch)
+    for i, y in zip(index, found):
+        assert_close(y, expected[i])
+
+    weights = [0.5, -1.0, 7.0, 0.25]
+    mixture = eqx.combine(bank.mix(weights), frozen)
+    combined = lorax.combine(adapters, [0.5, -1.0, 0.25])
+    assert_close(run(mixture, *inputs), run(eqx.combine(combined, frozen), *inputs))
+
+
+def test_a_bank_copies_no_factors(getkey):
+    """Below `vmap` all products are with arrays that the batch shares."""
+    linear = eqx.nn.Linear(5, 7, key=getkey())
+    adapted = lorax.loraify(linear, rank=2, key=getkey())
+    _, frozen = lorax.partition(adapted)
+    bank = lorax.AdapterBank([randomised(adapted, getkey()) for _ in range(3)])
+
+    def one(index, x):
+        return eqx.combine(bank[index], frozen)(x)
+
+    index, x = jnp.zeros(11, int), jnp.ones((11, 5))
+    jaxpr = jax.make_jaxpr(jax.vmap(one))(index, x)
+    products = [e for e in equations(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) == 3
+    assert all(min(x.aval.ndim for x in e.invars) == 2 for e in products)
+    assert all(e.params["dimension_numbers"][1] == ((), ()) for e in products)
+
+
+def test_what_a_bank_has(getkey):
+    linear = eqx.nn.Linear(5, 7, key=getkey())
+    adapted = lorax.loraify(linear, rank=2, key=getkey())
+    params, frozen = lorax.partition(adapted)
+    bank = lorax.AdapterBank([params, None])
+    assert len(bank) == 2
+    with pytest.raises(IndexError):
+        bank[2]
+    with pytest.raises(ValueError, match=r"one for each of 2 adapters.*\(3,\)"):
+        bank.mix(jnp.ones(3))
+    # Mixing can be learned, and the factors trained through it.
+    x = jnp.ones(5)
+    total = lambda bank, w: jnp.sum(eqx.combine(bank.mix(w), frozen)(x))  # noqa: E731
+    moving = eqx.filter_grad(lambda both: total(*both))((bank, jnp.ones(2)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moving))
+
+
+@every_case
 def test_ranks_and_scales_that_differ(case, getkey):
-    if case.rank < 2:
-        return
-    adapters, frozen, inputs = make(case, getkey, [1])
-    more, frozen_too, _ = make(case, getkey, [case.rank], alpha=7.0)
-    stacked = lorax.stack([*adapters, *more])
-    assert {weight.rank for weight in weights(stacked)} == {case.rank}
-    for i, adapter in enumerate([*adapters, *more]):
-        params = jax.tree.map(lambda array, i=i: array[i], stacked)
-        like = frozen_too if i else frozen
-        frozen_here = lorax.partition(eqx.combine(adapter, like))[1]
-        assert_close(
-            run(eqx.combine(params, _like(frozen_here, params)), *inputs),
-            run(eqx.combine(adapter, like), *inputs),
+    model = filled(case.make, jnp.float32, getkey())
+    inputs = case.inputs(jnp.float32)
+    options = [(1, 2.0, False), (case.rank, 7.0, False), (1, 3.0, True)]
+    models = [
+        lorax.loraify(
+            model,
+            case.filter,
+            rank=rank,
+            alpha=alpha,
+            rank_stabilised=stabilised,
+            key=getkey(),
         )
-
-
-def _like(frozen, params):
-    """`frozen` with the static fields of `params`, whose rank is another."""
-    leaves = jax.tree.leaves(frozen, is_leaf=lambda x: x is None)
-    treedef = jax.tree.structure(params, is_leaf=lambda x: x is None)
-    return jax.tree.unflatten(treedef, leaves)
+        for rank, alpha, stabilised in options
+    ]
+    adapters = [randomised(adapted, getkey()) for adapted in models]
+    frozen = [lorax.partition(adapted)[1] for adapted in models]
+    stacked = lorax.stack(adapters)
+    bank = lorax.AdapterBank(adapters)
+    assert {weight.rank for weight in weights(stacked)} == {case.rank}
+    for i, (params, own) in enumerate(zip(adapters, frozen)):
+        expected = run(eqx.combine(params, own), *inputs)
+        # All of them go with the frozen part of the first.
+        taken = jax.tree.map(lambda array, i=i: array[i], stacked)
+        assert_close(run(eqx.combine(taken, frozen[0]), *inputs), expected)
+        assert_close(run(eqx.combine(bank[i], frozen[0]), *inputs), expected)
 
 
 @pytest.mark.parametrize("method", ("exact", "svd"))
@@ -110,8 +185,10 @@ def test_combining_is_the_sum_of_the_updates(case, method, getkey):
             for factor, part in zip(factors, parts)
         )
         assert_close(wide(new.materialise()) - wide(new.w), update, 1e-4)
-        assert new.scale == 1
         assert new.rank == total or method == "svd"
+    # It goes with the frozen part of the first one's model.
+    params = lorax.partition(combined)[0]
+    eqx.combine(params, lorax.partition(models[0])[1])
 
 
 def test_the_smaller_rank_is_the_best_there_is(getkey):
@@ -128,7 +205,7 @@ def test_the_smaller_rank_is_the_best_there_is(getkey):
     sizes = np.linalg.svd(update, compute_uv=False)
     combined, errors = lorax.combine(adapters, [1, 1], "svd", rank=2, return_error=True)
     (weight,) = weights(combined)
-    found = wide(weight.b) @ wide(weight.a)
+    found = weight.scale * wide(weight.b) @ wide(weight.a)
     lost = np.linalg.norm(found - update) / np.linalg.norm(update)
     assert np.isclose(lost, np.linalg.norm(sizes[2:]) / np.linalg.norm(sizes), 1e-4)
     assert np.isclose(errors["weight"], lost, 1e-4)
