@@ -1,8 +1,9 @@
 """Many adapters side by side, any mixture of which is one product away."""
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
@@ -65,7 +66,7 @@ class AdapterBank(eqx.Module):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index: Int[ArrayLike, ""]) -> PyTree:
+    def __getitem__(self, index: SupportsIndex | Int[Array, ""]) -> PyTree:
         """The adapter number `index`, for the frozen part of the first one's model.
 
         **Raises:**
@@ -74,7 +75,7 @@ class AdapterBank(eqx.Module):
         is the base alone then.
         """
         if not isinstance(index, jax.Array):
-            index = range(self._size)[index]
+            index = range(self._size)[operator.index(index)]
         index = jnp.where(jnp.asarray(index) < 0, index + self._size, index)
         return self.mix(jax.nn.one_hot(index, self._size))
 

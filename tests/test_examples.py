@@ -43,6 +43,24 @@ def test_sentiment(tmp_path, capfd):
     assert re.search(rf"accuracy of sentiment_peft +{same}", printed)
 
 
+def test_many_adapters(tmp_path, capsys):
+    import many_adapters
+
+    small = "--adapters 3 --rank 2 --requests 5 --length 6 --rounds 2".split()
+    result = many_adapters.main([*small, "--output", str(tmp_path)])
+    assert result.picture.read_bytes().startswith(b"\x89PNG")
+    assert len(result.cases) == 2
+    for case in result.cases:
+        assert case.difference < 1e-5
+        assert case.over_base["base alone"] == 1
+        assert case.seconds.keys() == case.over_base.keys()
+    printed = capsys.readouterr().out
+    assert "3 adapters of rank 2 on query, value" in printed
+    with pytest.raises(SystemExit):
+        many_adapters.main(["--targets", "qerry"])
+    assert "did you mean" in capsys.readouterr().err.lower()
+
+
 def test_minilm_embeds_meaning():
     """The pretrained weights are where they belong: paraphrases are closer."""
     import jax.numpy as jnp
