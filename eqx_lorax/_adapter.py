@@ -63,7 +63,7 @@ class Adapter:
 def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
     """**Raises:**
 
-    `ValueError` if the model has no adapters, or as `lorax.partition` for `also`.
+    `ValueError` if the model has no adapters or no base, or as `lorax.partition`.
     `TypeError` if there are shapes in the place of arrays.
     """
     weights = [place for place in places.all if is_weight(place.node)]
@@ -73,22 +73,27 @@ def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
             "`also` what else was trained."
         )
     others = {place.path: place.node for place in trained_places(model, places, also)}
-    adapter = Adapter([_adapted(place, places) for place in weights], others)
+    adapter = Adapter([_adapted(place) for place in weights], others)
     abstract = [
         ".".join(path)
         for path, array in [
             *others.items(),
             *((x.path, array) for x in adapter.adapted for array in x.arrays.values()),
         ]
-        if not isinstance(array, jax.Array)
+        if isinstance(array, jax.ShapeDtypeStruct)
     ]
     if abstract:
         raise TypeError(f"There is no array to save at {', '.join(abstract[:8])}.")
     return adapter
 
 
-def _adapted(place: Place, places: Places) -> Adapted:
+def _adapted(place: Place) -> Adapted:
     weight = place.node
+    if weight.w is None:
+        raise ValueError(
+            f"{place.dotted} has no base, by which a file knows what it belongs to. "
+            "Pass the whole model, `eqx.combine(params, frozen)`."
+        )
     methods = {weight_type: method for method, weight_type in METHODS.items()}
     if type(weight) not in methods:
         known = ", ".join(weight_type.__name__ for weight_type in methods)

@@ -187,6 +187,8 @@ def test_nothing_to_save(tmp_path, getkey):
     with pytest.raises(TypeError, match=r"no array to save at layers\.0\.weight"):
         lorax.save_adapter(tmp_path / "a", abstract)
     adapted = lorax.loraify(plain, rank=1, key=getkey())
+    with pytest.raises(ValueError, match=r"has no base.*eqx\.combine\(params, frozen"):
+        lorax.save_adapter(tmp_path / "a", lorax.partition(adapted)[0])
     with pytest.raises(TypeError, match="`metadata` is not what JSON can hold"):
         lorax.save_adapter(tmp_path / "a", adapted, metadata={"x": jnp.ones(2)})
     assert not list(tmp_path.iterdir())
