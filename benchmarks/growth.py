@@ -149,6 +149,7 @@ def save_charts(found: Sequence[Point], path: Path) -> None:
         len(columns),
         figsize=(11, 16),
         sharex="col",
+        sharey="row",
         layout="constrained",
     )
     for row, (measure, label) in zip(axes, MEASURES.items()):
