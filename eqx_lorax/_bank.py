@@ -79,7 +79,7 @@ class AdapterBank(eqx.Module):
         index = jnp.where(jnp.asarray(index) < 0, index + self._size, index)
         return self.mix(jax.nn.one_hot(index, self._size))
 
-    def mix(self, weights: Float[ArrayLike, " adapters"]) -> PyTree:
+    def mix(self, weights: Sequence[float] | Float[ArrayLike, " adapters"]) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
         may be differentiated in. Heads are summed with them too."""
         weights = jnp.asarray(weights)
