@@ -9,6 +9,7 @@ executed.
 import hashlib
 import importlib.metadata
 import json
+import mmap
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,16 @@ _Value = TypeVar("_Value")
 
 FORMAT = 1
 _HEADER, _DIGEST = "eqx_lorax", "eqx_lorax_digest"
+_DTYPES = {
+    "BOOL": np.bool_,
+    "BF16": jnp.bfloat16,
+    "C64": np.complex64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
 # What reading a header may raise that is not what it should be.
 MALFORMED = (
     ArithmeticError,
@@ -238,26 +249,32 @@ def read_tensors(
 
     `AdapterFileError` if it is not one, or not a whole one.
     """
-    with open(path, "rb"):
-        pass  # raises the usual error if there is no such file
-    tensors: dict[str, Array] = {}
-    digests: dict[str, str] = {}
     try:
-        with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            # One after the other from the mapped file, so that there is never a copy
-            # of it all.
-            for name in file.keys():
-                array = file.get_tensor(name)
-                digests[name] = _digest(array)
-                tensors[name] = _on_device(path, name, array)
-    except AdapterFileError:
-        raise
-    except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+        with open(path, "rb") as file:
+            # Checks the whole of the file but for the bits of its tensors.
+            with safe_open(path, "numpy") as checked:
+                metadata = checked.metadata() or {}
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        length = int.from_bytes(mapped[:8], "little")
+        entries = json.loads(mapped[8 : 8 + length])
+    except (SafetensorError, RecursionError, ValueError) as error:
         raise AdapterFileError(
             f"{path} is not a whole safetensors file: {error}. If it was copied here, "
             "copy it again."
         ) from error
+    entries.pop("__metadata__", None)
+    content = np.frombuffer(mapped, np.uint8)[8 + length :]
+    tensors: dict[str, Array] = {}
+    digests: dict[str, str] = {}
+    for name, entry in entries.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise AdapterFileError(
+                f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
+            )
+        bits = content[slice(*entry["data_offsets"])]
+        digests[name] = _digest(bits)
+        tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
     return metadata, tensors, digests
 
 
@@ -292,7 +309,8 @@ def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
             f"{path}: {name} is of dtype {array.dtype}, which JAX would round. Switch "
             "on `jax_enable_x64`."
         )
-    return jnp.asarray(array)
+    # A copy, since the file may change. Not put off until it has.
+    return jax.block_until_ready(jnp.array(array))
 
 
 def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:

@@ -450,6 +450,42 @@ def test_permissions_are_those_of_other_files(saved):
     assert path.stat().st_mode == beside.stat().st_mode
 
 
+READER = textwrap.dedent(
+    """
+    import sys
+    import equinox as eqx, jax, jax.numpy as jnp
+    import eqx_lorax as lorax
+
+    def used():
+        # kilobytes of memory, without pages of files
+        lines = open("/proc/self/status").readlines()
+        return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+
+    plain = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+    heads = lambda: {"head": [jnp.zeros((1000, 3000)) for _ in range(10)]}
+    if sys.argv[1] == "write":
+        model = [lorax.loraify(plain, rank=1, key=jax.random.key(0)), heads()]
+        lorax.save_adapter(sys.argv[2], model, also="head")
+    else:
+        model = [plain, heads()]
+        jax.block_until_ready(model[1])
+        before = used()
+        model = lorax.load_adapter(sys.argv[2], model, allow_other_base=True)
+        jax.block_until_ready(model[1])
+        print(used() - before)
+    """
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_large_file_costs_no_second_copy(tmp_path):
+    for stage in ("write", "read"):
+        command = [sys.executable, "-c", READER, stage, str(tmp_path / "a")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    size = 10 * 1000 * 3000 * 4 / 1024
+    assert int(done.stdout) < 1.3 * size
+
+
 # Digests
 
 
