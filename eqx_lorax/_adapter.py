@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from ._arrays import is_array
 from ._layer import is_layer
-from ._lora import LoraWeight
 from ._select import Filter
 from ._surgery import wrapping
 from ._targets import target_of
@@ -29,7 +28,7 @@ class Adapted:
 
     path: Path
     method: str
-    """Which of `METHODS` it is."""
+    """The `method` of its class."""
     shape: tuple[int, ...]
     """Of the base."""
     dtype: str
@@ -48,7 +47,7 @@ class Adapted:
     def on(self, base: Any) -> AbstractLoraWeight:
         """The weight, on top of a base."""
         arrays = {name: jnp.asarray(x) for name, x in self.arrays.items()}
-        return METHODS[self.method](base, **arrays, **self.settings)
+        return methods()[self.method](base, **arrays, **self.settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,18 +93,15 @@ def _adapted(place: Place) -> Adapted:
             f"{place.dotted} has no base, by which a file knows what it belongs to. "
             "Pass the whole model, `eqx.combine(params, frozen)`."
         )
-    methods = {weight_type: method for method, weight_type in METHODS.items()}
-    if type(weight) not in methods:
-        known = ", ".join(weight_type.__name__ for weight_type in methods)
+    if methods().get(weight.method) is not type(weight):
         raise TypeError(
-            f"{place.dotted} is a {type(weight).__name__}. What can be saved is a "
-            f"{known}."
+            f"{place.dotted} is a {type(weight).__name__}, of no own method."
         )
     names = [name for name in inspect.signature(type(weight)).parameters if name != "w"]
     values = {name: getattr(weight, name) for name in names}
     return Adapted(
         path=place.path,
-        method=methods[type(weight)],
+        method=weight.method,
         shape=tuple(weight.shape),
         dtype=jnp.dtype(weight.dtype).name,
         settings={name: x for name, x in values.items() if not is_array(x)},
@@ -121,8 +117,17 @@ def _dropout(place: Place) -> float | None:
     return float(layer.dropout.p) if layer.dropout is not None else 0.0
 
 
-METHODS: dict[str, type[AbstractLoraWeight]] = {"lora": LoraWeight}
-"""The classes of weights by the names that files have for them."""
+def methods() -> dict[str, type[AbstractLoraWeight]]:
+    """The classes of weights that can be saved and loaded, by the names of their
+    methods: all that there are, those of other packages too."""
+    found: dict[str, type[AbstractLoraWeight]] = {}
+    left = [AbstractLoraWeight]
+    while left:
+        weight_type = left.pop()
+        left += weight_type.__subclasses__()
+        if "method" in vars(weight_type):
+            found[weight_type.method] = weight_type
+    return found
 
 
 def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:

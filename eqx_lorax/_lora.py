@@ -57,6 +57,7 @@ class LoraWeight(AbstractLoraWeight):
     # Set by `lorax.merged_forward`.
     is_merged: bool = eqx.field(static=True, default=False)
 
+    method = "lora"
     frozen = ("w", "gain", "gate")
 
     def __init__(

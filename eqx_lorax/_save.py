@@ -22,7 +22,7 @@ from jaxtyping import Array
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from ._adapter import Adapted, Adapter, adapter_of, METHODS, put_into
+from ._adapter import Adapted, Adapter, adapter_of, methods, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._select import Filter
@@ -315,7 +315,7 @@ def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
 
 def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
     def adapted(target: Mapping[str, Any]) -> Adapted:
-        if target["method"] not in METHODS:
+        if target["method"] not in methods():
             raise ValueError(f"its method {target['method']!r} is not known here")
         if not 0 <= (target["dropout"] or 0) < 1 or not all(
             isinstance(x, bool | int | float) for x in _flat(target["settings"])

@@ -52,6 +52,10 @@ class AbstractLoraWeight(eqx.Module):
     frozen: ClassVar[tuple[str, ...]]
     """The names of the fields that are never trained."""
 
+    method: ClassVar[str]
+    """What it is called in files, which hold the other arguments of the class beside
+    `w`: arrays, and what JSON has."""
+
     # NumPy on the left of `@` then leaves the product to `__rmatmul__`.
     __array_ufunc__ = None
 

@@ -107,6 +107,39 @@ def test_an_adapter_on_an_adapter(tmp_path, getkey):
         lorax.load_adapter(tmp_path / "a", other)
 
 
+class Doubled(lorax.AbstractLoraWeight):
+    """A method of another package."""
+
+    w: jax.Array
+    b: jax.Array
+    a: jax.Array
+    times: int = eqx.field(static=True)
+
+    method = "doubled"
+    frozen = ("w",)
+
+    def as_lora(self):
+        return lorax.LoraWeight(self.w, self.b, self.a, alpha=self.times)
+
+    @property
+    def shape(self):
+        return self.w.shape
+
+    @property
+    def dtype(self):
+        return self.w.dtype
+
+
+def test_another_method(tmp_path, getkey):
+    """Needs nothing but its class."""
+    plain = {"w": jr.normal(getkey(), (5, 4))}
+    b, a = jr.normal(getkey(), (5, 2)), jr.normal(getkey(), (2, 4))
+    adapted = {"w": Doubled(plain["w"], b, a, 4)}
+    lorax.save_adapter(tmp_path / "a", adapted)
+    assert_identical(lorax.load_adapter(tmp_path / "a", plain), adapted)
+    assert lorax.adapter_info(tmp_path / "a")["targets"][0]["method"] == "doubled"
+
+
 def test_dropout_and_options_come_back(tmp_path, getkey):
     plain = mlp(getkey())
     adapted = lorax.loraify(
