@@ -93,15 +93,17 @@ def _adapted(place: Place) -> Adapted:
             f"{place.dotted} has no base, by which a file knows what it belongs to. "
             "Pass the whole model, `eqx.combine(params, frozen)`."
         )
-    if methods().get(weight.method) is not type(weight):
+    method = vars(type(weight)).get("method")
+    if method is None:
         raise TypeError(
-            f"{place.dotted} is a {type(weight).__name__}, of no own method."
+            f"{place.dotted} is a {type(weight).__name__}, which has no `method` to be "
+            "saved by."
         )
     names = [name for name in inspect.signature(type(weight)).parameters if name != "w"]
     values = {name: getattr(weight, name) for name in names}
     return Adapted(
         path=place.path,
-        method=weight.method,
+        method=method,
         shape=tuple(weight.shape),
         dtype=jnp.dtype(weight.dtype).name,
         settings={name: x for name, x in values.items() if not is_array(x)},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -110,7 +111,7 @@ def test_an_adapter_on_an_adapter(tmp_path, getkey):
 class Doubled(lorax.AbstractLoraWeight):
     """A method of another package."""
 
-    w: jax.Array
+    w: Any
     b: jax.Array
     a: jax.Array
     times: int = eqx.field(static=True)
