@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _contract, _views
-from ._arrays import is_array, promote, wide
+from ._arrays import is_array, promote
 from ._contract import Label, Labels, portable, Precision, RANK
-from ._merged import merged_product
+from ._merged import multiplied
 from ._views import Viewed
 
 
@@ -109,11 +109,8 @@ def _contracted(
             precision=precision,
         )
     separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
-    # What is cast to a narrow dtype on the way would lose small updates.
-    if w.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
-        merged = functools.partial(_merged, **arguments)
-        return merged_product(separate, merged, x, w)
-    return separate(x, w, low_rank_x)
+    merged = functools.partial(_merged, **arguments)
+    return multiplied(separate, merged, x, w, low_rank_x)
 
 
 def _merged(

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from . import _contract
-from ._arrays import is_array, promote, wide
+from ._arrays import is_array, promote
 from ._contract import Label, NotFactored, portable, Precision, RANK
-from ._merged import merged_product
+from ._merged import multiplied
 from ._views import add, dense, Viewed
 
 
@@ -84,10 +84,8 @@ def convolve(
     )
     lora = w.as_lora()
     separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
-    if lora.is_merged and low_rank_x is None and x.dtype == wide(x.dtype):
-        merged = functools.partial(_merged, **arguments)
-        return merged_product(separate, merged, x, lora)
-    return separate(x, lora, low_rank_x)
+    merged = functools.partial(_merged, **arguments)
+    return multiplied(separate, merged, x, lora, low_rank_x)
 
 
 def _merged(

@@ -7,16 +7,25 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
+from ._arrays import wide
 
-def merged_product(
-    separate: Callable[[Array, Any], Array],
+
+def multiplied(
+    separate: Callable[..., Array],
     merged: Callable[[Array, Any], Array],
     x: Array,
     weight: Any,
+    low_rank_x: Array | None,
 ) -> Array:
-    """`merged(x, weight)`, which is to equal `separate(x, weight)`. What is
-    differentiated is the latter, so that no gradient has a whole weight's shape."""
+    """`separate(x, weight, low_rank_x)`, with base and branch apart, or what equals it,
+    `merged(x, weight)`, where the weight asks for that and it can be done.
 
+    What is differentiated is the former, so that no gradient has a whole weight's
+    shape.
+    """
+    # What is cast to a narrow dtype on the way would lose small updates.
+    if not weight.is_merged or low_rank_x is not None or x.dtype != wide(x.dtype):
+        return separate(x, weight, low_rank_x)
     leaves, treedef = jax.tree.flatten((x, weight))
 
     @jax.custom_jvp

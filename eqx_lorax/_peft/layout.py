@@ -171,14 +171,14 @@ def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
     left = batch[torch.count("{}") :]
     if len(left) > 1 or torch.count("{}") > len(batch):
         raise ValueError(
-            f"`names` gives {torch!r} for {'.'.join(place.path)}, which is a stack of "
+            f"`names` gives {torch!r} for {place.dotted}, which is a stack of "
             f"{tuple(batch)}: it needs one '{{}}' for each of these axes, or one fewer "
             "for experts."
         )
     try:
         return _layout_of(place, left[0] if left else None)
     except ValueError as error:
-        raise ValueError(f"{'.'.join(place.path)}: {error}.") from error
+        raise ValueError(f"{place.dotted}: {error}.") from error
 
 
 def warn_of_convolution(place: Place) -> None:

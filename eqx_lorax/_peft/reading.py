@@ -111,14 +111,13 @@ def _factors(
     second: np.ndarray,
 ) -> Factors:
     warn_of_convolution(home.place)
-    rank = home.layout.torch_rank(1)
     try:
         b, a = home.layout.from_torch(first, second)
     except ValueError as error:
         raise ValueError(
             f"{path}, of shapes {first.shape} and {second.shape}: {error}."
         ) from error
-    rank *= b.shape[-1]
+    rank = home.layout.torch_rank(b.shape[-1])
     rows, columns = axes_of(home.place)
     shape = home.place.node.shape[len(home.index) :]
     if (b.shape, a.shape) != factor_shapes(shape, rows, columns, b.shape[-1]):

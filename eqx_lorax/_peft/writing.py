@@ -81,7 +81,7 @@ def _parts(place: Place, names: Names) -> Iterator[tuple[str, Layout, Factors]]:
     weight = place.node.as_lora()
     if (weight.rows, weight.columns) != axes_of(place):
         raise ValueError(
-            f"{'.'.join(place.path)} has factors along the axes {weight.rows} and "
+            f"{place.dotted} has factors along the axes {weight.rows} and "
             f"{weight.columns}, which PEFT has not."
         )
     torch = template_for(place, names)
