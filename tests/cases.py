@@ -261,5 +261,14 @@ class _Lstm(eqx.Module):
         return h
 
 
+CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
+# For what does not depend on how a convolution pads.
+FEW = [
+    case
+    for case in [*LAYERS, *MODELS]
+    if case.layer != "LoraConv" or case.name in CONVOLUTIONS
+]
+
+
 def by_name(case: Case) -> str:
     return case.name.replace(" ", "-")

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from cases import by_name, LAYERS, MODELS
+from cases import by_name, FEW
 from helpers import (
     assert_close,
     assert_identical,
@@ -18,14 +18,6 @@ from helpers import (
 )
 
 import eqx_lorax as lorax
-
-
-CASES = [
-    case
-    for case in [*LAYERS, *MODELS]
-    if case.layer != "LoraConv"
-    or case.name in ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
-]
 
 
 def total(model, *inputs):
@@ -52,7 +44,7 @@ def sizes_of_a_base(fn, model, *inputs):
     return sum(e.outvars[0].aval.shape in shapes for e in products)
 
 
-@pytest.mark.parametrize("case", CASES, ids=by_name)
+@pytest.mark.parametrize("case", FEW, ids=by_name)
 def test_same_results_and_gradients(case, getkey):
     model = filled(case.make, jnp.float32, getkey())
     adapted = lorax.loraify(model, case.filter, rank=case.rank, alpha=3.0, key=getkey())

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import by_name, LAYERS, MODELS
+from cases import by_name, FEW, LAYERS, MODELS
 from helpers import (
     assert_close,
     assert_identical,
@@ -24,9 +24,6 @@ import eqx_lorax as lorax
 
 
 CASES = [*LAYERS, *MODELS]
-CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
-# What does not depend on how a convolution pads is tested on these alone.
-FEW = [x for x in CASES if x.layer != "LoraConv" or x.name in CONVOLUTIONS]
 
 every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
 few_cases = pytest.mark.parametrize("case", FEW, ids=by_name)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import by_name, LAYERS, MODELS
+from cases import by_name, FEW
 from helpers import (
     assert_close,
     assert_identical,
@@ -20,13 +20,7 @@ from helpers import (
 import eqx_lorax as lorax
 
 
-CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
-CASES = [
-    case
-    for case in [*LAYERS, *MODELS]
-    if case.layer != "LoraConv" or case.name in CONVOLUTIONS
-]
-every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
+every_case = pytest.mark.parametrize("case", FEW, ids=by_name)
 
 
 def randomised(adapted, key):
