@@ -21,6 +21,12 @@ from ._params import (
     merge_params as merge_params,
     split_lora_params as split_lora_params,
 )
+from ._plan import (
+    Accelerator as Accelerator,
+    plan as plan,
+    Plan as Plan,
+    StepBound as StepBound,
+)
 from ._report import MaterialiseWarning as MaterialiseWarning
 from ._save import (
     adapter_info as adapter_info,

@@ -67,11 +67,11 @@ class Summary:
         ]
         share = self.trained / max(self.trained + self.frozen, 1)
         lines = [
-            f"trained     {self.trained:>15,}  {_size(self.trained_bytes):>8}  "
+            f"trained     {self.trained:>15,}  {in_bytes(self.trained_bytes):>8}  "
             f"({share:.2%} of all)",
-            f"frozen      {self.frozen:>15,}  {_size(self.frozen_bytes):>8}",
-            f"Adam state  {'':>15}  {_size(self.adam_bytes):>8}  "
-            f"({_size(self.full_adam_bytes)} for full fine-tuning)",
+            f"frozen      {self.frozen:>15,}  {in_bytes(self.frozen_bytes):>8}",
+            f"Adam state  {'':>15}  {in_bytes(self.adam_bytes):>8}  "
+            f"({in_bytes(self.full_adam_bytes)} for full fine-tuning)",
         ]
         return "\n".join([_table(rows), *lines])
 
@@ -147,7 +147,8 @@ def _adam_bytes(params: PyTree) -> int:
     return _bytes(eqx.filter_eval_shape(optax.adam(1e-3).init, params))
 
 
-def _size(count: int | float) -> str:
+def in_bytes(count: int | float) -> str:
+    """A number of bytes as people say it."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -1,0 +1,89 @@
+"""What of a tree of arrays, which may be abstract, lies on one device."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.tree_util as jtu
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import PyTree
+
+from ._arrays import is_array
+
+
+def arrays_of(tree: PyTree) -> list[Any]:
+    """The arrays among the leaves."""
+    return [x for x in jax.tree.leaves(tree) if is_array(x)]
+
+
+def nbytes(tree: PyTree) -> int:
+    """The bytes of all arrays."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays_of(tree))
+
+
+def device_nbytes(tree: PyTree) -> int:
+    """The bytes of all arrays on one device."""
+    return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in arrays_of(tree))
+
+
+def local_shape(x: Any) -> tuple[int, ...]:
+    """The shape of the part of an array that is on one device: all of it, where nothing
+    is known of a sharding."""
+    sharding = getattr(x, "sharding", None)
+    return tuple(x.shape if sharding is None else sharding.shard_shape(tuple(x.shape)))
+
+
+def device_count(tree: PyTree) -> int:
+    """On how many devices the arrays are, or would be."""
+    shardings = (getattr(x, "sharding", None) for x in arrays_of(tree))
+    return max((x.num_devices for x in shardings if x is not None), default=1)
+
+
+def mesh_axes(x: Any) -> dict[str, int]:
+    """The axes of the mesh along which an array is divided, and their sizes."""
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return {}
+    names = {name for entry in sharding.spec for name in _names(entry)}
+    return {name: sharding.mesh.shape[name] for name in names}
+
+
+def optimizer_state(
+    optimizer: optax.GradientTransformation, params: PyTree
+) -> PyTree[jax.ShapeDtypeStruct]:
+    """The state of an optimizer, abstract. What it holds for a parameter, and is of the
+    shape of it, is sharded as that parameter is."""
+    by_path = {path: x for path, x in jtu.tree_leaves_with_path(params) if is_array(x)}
+
+    def placed(path: tuple[Any, ...], x: Any) -> Any:
+        if not isinstance(x, jax.ShapeDtypeStruct):
+            return x
+        # A state holds trees like `params`, so their paths end as those of `params`.
+        ends = (path[i:] for i in range(len(path) + 1))
+        param = next((by_path[end] for end in ends if end in by_path), None)
+        if param is None or tuple(param.shape) != x.shape:
+            return x
+        sharding = getattr(param, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    abstract = eqx.filter_eval_shape(optimizer.init, plain(params))
+    return jtu.tree_map_with_path(placed, abstract)
+
+
+def plain(tree: PyTree, shape: Any = lambda x: x.shape) -> PyTree:
+    """The tree with its arrays abstract and on no device."""
+
+    def abstract(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape(x), x.dtype) if is_array(x) else x
+
+    return jax.tree.map(abstract, tree)
+
+
+def _names(entry: Any) -> Iterable[str]:
+    # Of a `PartitionSpec`: a name, several, or that there is none or no constraint.
+    if isinstance(entry, str):
+        return (entry,)
+    return entry if isinstance(entry, tuple) else ()
