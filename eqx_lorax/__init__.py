@@ -4,6 +4,7 @@ import importlib.metadata
 
 from . import peft as peft
 from ._bank import AdapterBank as AdapterBank
+from ._checkpoint import Checkpoints as Checkpoints
 from ._forward import merged_forward as merged_forward
 from ._function import lora as lora
 from ._layer import AbstractLoraLayer as AbstractLoraLayer

@@ -63,6 +63,7 @@ def test_core_imports_only_what_it_declares():
         "jaxtyping",
         "numpy",
         "rich",
+        "orbax",
     }
     standard = __import__("sys").stdlib_module_names
     for file in FILES:

@@ -1,0 +1,300 @@
+"""Checkpoints of a training run, by Orbax: sharded, written by all processes at once,
+and restored onto any mesh.
+
+Orbax sees a flat dictionary of plain arrays. What they are, with a digest of each and
+of every array of the base, is JSON beside them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
+
+import jax.tree_util as jtu
+import numpy as np
+
+from ._fingerprint import base_digests, digest
+from ._save import AdapterFileError, differences
+from ._state import (
+    check_agreement,
+    check_storable,
+    from_json,
+    impl_of,
+    kind_of,
+    listed,
+    misfits,
+    name_of,
+    raw,
+    raw_kind,
+    restored,
+    split,
+    text_digest,
+    to_json,
+)
+from ._tree import Places
+
+
+_State = TypeVar("_State")
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """A folder of checkpoints from which a run goes on after it was interrupted.
+
+    A checkpoint is there whole or not at all, whenever the processes that write it are
+    killed; what they leave behind is removed by the next `Checkpoints` of that folder.
+    It is written while training goes on.
+
+    With several processes each of them does the same calls, and the folder is one that
+    all can see.
+
+    !!! example
+
+        ```python
+        with lorax.Checkpoints("checkpoints", frozen, every=100) as checkpoints:
+            first = 0
+            if (found := checkpoints.restore((params, optimizer_state))) is not None:
+                first, (params, optimizer_state) = found
+            for i in range(first, steps):
+                params, optimizer_state = step(params, optimizer_state, batch(i))
+                checkpoints.save(i + 1, (params, optimizer_state))
+        ```
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        frozen: Any,
+        *,
+        every: int = 1,
+        keep: int = 2,
+    ):
+        """**Arguments:**
+
+        - `folder`: Is made if it is not there. A URL for what Orbax knows, such as
+            `gs://...`, is fine.
+        - `frozen`: What is not trained, as `lorax.partition` gives it, or the whole
+            plain model. It is not saved, but a digest of each of its arrays is, so that
+            training does not go on with another base. `None` if there is none.
+        - `every`: `save` does nothing but for steps that are multiples of this.
+        - `keep`: How many checkpoints there are at most. Older ones are deleted when
+            a new one is whole.
+
+        **Raises:**
+
+        `ImportError` without Orbax; `ValueError` unless `every` and `keep` are at least
+        one; `NotADirectoryError` if `folder` is a file.
+        """
+        for name, value in (("every", every), ("keep", keep)):
+            if value < 1:
+                raise ValueError(f"`{name}={value}` must be at least 1.")
+        try:
+            import orbax.checkpoint as orbax
+        except ImportError as error:
+            raise ImportError(
+                "`lorax.Checkpoints` writes with Orbax, which cannot be imported: "
+                f"{error}. Install it with: pip install orbax-checkpoint"
+            ) from error
+        folder = os.fspath(folder)
+        self._folder = folder if "://" in folder else os.path.abspath(folder)
+        if os.path.isfile(self._folder):
+            raise NotADirectoryError(
+                f"`folder={folder!r}` is a file. Name a folder, which may be a new one."
+            )
+        self._every = every
+        self._base = base_digests(Places(frozen), ())
+        self._orbax: Any = orbax
+        self._manager: Any = orbax.CheckpointManager(
+            self._folder,
+            options=orbax.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Waits until all is written. The end of a `with` block does the same."""
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the last checkpoint; `None` if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, *, force: bool = False) -> None:
+        """Begins to write a checkpoint. The arrays of `state` may be donated after it.
+
+        **Arguments:**
+
+        - `step`: How many steps have been done.
+        - `state`: All that training needs to go on: `params` as of `lorax.partition`,
+            the state of the optimizer, keys. Arrays, typed keys and Python's numbers
+            are saved; other leaves, such as functions, are not. With several processes,
+            an array that is not on a mesh of all of them must be the same in each.
+        - `force`: Whether to save also if `step` is no multiple of `every`: at the end.
+
+        **Raises:**
+
+        `ValueError` if there is a checkpoint of that step or of a later one, if there
+        are no arrays, or if processes disagree on one. `TypeError` if an array is
+        abstract or of a dtype that Orbax does not know. What went wrong in the
+        background with an earlier checkpoint is raised here too.
+        """
+        if step % self._every and not force:
+            return
+        latest = self.latest
+        if latest is not None and step <= latest:
+            raise ValueError(
+                f"`step={step}` is not after {latest}, of which {self._folder} has a "
+                "checkpoint. Begin with what `restore` gives, or use another folder."
+            )
+        arrays, values = split(state)
+        check_storable(arrays)
+        digests = {name: digest(x) for name, x in arrays.items()}
+        check_agreement(step, digests)
+        about = json.dumps(
+            {
+                "format": FORMAT,
+                "arrays": {
+                    name: {**kind_of(x), "impl": impl_of(x), "digest": digests[name]}
+                    for name, x in arrays.items()
+                },
+                "values": {name: to_json(x) for name, x in values.items()},
+                "base": self._base,
+            }
+        )
+        args = self._orbax.args
+        self._manager.save(
+            step,
+            args=args.Composite(
+                arrays=args.PyTreeSave(
+                    {name: raw(x) for name, x in arrays.items() if x.size}
+                ),
+                about=args.JsonSave({"about": about, "digest": text_digest(about)}),
+            ),
+        )
+
+    def restore(
+        self, state: _State, *, allow_other_base: bool = False
+    ) -> tuple[int, _State] | None:
+        """The last checkpoint.
+
+        **Arguments:**
+
+        - `state`: What a run begins with, or its shapes (`jax.ShapeDtypeStruct`). Each
+            array is restored to where the one here lies: the mesh, and the number of
+            processes, may be others than those that the checkpoint was written with.
+        - `allow_other_base`: Whether base weights may differ from those that were there
+            when it was saved, which is otherwise an error.
+
+        **Returns:**
+
+        The step, and a pytree of the structure of `state`; `None` if there is no
+        checkpoint.
+
+        **Raises:**
+
+        `lorax.AdapterFileError`, a `ValueError`, if the checkpoint is damaged, was
+        written by something else, is of another structure, or belongs to another base.
+        The message names the paths.
+        """
+        step = self.latest
+        if step is None:
+            return None
+        about = self._about(step)
+        written, base = about["arrays"], about["base"]
+        arrays, values = split(state)
+        wrong = list(misfits(written, about["values"], arrays, values))
+        if wrong:
+            raise AdapterFileError(
+                f"{self._at(step)} does not fit `state`: {listed(wrong)}. Restore it "
+                "with the settings that it was saved with, or use another folder."
+            )
+        other = list(differences(base, self._base))
+        if other and not allow_other_base:
+            raise AdapterFileError(
+                f"{self._at(step)} was trained on another base than `frozen`: "
+                f"{listed(other)}. Restore it with the base that it was trained on, "
+                "or pass `allow_other_base=True` if these differences are meant."
+            )
+        found = {
+            name: restored(x, like=arrays[name], impl=written[name]["impl"])
+            for name, x in self._arrays(step, arrays).items()
+        }
+        digests = {name: written[name]["digest"] for name in found}
+        damaged = list(differences(digests, {n: digest(x) for n, x in found.items()}))
+        if damaged:
+            raise self._damaged(step, listed(damaged))
+        found |= {
+            name: from_json(about["values"][name], like=x) for name, x in values.items()
+        }
+        return step, jtu.tree_map_with_path(
+            lambda path, leaf: found.get(name_of(path), leaf), state
+        )
+
+    def _about(self, step: int) -> dict[str, Any]:
+        args = self._orbax.args
+        try:
+            found = self._manager.restore(
+                step, args=args.Composite(about=args.JsonRestore())
+            )["about"]
+            intact = found["digest"] == text_digest(found["about"])
+            about = json.loads(found["about"])
+            version = about["format"]
+        # Orbax raises what its parts raise, of which there are many kinds.
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        if version > FORMAT:
+            raise AdapterFileError(
+                f"{self._at(step)} has format {version}; this version reads formats up "
+                f"to {FORMAT}. Upgrade eqx-lorax."
+            )
+        if not intact:
+            raise self._damaged(step, "its description is not as written")
+        return about
+
+    def _arrays(self, step: int, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """Those at a mesh on that mesh, the others as NumPy arrays."""
+        args = self._orbax.args
+        wanted = {name: raw_kind(x) for name, x in arrays.items()}
+        filled = {name: x for name, x in wanted.items() if x.size}
+        empty = {name: np.zeros(x.shape, x.dtype) for name, x in wanted.items()}
+        if not filled:
+            return empty
+        how = {
+            name: self._orbax.RestoreArgs(restore_type=np.ndarray)
+            if x.sharding is None
+            else self._orbax.ArrayRestoreArgs(sharding=x.sharding)
+            for name, x in filled.items()
+        }
+        try:
+            read = self._manager.restore(
+                step,
+                args=args.Composite(
+                    arrays=args.PyTreeRestore(filled, restore_args=how)
+                ),
+            )["arrays"]
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return {**empty, **read}
+
+    def _damaged(self, step: int, problem: object) -> AdapterFileError:
+        if isinstance(problem, Exception):
+            # Orbax and TensorStore write pages.
+            first = (str(problem).strip().splitlines() or [""])[0][:200]
+            problem = f"{type(problem).__name__}: {first}"
+        before = [x for x in self._manager.all_steps() if x < step]
+        then = f"resume from step {max(before)}" if before else "begin again"
+        return AdapterFileError(
+            f"{self._at(step)} is damaged, or no checkpoint of this library: "
+            f"{str(problem).rstrip('.')}. Delete it to {then}."
+        )
+
+    def _at(self, step: int) -> str:
+        return f"{self._folder}/{step}"

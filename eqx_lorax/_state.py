@@ -1,0 +1,171 @@
+"""The state of a training run as named plain arrays and numbers, and back: what Orbax
+can hold."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from ._arrays import is_array
+
+
+# Several entries to a byte: Orbax stores some of these, `digest` reads none.
+_UNSTORABLE = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
+
+
+# Trees
+
+
+def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arrays of a tree, and its numbers that are none, by name."""
+    arrays: dict[str, Any] = {}
+    values: dict[str, Any] = {}
+    for path, leaf in jtu.tree_leaves_with_path(state):
+        if is_array(leaf) or isinstance(leaf, np.generic):
+            arrays[name_of(path)] = leaf
+        elif isinstance(leaf, bool | int | float | complex | str):
+            values[name_of(path)] = leaf
+    return arrays, values
+
+
+def name_of(path: Any) -> str:
+    return f"state{jtu.keystr(path)}"
+
+
+def misfits(
+    written: Mapping[str, Any],
+    written_values: Mapping[str, Any],
+    arrays: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> Iterator[str]:
+    found = [*arrays, *values]
+    kept = [*written, *written_values]
+    yield from (f"{name} is not in `state`" for name in kept if name not in found)
+    yield from (f"{name} is not in it" for name in found if name not in kept)
+    for name, x in arrays.items():
+        if name in written_values:
+            yield f"{name} is a number in it"
+        elif name in written and (kind := kind_of(x)) != {
+            key: written[name][key] for key in kind
+        }:
+            there = f"{written[name]['dtype']} {tuple(written[name]['shape'])}"
+            yield f"{name} is {there} in it, {x.dtype} {tuple(x.shape)} in `state`"
+    yield from (f"{name} is an array in it" for name in values if name in written)
+
+
+# Arrays
+
+
+def _is_key(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def kind_of(x: Any) -> dict[str, Any]:
+    return {"dtype": str(x.dtype), "shape": list(x.shape)}
+
+
+def impl_of(x: Any) -> str | None:
+    return str(jax.random.key_impl(x)) if _is_key(x) else None
+
+
+def _sharding(x: Any) -> Sharding | None:
+    """Where `x` was put by anyone; `None` for NumPy arrays and for what JAX has put on
+    its default device."""
+    if isinstance(x, jax.Array):
+        return x.sharding if x.committed else None
+    return getattr(x, "sharding", None)
+
+
+def _is_of_one_process(sharding: Sharding) -> bool:
+    return sharding.is_fully_addressable and jax.process_count() > 1
+
+
+def raw(x: Any) -> Any:
+    """`x` as Orbax holds it. What only this process sees is NumPy's."""
+    x = jax.random.key_data(x) if _is_key(x) else x
+    is_local = not isinstance(x, jax.Array) or _is_of_one_process(x.sharding)
+    # A copy, since it is written while the program goes on.
+    return np.array(x) if is_local else x
+
+
+def raw_kind(like: Any) -> jax.ShapeDtypeStruct:
+    """What `raw(like)` is restored as. It has a sharding if Orbax is to place it."""
+    sharding = _sharding(like)
+    if sharding is not None and _is_of_one_process(sharding):
+        sharding = None
+    kind = jax.ShapeDtypeStruct(like.shape, like.dtype)
+    if _is_key(like):
+        kind = jax.eval_shape(jax.random.key_data, kind)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
+
+
+def restored(x: Any, like: Any, impl: str | None) -> Any:
+    """`x`, which is what `raw` made, as an array like `like`."""
+    if isinstance(like, np.generic):
+        return x[()]
+    if isinstance(like, np.ndarray):
+        return x
+    if not isinstance(x, jax.Array):
+        x = jnp.asarray(x)
+    if _is_key(like):
+        x = jax.random.wrap_key_data(x, impl=impl)
+    sharding = _sharding(like)
+    return x if sharding is None else jax.device_put(x, sharding)
+
+
+def check_storable(arrays: Mapping[str, Any]) -> None:
+    if not any(x.size for x in arrays.values()):
+        raise ValueError("`state` has no arrays, so there is nothing to save.")
+    for name, x in arrays.items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"There is no array to save at `{name}`, but a shape. Save the state "
+                "that training has made."
+            )
+        if str(x.dtype) in _UNSTORABLE:
+            raise TypeError(
+                f"`{name}` is of dtype {x.dtype}, which cannot be stored. Convert "
+                "it to one of at least a byte."
+            )
+
+
+def check_agreement(step: int, digests: Mapping[str, str]) -> None:
+    """Each process writes its part: a checkpoint of parts of different states would be
+    no checkpoint at all."""
+    if jax.process_count() == 1:
+        return
+    own = {"step": text_digest(str(step)), **digests}
+    words = np.array([int(text_digest(x)[:8], 16) for x in own.values()], np.uint32)
+    everyone = np.asarray(multihost_utils.process_allgather(words))
+    wrong = [name for name, x in zip(own, everyone.T) if (x != x[0]).any()]
+    if wrong:
+        raise ValueError(
+            f"Processes differ in {listed(wrong)}. Put it on the mesh of all devices, "
+            "or make it in the same way everywhere."
+        )
+
+
+# What is in the JSON
+
+
+def to_json(x: Any) -> Any:
+    return [x.real, x.imag] if isinstance(x, complex) else x
+
+
+def from_json(x: Any, like: Any) -> Any:
+    return complex(*x) if isinstance(x, list) else type(like)(x)
+
+
+def text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def listed(problems: list[str]) -> str:
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more

@@ -1,0 +1,375 @@
+"""Checkpoints: bit for bit, onto any mesh, whole or not at all, and of one base."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from helpers import assert_identical, trained
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+import eqx_lorax as lorax
+
+
+pytest.importorskip("orbax.checkpoint")
+
+ERRORS = (lorax.AdapterFileError,)
+
+# Of TensorStore, whose other reads come back when one of them has failed and the event
+# loop of Orbax is closed.
+reads_fail = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
+
+
+def mesh(*shape):
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def on(sharding, tree):
+    return jax.device_put(tree, sharding)
+
+
+@pytest.fixture
+def run(getkey):
+    """What is frozen, and the state of a run: params, Adam, keys, and odd things."""
+    model = eqx.nn.MLP(8, 4, 16, 2, key=getkey())
+    model = trained(lorax.loraify(model, rank=2, key=getkey()))
+    params, frozen = lorax.partition(model, also="layers.2.bias")
+    optimizer_state = optax.MultiSteps(optax.adamw(1e-2), 2).init(params)
+    rest = {
+        "key": getkey(),
+        "keys": jr.split(jr.key(3, impl="rbg"), 3),
+        "a/b.c": np.arange(3.0) * 1e-300,
+        "scalar": np.float64(0.1),
+        "empty": jnp.zeros((0, 3)),
+        "half": jnp.arange(5, dtype=jnp.bfloat16) / 3,
+        "nan": jnp.array([jnp.nan, jnp.inf, -0.0]),
+        "numbers": (3, 0.1, float("inf"), 1 + 2j, True, "name", None),
+        "function": jax.nn.relu,
+    }
+    return frozen, (params, optimizer_state, rest)
+
+
+def blank(state):
+    """Other values of the same kinds."""
+
+    def other(x):
+        if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jr.split(jr.key(9, impl=jr.key_impl(x)), x.shape or 1).reshape(
+                x.shape
+            )
+        if isinstance(x, np.generic):
+            return type(x)(7)
+        return x * 0 if isinstance(x, jax.Array | np.ndarray) else x
+
+    return jax.tree.map(other, state)
+
+
+def restored(checkpoints, state, **settings):
+    found = checkpoints.restore(state, **settings)
+    assert found is not None
+    return found
+
+
+def same(found, state):
+    keys = [
+        jax.tree.map(
+            lambda x: (
+                jr.key_data(x)
+                if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+                else x
+            ),
+            tree,
+        )
+        for tree in (found, state)
+    ]
+    assert_identical(*keys)
+
+
+def test_round_trip(run, tmp_path):
+    frozen, state = run
+    with lorax.Checkpoints(tmp_path / "a" / "b", frozen) as checkpoints:
+        assert checkpoints.latest is None
+        assert checkpoints.restore(state) is None
+        checkpoints.save(7, state)
+    with lorax.Checkpoints(tmp_path / "a" / "b", frozen) as checkpoints:
+        assert checkpoints.latest == 7
+        step, found = restored(checkpoints, blank(state))
+    assert step == 7
+    same(found, state)
+    assert found[2]["function"] is jax.nn.relu
+    # They mix with what is on a mesh, as fresh ones do.
+    assert not found[2]["key"].committed
+
+
+def test_into_shapes(run, tmp_path):
+    frozen, (params, optimizer_state, _) = run
+    state = params, optimizer_state, jr.key(3)
+    with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
+        checkpoints.save(1, state)
+        shapes = jax.eval_shape(lambda: state)
+        _, found = restored(checkpoints, shapes)
+    same(found, state)
+
+
+@pytest.mark.parametrize("shape", ((8, 1), (2, 4), (1, 8)), ids=str)
+def test_onto_another_mesh(shape, tmp_path, getkey):
+    spec = {"b": P("model"), "a": P(None, "model"), "key": P(), "keys": P("data")}
+    state = {
+        "b": jr.normal(getkey(), (16, 3)),
+        "a": jr.normal(getkey(), (3, 8)),
+        "key": getkey(),
+        "keys": jr.split(getkey(), 8),
+    }
+    one, other = (
+        {name: NamedSharding(m, p) for name, p in spec.items()}
+        for m in (mesh(4, 2), mesh(*shape))
+    )
+    state = on(one, state)
+    with lorax.Checkpoints(tmp_path, state) as checkpoints:
+        checkpoints.save(1, state)
+    # The base is the same one wherever it lies.
+    with lorax.Checkpoints(tmp_path, on(other, state)) as checkpoints:
+        _, found = restored(checkpoints, on(other, blank(state)))
+        same(found, state)
+        assert all(found[name].sharding == other[name] for name in spec)
+        kinds = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            state,
+            other,
+        )
+        _, found = restored(checkpoints, kinds)
+        same(found, state)
+        assert all(found[name].sharding == other[name] for name in spec)
+        # And onto a single device.
+        _, found = restored(
+            checkpoints, jax.tree.map(lambda x: x, blank(on(None, state)))
+        )
+        same(found, state)
+
+
+def test_every_keep_and_force(tmp_path):
+    with lorax.Checkpoints(tmp_path, None, every=3, keep=2) as checkpoints:
+        for step in range(11):
+            checkpoints.save(step, {"x": jnp.full(3, step)})
+        assert checkpoints.latest == 9
+        checkpoints.save(10, {"x": jnp.full(3, 10)}, force=True)
+        assert checkpoints.latest == 10
+        with pytest.raises(ValueError, match=r"`step=9` is not after 10.*`restore`"):
+            checkpoints.save(9, {"x": jnp.full(3, 9)})
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["10", "9"]
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        step, found = restored(checkpoints, {"x": jnp.zeros(3, int)})
+    assert step == 10 and found["x"][0] == 10
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    step = jax.jit(lambda x: x * 1.5 + 1, donate_argnums=0)
+    x = jnp.ones(200_000)
+    with lorax.Checkpoints(tmp_path, None, keep=4) as checkpoints:
+        for i in range(1, 4):
+            checkpoints.save(i, x)
+            x = step(x)
+        # Its digest is that of the time of the call.
+        assert checkpoints.restore(x) is not None
+
+
+def test_another_base(run, tmp_path, getkey):
+    frozen, state = run
+    with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
+        checkpoints.save(1, state)
+    other = eqx.tree_at(
+        lambda m: m.layers[1].wrapped.bias, frozen, jr.normal(getkey(), 16)
+    )
+    match = r"another base than `frozen`: layers\.1\.bias differs\. .*allow_other_base"
+    with lorax.Checkpoints(tmp_path, other) as checkpoints:
+        with pytest.raises(ERRORS, match=match):
+            checkpoints.restore(state)
+        _, found = restored(checkpoints, state, allow_other_base=True)
+    same(found, state)
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        with pytest.raises(ERRORS, match=r"layers\.0\.weight is missing"):
+            checkpoints.restore(state)
+    # A plain model is the same base, but for what was trained of it.
+    plain = lorax.unloraify(eqx.combine(state[0], frozen), merge=False)
+    with lorax.Checkpoints(tmp_path, plain) as checkpoints:
+        with pytest.raises(ERRORS, match=r": layers\.2\.bias is not of it\. "):
+            checkpoints.restore(state)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda s: {**s, "y": jnp.ones(2)}, r"state\['y'\] is not in it"),
+        (lambda s: {"n": 1}, r"state\['x'\] is not in `state`"),
+        (lambda s: {**s, "x": jnp.ones(3)}, r"float32 \(2,\) in it, float32 \(3,\)"),
+        (lambda s: {**s, "x": jnp.ones(2, int)}, r"float32 \(2,\) in it, int32 \(2,\)"),
+        (lambda s: {**s, "x": 1.0}, r"state\['x'\] is an array in it"),
+        (lambda s: {**s, "n": jnp.ones(2)}, r"state\['n'\] is a number in it"),
+        (lambda s: {**s, "k": jr.key(0)}, r"key<rbg> \(\) in it, key<fry> \(\) in"),
+        (lambda s: [], r"and 0 more|is not in `state`"),
+    ],
+)
+def test_another_structure(change, match, tmp_path):
+    state = {"x": jnp.ones(2), "n": 1, "k": jr.key(0, impl="rbg")}
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        checkpoints.save(1, state)
+        with pytest.raises(ERRORS, match=match) as error:
+            checkpoints.restore(change(state))
+    assert str(error.value).endswith("or use another folder.")
+
+
+@pytest.mark.parametrize(
+    "state, error, match",
+    [
+        ({}, ValueError, "no arrays"),
+        ({"f": jax.nn.relu, "n": 1}, ValueError, "no arrays"),
+        ({"x": jnp.zeros((0, 2))}, ValueError, "no arrays"),
+        ({"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, TypeError, r"`state\['x'\]`"),
+        ({"x": jnp.ones(4, jnp.int4)}, TypeError, r"`state\['x'\]` is of dtype int4"),
+    ],
+)
+def test_what_cannot_be_saved(state, error, match, tmp_path):
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        with pytest.raises(error, match=match):
+            checkpoints.save(1, state)
+        assert checkpoints.latest is None
+
+
+@pytest.mark.parametrize("argument", ("every", "keep"))
+def test_bad_numbers(argument, tmp_path):
+    with pytest.raises(ValueError, match=f"`{argument}=0` must be at least 1"):
+        lorax.Checkpoints(tmp_path, None, **{argument: 0})
+
+
+@reads_fail
+def test_damaged(tmp_path):
+    """Every file of it: gone, cut, or with a changed bit."""
+    state = {"x": jr.normal(jr.key(0), (64, 64)), "k": jr.key(1), "n": 3}
+    with lorax.Checkpoints(tmp_path / "good", None) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state)
+    files = [x for x in (tmp_path / "good" / "2").rglob("*") if x.is_file()]
+    noticed = 0
+    for i, file in enumerate(files):
+        for damage in ("gone", "cut", "changed"):
+            folder = tmp_path / f"{i}{damage}"
+            shutil.copytree(tmp_path / "good", folder)
+            copy = folder / file.relative_to(tmp_path / "good")
+            content = bytearray(copy.read_bytes())
+            content[len(content) // 2] ^= 4
+            if damage == "gone":
+                copy.unlink()
+            else:
+                copy.write_bytes(content if damage == "changed" else content[:-9])
+            with lorax.Checkpoints(folder, None) as checkpoints:
+                try:
+                    _, found = restored(checkpoints, blank(state))
+                except lorax.AdapterFileError as error:
+                    noticed += 1
+                    assert str(error).endswith("Delete it to resume from step 1.")
+                else:
+                    same(found, state)
+            shutil.rmtree(folder)
+    # The others say what is said elsewhere too, and what was read is right.
+    assert noticed >= 10
+
+
+@reads_fail
+def test_the_last_one_left_is_damaged(tmp_path):
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        checkpoints.save(1, jnp.ones(2))
+    shutil.rmtree(tmp_path / "1" / "arrays")
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        with pytest.raises(ERRORS, match=r"1 is damaged.* Delete it to begin again\.$"):
+            checkpoints.restore(jnp.ones(2))
+
+
+@reads_fail
+def test_something_else(tmp_path):
+    (tmp_path / "12").mkdir()
+    (tmp_path / "12" / "notes.txt").write_text("mine")
+    with lorax.Checkpoints(tmp_path, None) as checkpoints:
+        with pytest.raises(ERRORS, match="no checkpoint of this library"):
+            checkpoints.restore(jnp.ones(2))
+
+
+def test_killed_at_any_moment(tmp_path):
+    """What is left is whole and does not grow; half a deleted one does no harm."""
+    script = """
+        import sys
+        import jax
+        import jax.numpy as jnp
+        import eqx_lorax as lorax
+
+        state = {"x": jnp.arange(4000.0), "y": jnp.ones((50, 50))}
+        with lorax.Checkpoints(sys.argv[1], state, keep=2) as checkpoints:
+            found = checkpoints.restore(state)
+            first, state = found or (0, state)
+            assert float(state["x"][0]) == first
+            print("on", flush=True)
+            for step in range(first + 1, 10_000):
+                state = {**state, "x": state["x"] + 1}
+                checkpoints.save(step, state)
+    """
+    latest, steps = 0, []
+    for i in range(4):
+        process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), tmp_path],
+            stdout=subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        with process.stdout:
+            assert process.stdout.readline() == b"on\n"
+            try:
+                process.wait(0.3 + 0.13 * i)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        steps = [int(x.name) for x in tmp_path.iterdir() if x.name.isdigit()]
+        assert len(list(tmp_path.iterdir())) <= 5
+        assert max(steps) > latest
+        latest = max(steps)
+    # As if it had been killed while deleting an old one.
+    broken = tmp_path / str(min(steps))
+    for file in list(broken.rglob("*")):
+        if file.is_file():
+            file.unlink()
+    state = {"x": jnp.arange(4000.0), "y": jnp.ones((50, 50))}
+    with lorax.Checkpoints(tmp_path, state, keep=2) as checkpoints:
+        step, found = restored(checkpoints, state)
+        assert step == latest and found["x"][0] == latest
+        checkpoints.save(step + 1, found)
+        checkpoints.save(step + 2, found)
+    left = sorted(x.name for x in tmp_path.iterdir())
+    assert left == sorted([str(latest + 1), str(latest + 2)])
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="Name a folder"):
+        lorax.Checkpoints(tmp_path / "file", None)
+
+
+def test_relative_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with lorax.Checkpoints(Path("run"), None) as checkpoints:
+        checkpoints.save(1, jnp.ones(2))
+    assert os.listdir(tmp_path / "run") == ["1"]
+
+
+def test_without_orbax(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match="pip install orbax-checkpoint$"):
+        lorax.Checkpoints(tmp_path, None)
