@@ -8,7 +8,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from safetensors import safe_open
 
 import toolbox
 
 
-with toolbox.install_hint():
-    from safetensors import safe_open
+if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
@@ -204,8 +204,10 @@ def load_minilm() -> Bert:
         )
 
 
-def load_tokenizer(length: int) -> Tokenizer:
+def load_tokenizer(length: int) -> "Tokenizer":
     """MiniLM's tokenizer, set to cut and pad every text to `length` tokens."""
+    with toolbox.install_hint():
+        from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(_file("tokenizer.json")))
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("[PAD]"))
@@ -213,7 +215,7 @@ def load_tokenizer(length: int) -> Tokenizer:
 
 
 def tokenize(
-    tokenizer: Tokenizer, texts: Sequence[str]
+    tokenizer: "Tokenizer", texts: Sequence[str]
 ) -> tuple[Int[Array, "text seq"], Bool[Array, "text seq"]]:
     """The tokens of each text, and where they are not padding."""
     encoded = tokenizer.encode_batch(list(texts))

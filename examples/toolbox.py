@@ -5,7 +5,7 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TYPE_CHECKING, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,6 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+
+
+# Imported where they are used: models and data can do without.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 _Examples = TypeVar("_Examples")
@@ -34,13 +40,6 @@ def install_hint(extra: str = "examples") -> Iterator[None]:
             f"{problem} {package!r}. Install what the examples need with: "
             f"pip install -e '.[{extra}]'"
         ) from None
-
-
-with install_hint():
-    from matplotlib.axes import Axes
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from tqdm import tqdm
 
 
 def package_file(package: str, name: str, *, holds: str, requirement: str) -> Path:
@@ -183,6 +182,8 @@ def fit(
 ) -> tuple[PyTree, PyTree, list[float]]:
     """Training as anyone writes it. The trained `params`, the optimizer's last state,
     and the loss of every step."""
+    with install_hint():
+        from tqdm import tqdm
 
     @jax.jit
     def step(
@@ -276,7 +277,7 @@ def check_same_answers(logits: ArrayLike, merged_logits: ArrayLike) -> float:
     return difference
 
 
-def plot_losses(axes: Axes, losses: Sequence[float]) -> None:
+def plot_losses(axes: "Axes", losses: Sequence[float]) -> None:
     """The loss of every step, and over it a smooth curve."""
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="batch")
@@ -288,8 +289,11 @@ def plot_losses(axes: Axes, losses: Sequence[float]) -> None:
     axes.legend(frameon=False)
 
 
-def save_figure(figure: Figure, file: Path) -> None:
+def save_figure(figure: "Figure", file: Path) -> None:
     """Writes a PNG. There is no window and no global state, so none is left open."""
+    with install_hint():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     file.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(file))
 
