@@ -17,10 +17,12 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ._arrays import wide
+from ._sharding import relabelled
 from ._tangent import product_with_factor
 
 
@@ -133,11 +135,12 @@ def product(
     *,
     y_is_frozen: bool = False,
     precision: Precision = None,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """The sum over every label of `x` and `y` that is not among `out_labels`.
 
     A label that only one operand has must be among `out_labels`. If `y` is frozen, no
-    derivative is taken in it.
+    derivative is taken in it. `out_sharding` is as of `jax.lax.dot_general`.
 
     **Returns:**
 
@@ -165,6 +168,7 @@ def product(
             dimension_numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
+            out_sharding=relabelled(out_sharding, out_labels, batch + x_free + y_free),
         )
 
     def with_factor(x, y_dot):

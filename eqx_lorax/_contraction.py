@@ -7,12 +7,14 @@ from typing import Any, TYPE_CHECKING
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from . import _contract, _views
 from ._arrays import is_array, promote
 from ._contract import Label, Labels, portable, Precision, RANK
 from ._merged import multiplied
+from ._sharding import explicit_sharding, of_product, relabelled
 from ._views import Viewed
 
 
@@ -30,6 +32,7 @@ def contract(
     out_labels: Labels,
     is_frozen: bool = False,
     precision: Precision = None,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
     stored = tuple(labels)
@@ -46,6 +49,7 @@ def contract(
         out_labels=natural,
         is_frozen=is_frozen,
         precision=precision,
+        out_sharding=relabelled(out_sharding, out_labels, natural),
     )
     return _reordered(y, natural, out_labels)
 
@@ -79,7 +83,10 @@ def _reordered(x: Array, labels: Labels, wanted: Labels) -> Array:
 # Compiled as one: each kind of product is then traced once and not in each layer.
 @functools.partial(
     jax.jit,
-    static_argnames=("x_labels", "labels", "out_labels", "is_frozen", "precision"),
+    static_argnames=(
+        *("x_labels", "labels", "out_labels", "is_frozen", "precision"),
+        "out_sharding",
+    ),
 )
 def _contracted(
     w: Viewed,
@@ -91,11 +98,16 @@ def _contracted(
     out_labels: Labels,
     is_frozen: bool = False,
     precision: Precision = None,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """As `contract`, for axes in the order of the weight as it is stored and of the
     products themselves."""
     arguments: dict[str, Any] = dict(
-        x_labels=x_labels, stored=labels, out_labels=out_labels, precision=precision
+        x_labels=x_labels,
+        stored=labels,
+        out_labels=out_labels,
+        precision=precision,
+        out_sharding=out_sharding,
     )
     if is_array(w):
         return _contract.product(
@@ -107,6 +119,7 @@ def _contracted(
             x.dtype,
             y_is_frozen=True,
             precision=precision,
+            out_sharding=out_sharding,
         )
     separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
     merged = functools.partial(_merged, **arguments)
@@ -121,10 +134,17 @@ def _merged(
     stored: Labels,
     out_labels: Labels,
     precision: Precision,
+    out_sharding: NamedSharding | None,
 ) -> Array:
-    whole = _views.dense(lora.replace(order=None))
     return _contract.product(
-        x, x_labels, whole, stored, out_labels, x.dtype, precision=precision
+        x,
+        x_labels,
+        _views.dense(lora.replace(order=None)),
+        stored,
+        out_labels,
+        x.dtype,
+        precision=precision,
+        out_sharding=out_sharding,
     )
 
 
@@ -138,6 +158,7 @@ def _separate(
     out_labels: Labels,
     is_frozen: bool,
     precision: Precision,
+    out_sharding: NamedSharding | None,
 ) -> Array:
     """Base and low-rank branch apart. `stored` are the labels of the base's axes."""
     low_rank_x = x if low_rank_x is None else low_rank_x
@@ -160,6 +181,7 @@ def _separate(
         out_labels=out_labels,
         is_frozen=True,
         precision=precision,
+        out_sharding=out_sharding,
     )
 
     x, precision = low_rank_x, portable(precision)
@@ -193,6 +215,13 @@ def _separate(
         dtype,
         y_is_frozen=is_frozen,
         precision=precision,
+        out_sharding=of_product(
+            explicit_sharding(x),
+            x_labels,
+            explicit_sharding(first),
+            first_labels,
+            hidden_labels,
+        ),
     )
     hidden = hidden * lora.scale
     if lora.gate is not None:
@@ -207,6 +236,7 @@ def _separate(
         hidden.dtype,
         y_is_frozen=is_frozen,
         precision=precision,
+        out_sharding=explicit_sharding(base),
     )
     y = _views.add(base, update)
     if gain is None:

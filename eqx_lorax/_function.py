@@ -15,6 +15,7 @@ from . import _compat
 from ._interpreter import evaluate
 from ._lora import factor_shapes
 from ._report import Materialised, OnMaterialise, Report
+from ._views import explicit_sharding
 from ._weight import AbstractLoraWeight, is_weight
 
 
@@ -205,7 +206,8 @@ def _frozen(values: list[Any]) -> list[Any]:
 
 def _shaped(value: Any) -> Any:
     if is_weight(value):
-        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+        sharding = explicit_sharding(value)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     return value
 
 

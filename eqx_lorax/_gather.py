@@ -101,8 +101,9 @@ def gather(
     if picked <= set(lora.batch_axes()):
         lora = lora.replace(w=w, b=b, a=a, gain=gain)
         return renumbered(lora, w_labels, out_labels)
-    low_rank = lora.scale * low_rank_product(b, b_labels, a, a_labels, w_labels)
-    found = add(dense(w), low_rank)
+    base = dense(w)
+    low_rank = low_rank_product(b, b_labels, a, a_labels, w_labels, base)
+    found = add(base, lora.scale * low_rank)
     if gain is not None:
         found = _contract.scaled(found, w_labels, gain, gain_labels)
     order = [w_labels.index(label) for label in out_labels]

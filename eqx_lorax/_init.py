@@ -18,11 +18,10 @@ Init: TypeAlias = Literal["uniform", "gaussian"] | Initialiser
 
 
 def initial_factor(
-    init: Init,
     key: PRNGKeyArray,
+    init: Init,
     shape: tuple[int, ...],
     dtype: DTypeLike,
-    *,
     rank: int,
     fan_in: int,
     is_lookup: bool,

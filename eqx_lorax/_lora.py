@@ -7,9 +7,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
 from ._contract import Label, Labels, RANK
+from ._sharding import chosen, follow, Placement, sharding_of
 from ._weight import AbstractLoraWeight, Weight
 
 
@@ -220,6 +222,29 @@ def factor_shapes(
     batch = [shape[axis] for axis in range(-len(shape), 0) if axis not in owned]
     b = (*batch, *(shape[axis] for axis in rows), rank)
     a = (*batch, rank, *(shape[axis] for axis in columns))
+    return b, a
+
+
+def factor_shardings(
+    name: str,
+    base: Any,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    rank: int,
+    placement: Placement = None,
+) -> tuple[Sharding | None, Sharding | None]:
+    """Where `b` and `a` of a fresh adapter lie; `name` is what errors say."""
+    lying = sharding_of(base)
+    batch = [axis for axis in range(-base.ndim, 0) if axis not in {*rows, *columns}]
+    shapes = factor_shapes(base.shape, rows, columns, rank)
+    axes = ([*batch, *rows, RANK], [*batch, RANK, *columns])
+    # A specification is a tuple too, in some versions of JAX.
+    if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
+        placement = (placement, placement)
+    b, a = (
+        chosen(name, shape, each, lying, follow(lying, base.ndim, labels))
+        for each, shape, labels in zip(placement, shapes, axes, strict=True)
+    )
     return b, a
 
 

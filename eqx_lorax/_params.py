@@ -1,14 +1,10 @@
 """Adapters for trees of parameters: the interface of the original jax-lorax."""
 
-import collections
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.core
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
@@ -16,11 +12,11 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._arrays import is_array, is_inexact
 from ._init import key_for
-from ._lora import factor_shapes, LoraWeight
+from ._lora import factor_shapes, factor_shardings, LoraWeight
+from ._sharding import created, Placement
 from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
-from ._surgery import base_of, check_finite, unloraify
-from ._tree import Places, rebuild
-from ._weight import AbstractLoraWeight, is_weight
+from ._surgery import unloraify
+from ._weight import is_weight
 
 
 def init_lora(
@@ -31,6 +27,7 @@ def init_lora(
     dtype: DTypeLike = jnp.float32,
     alpha: float = 1.0,
     is_leaf: Callable[[Any], bool] | None = None,
+    sharding: Placement = None,
 ) -> PyTree:
     """Parameters with a `lorax.LoraWeight` wherever the spec gives a rank, for a
     function that is wrapped by `lorax.lora`.
@@ -48,6 +45,9 @@ def init_lora(
     - `dtype`: The dtype of the factors.
     - `alpha`: The update is `alpha / rank * (b · a)`.
     - `is_leaf`: As of `jax.tree.map`.
+    - `sharding`: Where the factors lie, as of `lorax.loraify`; a `lorax.LoraSpec` may
+        say it for its parameter. By default they follow the parameter, which is never
+        moved.
 
     **Returns:**
 
@@ -78,11 +78,13 @@ def init_lora(
                 f"to the smaller side, {min(sides)}."
             )
         b_shape, a_shape = factor_shapes(x.shape, rows, columns, spec.rank)
-        a = stddev * jr.normal(key_for(rng, path), a_shape, dtype)
+        placement = sharding if spec.sharding is None else spec.sharding
+        b_lies, a_lies = factor_shardings(path, x, rows, columns, spec.rank, placement)
+        drawn = key_for(rng, path), stddev, a_shape, dtype
         return LoraWeight(
             x,
-            jnp.zeros(b_shape, dtype),
-            a,
+            created(jnp.zeros, (b_shape, dtype), x, b_lies),
+            created(_normal, drawn, x, a_lies),
             alpha if spec.alpha is None else spec.alpha,
             rows,
             columns,
@@ -90,6 +92,12 @@ def init_lora(
         )
 
     return map_spec(adapt, param_tree, spec, is_leaf)
+
+
+def _normal(
+    key: PRNGKeyArray, stddev: float, shape: tuple[int, ...], dtype: DTypeLike
+) -> Array:
+    return stddev * jr.normal(key, shape, dtype)
 
 
 def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:
@@ -151,37 +159,4 @@ def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
     `ValueError` if there is no adapter, or if a merged value is not finite; then
     nothing was changed.
     """
-    places = Places(lora_params)
-    weights = [place for place in places.all if is_weight(place.node)]
-    leaves = [x for place in weights for x in jax.tree.leaves(place.node)]
-    is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
-    if not weights or not destructive or is_traced:
-        return unloraify(lora_params)
-    check_finite(
-        [place.dotted for place in weights],
-        [bool(_merges_to_finite(place.node)) for place in weights],
-    )
-    # What is also found elsewhere in the tree, as a tied embedding is, stays.
-    uses = collections.Counter(id(x) for x in jax.tree.leaves(lora_params))
-    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: _overwritten
-        if uses[id(base_of(place.node))] == 1
-        else AbstractLoraWeight.materialise
-        for place in weights
-    }
-    return rebuild(lora_params, edits)
-
-
-@eqx.filter_jit
-def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
-    return jnp.isfinite(weight.materialise()).all()
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _donating(base: Any, others: Any) -> Array:
-    return eqx.combine(base, others).materialise()
-
-
-def _overwritten(weight: AbstractLoraWeight) -> Array:
-    factors, base = eqx.partition(weight, weight.trainable())
-    return _donating(base, factors)
+    return unloraify(lora_params, donate=destructive)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from ._sharding import Placement
 from ._tree import children
 from ._weight import is_weight
 
@@ -33,6 +34,8 @@ class LoraSpec:
         If both are, `columns` is the last axis.
     - `alpha`: The numerator of the scale, if not that of `lorax.init_lora`.
     - `rank_stabilised`: Whether the scale is `alpha / sqrt(rank)`.
+    - `sharding`: Where the factors lie, as of `lorax.loraify`, if not where that of
+        `lorax.init_lora` says.
     """
 
     rank: int
@@ -41,6 +44,7 @@ class LoraSpec:
     batch: Sequence[int] = ()
     alpha: int | float | None = None
     rank_stabilised: bool = False
+    sharding: Placement = None
 
     def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The row and the column axes of an array of `ndim` axes, counted from the

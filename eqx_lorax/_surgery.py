@@ -7,21 +7,21 @@ from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
-from ._arrays import promote
-from ._init import Init, initial_factor, key_for
+from ._fresh import adapted, axes_of
+from ._init import Init, key_for
 from ._layer import is_layer
-from ._layers import kernel_axes, layer_for
-from ._lora import factor_shapes, LoraWeight
+from ._layers import layer_for
+from ._merging import merged
 from ._select import Filter, Pattern
+from ._sharding import Placement
 from ._targets import find_targets, per_target, summarised, Target
 from ._tree import Place, Places, rebuild
-from ._weight import AbstractLoraWeight, is_weight
+from ._weight import base_of, is_weight
 
 
 _Model = TypeVar("_Model")
@@ -42,6 +42,7 @@ def loraify(
     dtype: DTypeLike | None = None,
     rank_stabilised: bool = False,
     stack: bool = False,
+    sharding: PerTarget[Placement] = None,
     key: PRNGKeyArray,
 ) -> _Model:
     """Puts low-rank adapters into a model.
@@ -86,6 +87,12 @@ def loraify(
     - `rank_stabilised`: Whether to use `scale = alpha / sqrt(rank)`.
     - `stack`: Whether a target that already has an adapter gets another on top, with
         the one there frozen. Otherwise that is an error.
+    - `sharding`: Where the factors lie, or a mapping from patterns. By default they
+        follow the base, which is never moved: `b` is sharded as the rows are and `a` as
+        the columns, and the rank is replicated. Otherwise a `jax.sharding.Sharding`; a
+        `jax.sharding.PartitionSpec` on the base's mesh, such as `PartitionSpec()` for
+        replicated factors; or a pair of these for `b` and `a`, `None` for what follows.
+        Every device makes its own part. `init` is then compiled, and has to allow it.
     - `key`: A `jax.random.key`. The factors of a target depend on it and on the
         target's path alone.
 
@@ -106,25 +113,27 @@ def loraify(
     _check_init(init)
     places = Places(model)
     targets = find_targets(model, places, filter)
-    adapted = [target for target in targets if target.is_adapted]
-    if adapted and not stack:
+    before = [target for target in targets if target.is_adapted]
+    if before and not stack:
         raise ValueError(
-            f"`model` already has adapters at {summarised(adapted)}. Pass `stack=True` "
+            f"`model` already has adapters at {summarised(before)}. Pass `stack=True` "
             "to put second ones on top of them, take them out with `lorax.unloraify`, "
             "or leave them out of `filter`."
         )
     ranks = per_target(rank, targets, "rank", _DEFAULT_RANK)
     alphas = per_target(alpha, targets, "alpha", None)
     dropouts = per_target(dropout, targets, "dropout", 0.0)
+    shardings = per_target(sharding, targets, "sharding", None)
     _check_ranks(targets, ranks)
     _check_alphas(targets, alphas)
     _check_dropouts(targets, dropouts)
 
     key_paths = _key_paths(targets)
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
-    for target, rank_, alpha_, rate in zip(targets, ranks, alphas, dropouts):
+    options = zip(targets, ranks, alphas, dropouts, shardings)
+    for target, rank_, alpha_, rate, placement in options:
         for array in target.arrays:
-            weight = _adapt(
+            weight = adapted(
                 target,
                 array,
                 rank=rank_,
@@ -132,6 +141,7 @@ def loraify(
                 init=init,
                 dtype=dtype,
                 rank_stabilised=rank_stabilised,
+                sharding=placement,
                 key=key_for(key, key_paths[array]),
             )
             edits[array.steps] = lambda _, weight=weight: weight
@@ -139,7 +149,7 @@ def loraify(
     return rebuild(model, edits)
 
 
-def unloraify(model: _Model, *, merge: bool = True) -> _Model:
+def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Model:
     """Takes the adapters out of a model: the tree structure, types and dtypes are again
     those that it had before `lorax.loraify`.
 
@@ -149,15 +159,19 @@ def unloraify(model: _Model, *, merge: bool = True) -> _Model:
     - `merge`: Whether the updates are added to the base weights, in float32 or wider
         and rounded once. With `merge=False` they are dropped, and the very base arrays
         come back.
+    - `donate`: Whether each merged weight is written over its base, so that no second
+        copy of the weights is needed. The base arrays of `model`, but those that are
+        also elsewhere in it, can then no longer be used.
 
     **Returns:**
 
-    The model without adapters. `model` itself is not changed.
+    The model without adapters, every weight where its base lies: nothing is gathered.
+    `model` itself is not changed, but for what is donated.
 
     **Raises:**
 
-    `ValueError` if there is no adapter, or if any merged weight is not finite; inside
-    `jax.jit` that is found out at run time.
+    `ValueError` if there is no adapter, or if any merged weight is not finite, and then
+    nothing was changed; inside `jax.jit` that is found out at run time.
     """
     places = Places(model)
     weights = [place for place in places.all if is_weight(place.node)]
@@ -167,8 +181,13 @@ def unloraify(model: _Model, *, merge: bool = True) -> _Model:
             "`model` has no adapters to take out. Was it passed through "
             "`lorax.loraify`, and has it been merged before?"
         )
+    if donate and not merge:
+        raise ValueError(
+            "`donate=True` writes merged weights over their bases, and `merge=False` "
+            "merges none. Leave out one of them."
+        )
     if merge:
-        arrays = _finite(weights, [_materialised(place.node) for place in weights])
+        arrays = merged(model, weights, donate=donate)
     else:
         arrays = [base_of(place.node) for place in weights]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
@@ -177,53 +196,6 @@ def unloraify(model: _Model, *, merge: bool = True) -> _Model:
     }
     edits |= {place.steps: lambda layer: layer.wrapped for place in layers}
     return rebuild(model, edits)
-
-
-def base_of(weight: Any) -> Any:
-    """The array beneath all adapters."""
-    while is_weight(weight):
-        weight = weight.w
-    return weight
-
-
-_materialised = eqx.filter_jit(AbstractLoraWeight.materialise)
-
-
-def _adapt(
-    target: Target,
-    array: Place,
-    *,
-    rank: int,
-    alpha: float,
-    init: Init,
-    dtype: DTypeLike | None,
-    rank_stabilised: bool,
-    key: PRNGKeyArray,
-) -> LoraWeight:
-    w = array.node
-    dtype = _factor_dtype(dtype, array)
-    rows, columns = axes_of(array)
-    b_shape, a_shape = factor_shapes(w.shape, rows, columns, rank)
-    a = initial_factor(
-        init,
-        key,
-        a_shape,
-        dtype,
-        rank=rank,
-        fan_in=math.prod(w.shape[axis] for axis in columns),
-        is_lookup=layer_for(target.module.module).is_lookup,
-    )
-    if is_weight(w):
-        _check_fresh_key(array, a)
-    b = jnp.zeros(b_shape, dtype)
-    return LoraWeight(w, b, a, alpha, rows, columns, rank_stabilised=rank_stabilised)
-
-
-def axes_of(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    assert array.owner is not None
-    if array.path[-1] != "weight":
-        return (-2,), (-1,)
-    return kernel_axes(array.owner.module, len(array.node.shape))
 
 
 def wrapping(place: Place, rate: int | float) -> Callable[[Any], Any]:
@@ -258,21 +230,6 @@ def _key_paths(targets: Sequence[Target]) -> dict[Place, str]:
             stacklevel=3,
         )
     return paths
-
-
-def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
-    base = jnp.dtype(array.node.dtype)
-    if dtype is None:
-        return promote(base, jnp.float32)
-    dtype = jnp.dtype(dtype)
-    is_complex = [jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, base)]
-    if not jnp.issubdtype(dtype, jnp.inexact) or is_complex[0] != is_complex[1]:
-        kind = "a complex" if is_complex[1] else "a real floating"
-        raise ValueError(
-            f"`dtype={dtype}` cannot be that of the factors for {array.dotted}, which "
-            f"is {base}: pass {kind} dtype, or none."
-        )
-    return dtype
 
 
 def _check_key(key: Any) -> None:
@@ -353,48 +310,3 @@ def _check_dropouts(targets: Sequence[Target], dropouts: Sequence[Any]) -> None:
                 "convolutions have it. Give the others alone a rate: "
                 "`dropout={'<pattern>': ...}`."
             )
-
-
-def _check_fresh_key(array: Place, a: Array) -> None:
-    there = array.node
-    while is_weight(there):
-        old = there.as_lora().a
-        concrete = not any(isinstance(x, jax.core.Tracer) for x in (old, a))
-        if concrete and old.shape == a.shape and bool((old == a).all()):
-            raise ValueError(
-                f"`key` was used before: the new adapter at {array.dotted} would start "
-                "as a copy of one that is there. Pass a fresh one, from "
-                "`jax.random.split`."
-            )
-        there = there.w
-
-
-def _finite(places: Sequence[Place], arrays: list[Array]) -> list[Array]:
-    """`arrays` if all of them are finite."""
-    dotted = [place.dotted for place in places]
-    flags: list[Bool[Array, ""]] = [jnp.isfinite(array).all() for array in arrays]
-    if any(isinstance(flag, jax.core.Tracer) for flag in flags):
-        return [
-            eqx.error_if(array, ~flag, _not_finite([path]))
-            for path, array, flag in zip(dotted, arrays, flags)
-        ]
-    check_finite(dotted, [bool(flag) for flag in flags])
-    return arrays
-
-
-def check_finite(dotted: Sequence[str], flags: Sequence[bool]) -> None:
-    """Raises `ValueError` if the weights of some of the paths do not merge to something
-    finite."""
-    bad = [path for path, flag in zip(dotted, flags) if not flag]
-    if bad:
-        raise ValueError(_not_finite(bad))
-
-
-def _not_finite(dotted: Sequence[str]) -> str:
-    more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
-    return (
-        f"Merging gives values that are not finite in {', '.join(dotted[:8])}"
-        f"{more}; nothing was merged. Look for NaN in the factors or for overflow "
-        "of the base's dtype, or drop the adapters with "
-        "`lorax.unloraify(model, merge=False)`."
-    )

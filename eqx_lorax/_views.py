@@ -10,10 +10,11 @@ from typing import Any, TYPE_CHECKING, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from . import _contract
+from . import _contract, _sharding
 from ._arrays import is_array, promote, wide
 from ._contract import Label, NotFactored
 
@@ -33,12 +34,21 @@ def dense(x: Viewed) -> Array:
     stored = range(-lora.w.ndim, 0)
     base = dense(lax.stop_gradient(lora.w))
     low_rank = low_rank_product(
-        lora.b, lora.b_axes(stored), lora.a, lora.a_axes(stored), stored
+        lora.b, lora.b_axes(stored), lora.a, lora.a_axes(stored), stored, base
     )
     whole = add(base, lora.scale * low_rank)
     if lora.gain is not None:
         whole = _contract.scaled(whole, stored, lora.gain, stored)
     return lax.transpose(whole, [axis % whole.ndim for axis in lora.shown_axes()])
+
+
+def explicit_sharding(x: Viewed) -> NamedSharding | None:
+    """The sharding that the type of the array has, or would have, on explicit axes."""
+    if is_array(x):
+        return _sharding.explicit_sharding(x)
+    lora = x.as_lora()
+    stored = range(-lora.w.ndim, 0)
+    return _sharding.relabelled(explicit_sharding(lora.w), stored, lora.shown_axes())
 
 
 def low_rank_product(
@@ -47,10 +57,20 @@ def low_rank_product(
     a: Array,
     a_labels: Sequence[Label],
     out_labels: Sequence[Label],
+    base: Array,
 ) -> Array:
-    """`b · a`, in `wide` of their common dtype."""
+    """`b · a`, in `wide` of their common dtype, where the `base` lies to which it is
+    added."""
     dtype = promote(b.dtype, a.dtype)
-    return _contract.product(b, b_labels, a, a_labels, out_labels, dtype)
+    return _contract.product(
+        b,
+        b_labels,
+        a,
+        a_labels,
+        out_labels,
+        dtype,
+        out_sharding=explicit_sharding(base),
+    )
 
 
 def add(x: Array, y: Array) -> Array:

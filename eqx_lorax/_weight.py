@@ -193,3 +193,10 @@ def _round(y: Array, weight: AbstractLoraWeight, x: ArrayLike) -> Array:
 def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:
     """Whether `node` is a factored weight."""
     return isinstance(node, AbstractLoraWeight)
+
+
+def base_of(weight: Any) -> Any:
+    """The array beneath all adapters."""
+    while is_weight(weight):
+        weight = weight.w
+    return weight

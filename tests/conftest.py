@@ -1,9 +1,15 @@
 import os
 import sys
 
-import jax
-import pytest
-from equinox.internal import GetKey
+
+# Before JAX is imported: tests of sharded models need several devices.
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8"
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from equinox.internal import GetKey  # noqa: E402
 
 
 # Not by default: the tests marked `own_errors` want to see the library's own errors. It

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array
 
 from .._adapter import Adapted, Adapter
+from .._fresh import axes_of
 from .._lora import factor_shapes
-from .._surgery import axes_of
 from .._targets import target_of
 from .._tree import Place, Places
 from .config import alpha_of, rank_of

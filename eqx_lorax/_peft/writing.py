@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._adapter import Adapter
-from .._surgery import axes_of
+from .._fresh import axes_of
 from .._tree import Place, Places
 from .._weight import is_weight
 from .config import new_config

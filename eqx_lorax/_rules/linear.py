@@ -6,6 +6,7 @@ from typing import Any, TYPE_CHECKING
 
 import jax.lax as lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from .. import _views
@@ -13,6 +14,7 @@ from .._arrays import is_array, promote, wide
 from .._contract import Label, Labels, NotFactored, portable, product, RANK
 from .._contraction import contract
 from .._convolution import convolve
+from .._sharding import explicit_sharding, of_product
 from .._weight import AbstractLoraWeight, is_weight
 
 
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 
 
 def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
-    if equation.params.get("out_sharding") is not None:
-        raise NotFactored("it asks for a sharding of its result")
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
     x_labels: list[Label] = [("x", i) for i in range(x.ndim)]
     y_labels: list[Label] = [("y", i) for i in range(y.ndim)]
@@ -40,9 +40,11 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     if is_weight(x) and (not is_weight(y) or _can_be_taken_apart(y)):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
     meet: Any = _contract_weights if is_weight(x) else _contract
-    result = meet(
-        x, x_labels, y, y_labels, out_labels, dtype, equation.params["precision"]
+    options = dict(
+        precision=equation.params["precision"],
+        out_sharding=equation.params.get("out_sharding"),
     )
+    result = meet(x, x_labels, y, y_labels, out_labels, dtype, **options)
     return [result.astype(out.dtype)]
 
 
@@ -53,7 +55,9 @@ def _contract(
     labels: Labels,
     out_labels: Labels,
     dtype: jnp.dtype,
+    *,
     precision: Any,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     return contract(
         y,
@@ -62,6 +66,7 @@ def _contract(
         labels=tuple(labels),
         out_labels=tuple(out_labels),
         precision=precision,
+        out_sharding=out_sharding,
     )
 
 
@@ -72,7 +77,9 @@ def _contract_weights(
     labels: Labels,
     out_labels: Labels,
     dtype: jnp.dtype,
+    *,
     precision: Any,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """The base of `x` meets `y`, and so do its factors, one after the other."""
     if not _can_be_taken_apart(x):
@@ -80,7 +87,16 @@ def _contract_weights(
     lora = x.as_lora()
     stored = lora.stored_labels(x_labels)
     frozen = lax.stop_gradient(jnp.asarray(lora.w))
-    base = _contract(frozen, stored, y, labels, out_labels, dtype, precision)
+    base = _contract(
+        frozen,
+        stored,
+        y,
+        labels,
+        out_labels,
+        dtype,
+        precision=precision,
+        out_sharding=out_sharding,
+    )
 
     rank = ("x", RANK)
     factors = [
@@ -98,7 +114,20 @@ def _contract_weights(
     hidden_labels = [label for label in either if label in wanted]
     dtype = promote(dtype, first.dtype, second.dtype)
     hidden = _contract(
-        first, first_labels, y, labels, hidden_labels, dtype, portable(precision)
+        first,
+        first_labels,
+        y,
+        labels,
+        hidden_labels,
+        dtype,
+        precision=portable(precision),
+        out_sharding=of_product(
+            explicit_sharding(first),
+            first_labels,
+            _views.explicit_sharding(y),
+            labels,
+            hidden_labels,
+        ),
     )
     update = product(
         hidden,
@@ -108,6 +137,7 @@ def _contract_weights(
         out_labels,
         hidden.dtype,
         precision=portable(precision),
+        out_sharding=explicit_sharding(base),
     )
     return _views.add(base, lora.scale * update)
 
@@ -130,6 +160,8 @@ def _convolution(equation: "Equation", x: Any, kernel: Any) -> Sequence[Any]:
     params = equation.params
     if is_weight(x) or params["batch_group_count"] != 1:
         raise NotFactored("the weight is not the kernel")
+    if params.get("out_sharding") is not None:
+        raise NotFactored("it asks for a sharding of its result")
     (out,) = equation.out_avals
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     names += ("dimension_numbers", "feature_group_count", "precision")

@@ -8,11 +8,12 @@ from typing import Any, TYPE_CHECKING
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from .. import _concatenate, _gather, _views
 from .._arrays import wide
 from .._contract import NotFactored
+from .._sharding import relabelled
 from .._weight import is_weight
 
 
@@ -175,10 +176,24 @@ def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:
     lora = x.as_lora()
     if not isinstance(sharding, NamedSharding) or is_weight(lora.w):
         raise NotFactored(f"it asks for {sharding}")
-    spec = dict(zip(lora.shown_axes(), [*sharding.spec, *(None,) * x.ndim]))
-    moved = PartitionSpec(*(spec[axis] for axis in range(-x.ndim, 0)))
-    w = lax.with_sharding_constraint(lora.w, NamedSharding(sharding.mesh, moved))
-    return [lora.replace(w=w)]
+    stored = range(-x.ndim, 0)
+    moved = relabelled(sharding, lora.shown_axes(), stored)
+    # Where the factors lie then is left to the compiler.
+    return [lora.replace(w=lax.with_sharding_constraint(lora.w, moved))]
+
+
+def _reshard(equation: "Equation", x: Any) -> Sequence[Any]:
+    def to(x: Any, sharding: NamedSharding | None) -> Any:
+        if not is_weight(x):
+            parameters = {**equation.params, "dst_sharding": sharding}
+            return equation.primitive.bind(x, **parameters)
+        lora = x.as_lora()
+        shown = lora.shown_axes()
+        return lora.map_arrays(
+            lambda part, labels: to(part, relabelled(sharding, shown, labels))
+        )
+
+    return [to(x, equation.params["dst_sharding"])]
 
 
 RULES: dict[str, Callable[..., Sequence[Any]]] = {
@@ -197,6 +212,7 @@ RULES: dict[str, Callable[..., Sequence[Any]]] = {
     "pcast": _on_leaves,
     "pvary": _on_leaves,
     "reshape": _reshape,
+    "reshard": _reshard,
     "rev": _rev,
     "sharding_constraint": _sharding_constraint,
     "slice": _slice,

@@ -1,0 +1,96 @@
+"""The fresh adapter of one array."""
+
+import math
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, PRNGKeyArray
+
+from ._arrays import promote
+from ._init import Init, initial_factor
+from ._layers import kernel_axes, layer_for
+from ._lora import factor_shapes, factor_shardings, LoraWeight
+from ._sharding import created, Placement
+from ._targets import Target
+from ._tree import Place
+from ._weight import base_of, is_weight
+
+
+def adapted(
+    target: Target,
+    array: Place,
+    *,
+    rank: int,
+    alpha: float,
+    init: Init,
+    dtype: DTypeLike | None,
+    rank_stabilised: bool,
+    sharding: Placement,
+    key: PRNGKeyArray,
+) -> LoraWeight:
+    """The array of a target with a fresh adapter."""
+    w = array.node
+    rows, columns = axes_of(array)
+    shape = tuple(w.shape)
+    b_shape, a_shape = factor_shapes(shape, rows, columns, rank)
+    base = base_of(w)
+    b_sharding, a_sharding = factor_shardings(
+        array.dotted, base, rows, columns, rank, sharding
+    )
+    dtype = _factor_dtype(dtype, array)
+    fan_in = math.prod(shape[axis] for axis in columns)
+    is_lookup = layer_for(target.module.module).is_lookup
+    a = created(
+        initial_factor,
+        (key, init, a_shape, dtype, rank, fan_in, is_lookup),
+        base,
+        a_sharding,
+    )
+    if is_weight(w):
+        _check_fresh_key(array, a)
+    b = created(jnp.zeros, (b_shape, dtype), base, b_sharding)
+    return LoraWeight(w, b, a, alpha, rows, columns, rank_stabilised=rank_stabilised)
+
+
+def axes_of(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The row and the column axes of an array of a module, counted from the end."""
+    assert array.owner is not None
+    if array.path[-1] != "weight":
+        return (-2,), (-1,)
+    return kernel_axes(array.owner.module, len(array.node.shape))
+
+
+def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
+    base = jnp.dtype(array.node.dtype)
+    if dtype is None:
+        return promote(base, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    is_complex = [jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, base)]
+    if not jnp.issubdtype(dtype, jnp.inexact) or is_complex[0] != is_complex[1]:
+        kind = "a complex" if is_complex[1] else "a real floating"
+        raise ValueError(
+            f"`dtype={dtype}` cannot be that of the factors for {array.dotted}, which "
+            f"is {base}: pass {kind} dtype, or none."
+        )
+    return dtype
+
+
+def _check_fresh_key(array: Place, a: Array) -> None:
+    there = array.node
+    while is_weight(there):
+        old = there.as_lora().a
+        if _is_concrete(old) and _is_concrete(a) and old.shape == a.shape:
+            if bool((old == a).all()):
+                raise ValueError(
+                    f"`key` was used before: the new adapter at {array.dotted} would "
+                    "start as a copy of one that is there. Pass a fresh one, from "
+                    "`jax.random.split`."
+                )
+        there = there.w
+
+
+def _is_concrete(x: Any) -> bool:
+    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)

@@ -1,0 +1,83 @@
+"""Adding the updates to their bases."""
+
+import collections
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from ._sharding import sharding_of
+from ._tree import Place
+from ._weight import AbstractLoraWeight, base_of
+
+
+def merged(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:
+    """What the weights of a model stand for, each where its base lies.
+
+    **Arguments:**
+
+    - `donate`: Whether each is written over its base, if that is nowhere else in the
+        model.
+
+    **Raises:**
+
+    `ValueError` if any is not finite; inside `jax.jit` that is found out at run time.
+    """
+    dotted = [place.dotted for place in weights]
+    nodes = [place.node for place in weights]
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nodes)):
+        arrays = [node.materialise() for node in nodes]
+        return [
+            eqx.error_if(array, ~jnp.isfinite(array).all(), _not_finite([path]))
+            for path, array in zip(dotted, arrays)
+        ]
+    if donate:
+        _check_finite(dotted, [_merges_to_finite(node) for node in nodes])
+        # What is also found elsewhere, as a tied embedding is, stays.
+        uses = collections.Counter(id(x) for x in jax.tree.leaves(model))
+        return [_merged(node, uses[id(base_of(node))] == 1) for node in nodes]
+    arrays = [_merged(node, False) for node in nodes]
+    _check_finite(dotted, [jnp.isfinite(array).all() for array in arrays])
+    return arrays
+
+
+def _merged(weight: AbstractLoraWeight, donate: bool) -> Array:
+    base = base_of(weight)
+    is_base = jax.tree.map(lambda x: x is base, weight)
+    return _merging(sharding_of(base), donate)(*eqx.partition(weight, is_base))
+
+
+@functools.lru_cache(maxsize=1024)
+def _merging(sharding: Sharding | None, donate: bool) -> Callable[..., Array]:
+    return jax.jit(
+        lambda base, others: eqx.combine(base, others).materialise(),
+        donate_argnums=0 if donate else (),
+        out_shardings=sharding,
+    )
+
+
+@jax.jit
+def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
+    return jnp.isfinite(weight.materialise()).all()
+
+
+def _check_finite(dotted: Sequence[str], flags: Sequence[Array]) -> None:
+    bad = [path for path, flag in zip(dotted, flags) if not bool(flag)]
+    if bad:
+        raise ValueError(_not_finite(bad))
+
+
+def _not_finite(dotted: Sequence[str]) -> str:
+    more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
+    return (
+        f"Merging gives values that are not finite in {', '.join(dotted[:8])}"
+        f"{more}; nothing was merged. Look for NaN in the factors or for overflow "
+        "of the base's dtype, or drop the adapters with "
+        "`lorax.unloraify(model, merge=False)`."
+    )

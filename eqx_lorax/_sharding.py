@@ -1,0 +1,189 @@
+"""Where arrays lie. The factors of a weight follow its base: `b` lies as the rows do,
+`a` as the columns do, and the rank is replicated."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.core
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
+
+
+Lying: TypeAlias = Sharding | PartitionSpec | None
+# For both factors, or for `b` and for `a`; `None` for where the base says.
+Placement: TypeAlias = Lying | tuple[Lying, Lying]
+_Labels: TypeAlias = Sequence[Any]
+
+
+def sharding_of(x: Any) -> Sharding | None:
+    """Where the array `x` lies, as far as it is known and was chosen by anyone."""
+    if isinstance(x, jax.core.Tracer):
+        return explicit_sharding(x)
+    sharding = getattr(x, "sharding", None)
+    if not isinstance(x, jax.Array) or isinstance(sharding, NamedSharding):
+        return sharding
+    if len(x.devices()) > 1:
+        # It does not say by what axes it is sharded.
+        devices = sorted(x.devices(), key=lambda device: device.id)
+        return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
+    return sharding if x.committed else None
+
+
+def explicit_sharding(x: Any) -> NamedSharding | None:
+    """The sharding that the type of `x` has, if it is on a mesh with explicit axes."""
+    sharding = jax.typeof(x).sharding
+    return sharding if is_explicit(sharding) else None
+
+
+def is_explicit(sharding: Sharding) -> bool:
+    """Whether it is on a mesh of whose axes types speak."""
+    is_named = isinstance(sharding, NamedSharding)
+    return is_named and AxisType.Explicit in sharding.mesh.axis_types
+
+
+def relabelled(
+    sharding: NamedSharding | None, labels: _Labels, wanted: _Labels
+) -> NamedSharding | None:
+    """`sharding`, of an array with the axes `labels`, for one with the axes `wanted`,
+    replicated along those that are new."""
+    if sharding is None:
+        return None
+    axes = dict(zip(labels, sharding.spec))
+    spec = PartitionSpec(*(axes.get(label) for label in wanted))
+    return NamedSharding(sharding.mesh, spec)
+
+
+def follow(base: Sharding | None, ndim: int, labels: _Labels) -> Sharding | None:
+    """Where an array with the axes `labels` lies if it goes with a base of `ndim` axes.
+    The labels are those axes, counted from the end, and others."""
+    if not isinstance(base, NamedSharding):
+        return base
+    return relabelled(base, range(-ndim, 0), labels)
+
+
+def chosen(
+    name: str,
+    shape: Sequence[int],
+    wanted: Lying,
+    base: Sharding | None,
+    followed: Sharding | None,
+) -> Sharding | None:
+    """`wanted`, if that is anything, on the mesh of `base` if it names none; or else
+    what follows from the base.
+
+    **Raises:**
+
+    `ValueError` if there is no mesh, or if the shape cannot be sharded like that.
+    """
+    if wanted is None:
+        return followed
+    if not isinstance(wanted, Sharding | PartitionSpec):
+        raise TypeError(
+            f"`sharding={wanted!r}` for {name} must be a `jax.sharding.Sharding`, a "
+            "`jax.sharding.PartitionSpec`, a pair of these for `b` and `a`, or `None`."
+        )
+    try:
+        if isinstance(wanted, PartitionSpec):
+            wanted = NamedSharding(_mesh(name, wanted, base), wanted)
+        if isinstance(wanted, NamedSharding) and len(wanted.spec) > len(shape):
+            raise ValueError(f"it is for {len(wanted.spec)} axes")
+        wanted.shard_shape(tuple(shape))
+    # JAX says in as many ways that axes are missing, named twice, or do not divide.
+    except Exception as error:
+        raise ValueError(
+            f"`sharding={wanted}` for {name} does not fit a factor of shape "
+            f"{tuple(shape)}: {str(error).rstrip('.')}. Pass a pair, for `b` and for "
+            "`a`, or leave it to follow the base."
+        ) from error
+    return wanted
+
+
+def _mesh(name: str, wanted: PartitionSpec, base: Sharding | None) -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    if isinstance(base, NamedSharding):
+        mesh = base.mesh
+    if mesh.empty:
+        raise ValueError(
+            f"{name} is on no mesh; pass `jax.sharding.NamedSharding(mesh, {wanted})`"
+        )
+    return mesh
+
+
+def created(
+    make: Callable[..., Array],
+    arguments: tuple[Any, ...],
+    base: Any,
+    sharding: Sharding | None,
+) -> Any:
+    """`make(*arguments)`, of which each device makes its own part.
+
+    **Arguments:**
+
+    - `make`: A function of arrays and hashable values. It is the same one in every
+        call, so that what was compiled is found again.
+    - `base`: If this is abstract, so is the result.
+    - `sharding`: Where the result is to lie.
+    """
+    if isinstance(base, jax.ShapeDtypeStruct):
+        made = jax.eval_shape(lambda: make(*arguments))
+        return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding)
+    if sharding is None:
+        return make(*arguments)
+    if isinstance(base, jax.core.Tracer):
+        return moved(make(*arguments), sharding)
+    static = [i for i, x in enumerate(arguments) if not isinstance(x, jax.Array)]
+    return _compiled(make, tuple(static), sharding)(*arguments)
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled(
+    make: Callable[..., Array], static: tuple[int, ...], sharding: Sharding
+) -> Callable[..., Array]:
+    return jax.jit(make, static_argnums=static, out_shardings=sharding)
+
+
+def moved(x: Array, sharding: Sharding) -> Array:
+    """`x`, inside a program, where it is to lie."""
+    if is_explicit(sharding):
+        return jax.sharding.reshard(x, sharding)
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def placed(x: Any, sharding: Sharding | None) -> Array:
+    """The array `x`, which every process has whole, where it is to lie."""
+    if sharding is None:
+        return jnp.asarray(x)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def of_product(
+    x: NamedSharding | None,
+    x_labels: _Labels,
+    y: NamedSharding | None,
+    y_labels: _Labels,
+    out_labels: _Labels,
+) -> NamedSharding | None:
+    """Where the product of two arrays lies, given the shardings in their types: along
+    each axis as the first that has it. What is sharded and summed over is then summed
+    over devices, which JAX does not do without being told so."""
+    known = [sharding for sharding in (x, y) if sharding is not None]
+    if not known:
+        return None
+    by_label: dict[Any, Any] = {}
+    for sharding, labels in ((y, y_labels), (x, x_labels)):
+        if sharding is not None:
+            by_label |= dict(zip(labels, sharding.spec))
+    spec: list[Any] = []
+    used: set[Any] = set()
+    for label in out_labels:
+        axes = by_label.get(label)
+        names = {*axes} if isinstance(axes, tuple) else {axes} - {None}
+        spec.append(None if names & used else axes)
+        used |= names
+    return NamedSharding(known[0].mesh, PartitionSpec(*spec))
