@@ -1,12 +1,12 @@
 """What a traced program costs: the products it computes, and what it must hold.
 
-A program is taken as XLA would: functions inside it are inlined, what nobody reads is
-left out, and elementwise operations are fused into the one operation that reads them.
+Functions inside a program are inlined, what nobody reads is left out, and what only
+moves entries is done on the way. Each other equation makes an array: XLA fuses some of
+them and copies others into another layout, and which ones depends on the device.
 """
 
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -57,21 +57,6 @@ class Operation:
     def is_product(self) -> bool:
         return self.name in _PRODUCTS
 
-    @property
-    def is_elementwise(self) -> bool:
-        if self.inner or self.name in _NOT_ELEMENTWISE or len(self.writes) != 1:
-            return False
-        shape = self.equation.outvars[0].aval.shape
-        return all(
-            len(v.aval.shape) in (0, len(shape))
-            and all(x in (1, y) for x, y in zip(v.aval.shape, shape))
-            for v in self.equation.invars
-        )
-
-    @property
-    def can_be_fused_into(self) -> bool:
-        return self.is_elementwise or self.name.startswith(("reduce_", "arg"))
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -88,7 +73,7 @@ def program(jaxpr: Jaxpr, inputs: Sequence[Value]) -> Program:
     """The program of a traced function."""
     operations: list[Operation] = []
     outputs = frozenset(_inline(closed(jaxpr), inputs, operations))
-    return Program(_fused(_needed(operations, outputs)), outputs)
+    return Program(_needed(operations, outputs), outputs)
 
 
 def flops(program: Program) -> int:
@@ -103,9 +88,9 @@ def flops(program: Program) -> int:
 
 
 def peak(program: Program) -> int:
-    """The most bytes that are live at once, besides inputs and outputs. Weights that are
-    gathered to be computed with are."""
-    last = {}
+    """The most bytes that are live at once, besides inputs and outputs; with weights
+    that are gathered to be computed with."""
+    last: dict[Value, int] = {}
     for i, op in enumerate(program.operations):
         last |= dict.fromkeys((*op.writes, *op.reads), i)
     own = {v for op in program.operations for v in op.writes} - program.outputs
@@ -116,9 +101,7 @@ def peak(program: Program) -> int:
         freed = sum(v.nbytes for v in dying)
         gathered = sum(map(_gathered_bytes, _weights(op)))
         during = max((peak(inner) for inner in op.inner), default=0) + gathered
-        # What is computed entry by entry is written over what it is computed from.
-        in_place = min(new, freed) if op.is_elementwise else 0
-        most = max(most, live + new - in_place + during)
+        most = max(most, live + new + during)
         live += new - freed
     return most
 
@@ -256,33 +239,15 @@ def _same(variables: Sequence[Any], others: Sequence[Any]) -> bool:
 
 def _needed(
     operations: Sequence[Operation], outputs: frozenset[Value]
-) -> list[Operation]:
+) -> tuple[Operation, ...]:
     """Without those of which nothing is read."""
     read = set(outputs)
-    needed = []
+    needed: list[Operation] = []
     for op in reversed(operations):
         if op.equation.effects or not read.isdisjoint(op.writes):
             read |= set(op.reads)
             needed.append(op)
-    return needed[::-1]
-
-
-def _fused(operations: Sequence[Operation]) -> tuple[Operation, ...]:
-    """With elementwise operations, where only one other reads the result and can compute
-    it on the way, as a part of that one."""
-    readers = Counter(v for op in operations for v in set(op.reads))
-    pending: dict[Value, tuple[Value, ...]] = {}
-    reader = {v: op for op in operations for v in op.reads}
-    fused = []
-    for op in operations:
-        reads = tuple(x for v in op.reads for x in pending.pop(v, (v,)))
-        [written, *_] = op.writes or (None,)
-        if op.is_elementwise and written is not None and readers[written] == 1:
-            if reader[written].can_be_fused_into:
-                pending[written] = reads
-                continue
-        fused.append(dataclasses.replace(op, reads=reads))
-    return tuple(fused)
+    return tuple(needed[::-1])
 
 
 def _nbytes(aval: Any) -> int:
@@ -324,9 +289,3 @@ _WITH_INNER = {"scan", "while", "cond", "shard_map"}
 _VIEWS = {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "reshape", "squeeze"}
 _VIEWS |= {"stop_gradient", "transpose"}
 _WEIGHT_VIEWS = {"convert_element_type", "slice", "dynamic_slice"}
-_NOT_ELEMENTWISE = {
-    *_PRODUCTS,
-    *("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort", "fft", "rev"),
-    *("cholesky", "triangular_solve", "optimization_barrier"),
-    *("gather", "scatter", "scatter-add"),
-}

@@ -1,4 +1,4 @@
-"""What a training step needs, on paper: memory, operations, and a bound of its time."""
+"""What a training step needs, on paper: memory, operations, and time at the least."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ from ._devices import (
     optimizer_state,
     plain,
 )
-from ._summary import in_bytes
 from ._select import Filter
+from ._summary import in_bytes
 from ._train import partition
 
 
@@ -76,15 +76,15 @@ class Plan:
     optimizer: int
     """The bytes of the optimizer's state."""
     activations: int
-    """The most bytes that are live at once beside these: what the backward pass needs of
-    the forward pass, what is computed with, and weights gathered for it."""
+    """The most bytes that are live at once beside these: what the backward pass needs
+    of the forward pass, what is computed with, and weights gathered for it."""
     flops: int
     """The operations of the products of one step, on all devices together."""
     read: int
     """The bytes of weights that the products of one step read on one device."""
     received: int
-    """The bytes that one device receives in one step: parts of weights that are gathered,
-    and of gradients that are summed over a divided batch."""
+    """The bytes that one device receives in one step: parts of weights that are
+    gathered, and of gradients that are summed over a divided batch."""
 
     @property
     def total(self) -> int:
@@ -140,20 +140,20 @@ def plan(
         print(lorax.plan(loss, model, batch))
         ```
 
-    The bytes of base, adapters, gradients and optimizer state are exact: an array with a
-    sharding, even of a `jax.sharding.AbstractMesh`, counts as what of it is on one
-    device. Activations are the peak of the traced step, with what XLA fuses taken into
-    account roughly: see the page on planning for how near that is. A batch that is
-    divided divides activations; axes of the mesh that divide only weights do not, so
-    that with these it is an upper bound.
+    The bytes of base, adapters, gradients and optimizer state are exact: an array with
+    a sharding, even of a `jax.sharding.AbstractMesh`, counts as what of it is on one
+    device. Activations are the peak of the traced step, as if each equation made an
+    array; the page on planning says how near that is. A batch that is divided divides
+    them; axes of the mesh that divide only weights are taken not to, so that with these
+    it is too much.
 
     **Arguments:**
 
     - `loss`: A function `(model, batch) -> scalar`, as it is trained.
-    - `model`: A model with adapters, or any model if `also` is given. Its arrays may be
-        `jax.ShapeDtypeStruct`s with or without a sharding.
-    - `batch`: What `loss` takes, of the size for all devices; its arrays may be abstract
-        and sharded too.
+    - `model`: A model with adapters, or any model if `also` is given. Its arrays may
+        be `jax.ShapeDtypeStruct`s with or without a sharding.
+    - `batch`: What `loss` takes, of the size for all devices; its arrays may be
+        abstract and sharded too.
     - `also`: What is trained besides the adapters, as of `lorax.trainable`.
     - `optimizer`: Defaults to `optax.adam`. Its state for a parameter is sharded as the
         parameter is.
@@ -223,8 +223,8 @@ class _Trace:
 
 def _weight(x: Any, divided: dict[str, int]) -> Weight:
     parts = math.prod(x.shape) // max(math.prod(local_shape(x)), 1)
-    # It is gathered along the axes that divide the batch: each device has examples of its
-    # own, and needs all of the weight for them.
+    # It is gathered along the axes that divide the batch: each device has examples of
+    # its own, and needs all of the weight for them.
     over = math.prod(size for name, size in mesh_axes(x).items() if name in divided)
     return Weight(x.dtype.itemsize, max(parts, 1), max(parts // over, 1))
 
@@ -245,12 +245,12 @@ def _summed(param: Any, divided: dict[str, int]) -> int:
 
 def _scalar(value: Any) -> Any:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if isinstance(value, float) or shape == () and _is_real(dtype):
+    if shape == () and _is_real(dtype):
         return value
-    got = f"shape {shape} and dtype {dtype}" if is_array(value) else repr(value)
+    got = f"shape {shape} and dtype {dtype}" if is_array(value) else type(value)
     raise ValueError(
-        f"`loss` returned {got}, not one real floating point scalar. Take the mean of it, "
-        "or leave out what comes with it."
+        f"`loss` returned {got}, not one floating point scalar. Take the mean of it, "
+        "or leave out what comes with it: `lambda model, batch: loss(model, batch)[0]`."
     )
 
 

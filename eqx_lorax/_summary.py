@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ._arrays import is_array, is_inexact
+from ._arrays import is_inexact
+from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
 from ._select import Filter
 from ._surgery import base_of
 from ._train import adapter_spec, trainable
@@ -50,6 +51,11 @@ class Summary:
     """The size of Adam's state for what is trained."""
     full_adam_bytes: int
     """The size of Adam's state for training the base model as a whole."""
+    device_trained_bytes: int
+    """What is trained of the arrays, or parts of arrays, that are on one device."""
+    device_frozen_bytes: int
+    device_adam_bytes: int
+    """Each moment is where its parameter is."""
 
     def __str__(self) -> str:
         rows = [
@@ -66,14 +72,23 @@ class Summary:
             for target in self.targets
         ]
         share = self.trained / max(self.trained + self.frozen, 1)
+        full = in_bytes(self.full_adam_bytes)
+        trained = self._sizes(self.trained_bytes, self.device_trained_bytes)
+        frozen = self._sizes(self.frozen_bytes, self.device_frozen_bytes)
+        adam = self._sizes(self.adam_bytes, self.device_adam_bytes)
         lines = [
-            f"trained     {self.trained:>15,}  {in_bytes(self.trained_bytes):>8}  "
-            f"({share:.2%} of all)",
-            f"frozen      {self.frozen:>15,}  {in_bytes(self.frozen_bytes):>8}",
-            f"Adam state  {'':>15}  {in_bytes(self.adam_bytes):>8}  "
-            f"({in_bytes(self.full_adam_bytes)} for full fine-tuning)",
+            f"trained     {self.trained:>15,}  {trained}  ({share:.2%} of all)",
+            f"frozen      {self.frozen:>15,}  {frozen}",
+            f"Adam state  {'':>15}  {adam}  ({full} for full fine-tuning)",
         ]
         return "\n".join([_table(rows), *lines])
+
+    def _sizes(self, all_bytes: int, device_bytes: int) -> str:
+        size = f"{in_bytes(all_bytes):>8}"
+        whole = self.trained_bytes + self.frozen_bytes
+        if self.device_trained_bytes + self.device_frozen_bytes == whole:
+            return size
+        return f"{size}  {in_bytes(device_bytes):>8} on each device"
 
 
 _COLUMNS = ("target", "module", "shape", "dtype", "rank", "scale", "trained", "frozen")
@@ -92,6 +107,8 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
     **Arguments:**
 
     - `model`: Any model; the arrays may be abstract (`equinox.filter_eval_shape`).
+        Where they are sharded, or have the `sharding` that they would have, the memory
+        on each device is known too.
     - `also`: What is trained besides the adapters, as of `lorax.trainable`.
 
     **Returns:**
@@ -105,16 +122,20 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
     spec = adapter_spec(model) if also is None else trainable(model, also)
     params, frozen = eqx.partition(model, spec)
     base = jax.tree.map(base_of, model, is_leaf=is_weight)
+    adam = _adam(params)
     return Summary(
         targets=tuple(
             _target(place) for place in Places(model).all if is_weight(place.node)
         ),
         trained=_count(params),
-        trained_bytes=_bytes(params),
+        trained_bytes=nbytes(params),
         frozen=_count(frozen),
-        frozen_bytes=_bytes(frozen),
-        adam_bytes=_adam_bytes(params),
-        full_adam_bytes=_adam_bytes(eqx.filter(base, is_inexact)),
+        frozen_bytes=nbytes(frozen),
+        adam_bytes=nbytes(adam),
+        full_adam_bytes=nbytes(_adam(eqx.filter(base, is_inexact))),
+        device_trained_bytes=device_nbytes(params),
+        device_frozen_bytes=device_nbytes(frozen),
+        device_adam_bytes=device_nbytes(adam),
     )
 
 
@@ -135,16 +156,11 @@ def _target(place: Any) -> TargetSummary:
 
 
 def _count(tree: PyTree) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree) if is_array(x))
+    return sum(math.prod(x.shape) for x in arrays_of(tree))
 
 
-def _bytes(tree: PyTree) -> int:
-    arrays = [x for x in jax.tree.leaves(tree) if is_array(x)]
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-
-
-def _adam_bytes(params: PyTree) -> int:
-    return _bytes(eqx.filter_eval_shape(optax.adam(1e-3).init, params))
+def _adam(params: PyTree) -> PyTree:
+    return optimizer_state(optax.adam(1e-3), params)
 
 
 def in_bytes(count: int | float) -> str:

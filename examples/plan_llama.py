@@ -8,13 +8,14 @@ device and the time that a step takes at least.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import eqx_lorax as lorax
@@ -166,7 +167,7 @@ def loss(model: Llama, tokens: Int[Array, "row seq"]) -> Float[Array, ""]:
 # The plan
 
 
-def divided(model: Llama, mesh: AbstractMesh) -> Llama:
+def divided(model: Llama, mesh: Mesh | AbstractMesh) -> Llama:
     """The abstract model with each matrix divided over both axes of the mesh."""
     model_first = NamedSharding(mesh, P(None, "model", "data"))
     data_first = NamedSharding(mesh, P(None, "data", "model"))
@@ -222,17 +223,15 @@ def main(argv: Sequence[str] | None = None) -> list[lorax.Plan]:
         f"{'activations':>12}{'total':>8}  {'fits':<5}{'step, s':>8}  bound by"
     )
     plans = []
-    made: dict[tuple[str, str], lorax.Plan] = {}
+    meshes = [args.mesh] if args.mesh else MESHES
     for name in args.model:
-        for accelerator in args.accelerator:
-            for mesh in [args.mesh] if args.mesh else MESHES:
-                if (name, mesh) not in made:
-                    made[name, mesh] = _made(parser, args, name, mesh)
-                bound = made[name, mesh].bound(ACCELERATORS[accelerator])
-                if bound.fits:
-                    break
-            plans.append(made[name, mesh])
-            print(line(name, mesh, made[name, mesh], bound), flush=True)
+        made = functools.cache(functools.partial(_made, parser, args, name))
+        for accelerator in (ACCELERATORS[kind] for kind in args.accelerator):
+            fitting = (m for m in meshes if made(m).total <= accelerator.memory)
+            mesh = next(fitting, meshes[-1])
+            plans.append(made(mesh))
+            bound = made(mesh).bound(accelerator)
+            print(line(name, mesh, made(mesh), bound), flush=True)
     return plans
 
 
