@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 import eqx_lorax as lorax
 
@@ -77,3 +78,28 @@ def test_stacked_adapters(model, getkey):
     assert summary.trained == 61
     assert [target.frozen for target in summary.targets] == [200, 108]
     assert lorax.summary(model).full_adam_bytes == summary.full_adam_bytes
+
+
+def test_what_is_on_one_device(getkey):
+    mesh = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    model = [eqx.nn.Linear(16, 8, use_bias=False, key=getkey())]
+    model = lorax.loraify(model, rank=2, key=getkey())
+    whole = lorax.summary(model)
+    assert "device" not in str(whole)
+    assert whole.device_trained_bytes == whole.trained_bytes
+    assert whole.device_adam_bytes == whole.adam_bytes
+
+    specs = {(8, 16): P("model", "data"), (8, 2): P("model"), (2, 16): P(None, "data")}
+
+    def place(x):
+        sharding = NamedSharding(mesh, specs[x.shape])
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    summary = lorax.summary(jax.tree.map(place, model))
+    assert summary.frozen_bytes == whole.frozen_bytes
+    assert summary.device_frozen_bytes == 4 * 8 * 16 // 8
+    trained = 4 * (8 * 2 // 4 + 2 * 16 // 2)
+    assert summary.device_trained_bytes == trained
+    assert summary.device_adam_bytes == 2 * trained + 4
+    line = ["frozen", "128", "512", "B", "64", "B", "on", "each", "device"]
+    assert line in _lines(summary)
