@@ -39,6 +39,7 @@ def test_speed(only, tmp_path):
 def test_others():
     assert "loraify, warm" in run("outside", "--dim", "20", "--layers", "2")
     assert "merged" in run("precision")
+    assert "1.000" in run("planning", "--small", "--devices", "2")
     assert "function, gradient" in run("tracing", "--layers", "2", "--repeats", "1")
 
 

@@ -273,3 +273,25 @@ def test_other_versions_are_one_line():
     message = r"^Another version is needed of 'toolbox'\. .*\[interop\]'$"
     with pytest.raises(SystemExit, match=message), toolbox.install_hint("interop"):
         from toolbox import no_such_name as no_such_name
+
+
+def test_plan_llama(capsys):
+    import plan_llama
+
+    plans = plan_llama.main("--model 8B 405B --accelerator H100".split())
+    assert [plan.devices for plan in plans] == [1, 16]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[:4] for row in rows[3:]] == [
+        ["8B", "H100", "SXM", "1x1"],
+        ["405B", "H100", "SXM", "8x2"],
+    ]
+    for flags, problem in [
+        ("--mesh 8", "two numbers of devices"),
+        ("--model 1B --mesh 3x1", "divide"),
+        ("--mesh 2x1 --batch 3", "cannot be divided over 2 rows"),
+        ("--model 1B --rank 10000", "exceeds the smaller side"),
+    ]:
+        with pytest.raises(SystemExit):
+            plan_llama.main(flags.split())
+        error = capsys.readouterr().err
+        assert problem in error and error.count("\n") == 1
