@@ -185,12 +185,13 @@ def product(
     # The first of two factors gets its gradient in the right order by itself.
     has_natural_order = y_labels[0] == RANK and RANK not in summed
     is_of_tokens = not batch and y_free and list(x_labels) == x_free + summed
+    has_own_tangent = is_of_tokens and not has_natural_order and out_sharding is None
     out = _accumulate(
         dot_general,
         x.astype(dtype),
         y.astype(dtype),
         y_is_frozen,
-        with_factor if is_of_tokens and not has_natural_order else None,
+        with_factor if has_own_tangent else None,
     )
     order = positions(batch + x_free + y_free, out_labels)
     return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
