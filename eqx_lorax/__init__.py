@@ -24,8 +24,8 @@ from ._params import (
 )
 from ._plan import (
     Accelerator as Accelerator,
-    plan as plan,
     Plan as Plan,
+    plan as plan,
     StepBound as StepBound,
 )
 from ._report import MaterialiseWarning as MaterialiseWarning

@@ -31,13 +31,13 @@ class Accelerator:
     """A kind of device, by the numbers in its datasheet."""
 
     name: str
-    memory: float
+    memory: int | float
     """Bytes."""
-    flops: float
+    flops: int | float
     """Floating point operations a second, of products in the dtype of the model."""
-    bandwidth: float
+    bandwidth: int | float
     """Bytes a second between the memory and the processor."""
-    link: float = math.inf
+    link: int | float = math.inf
     """Bytes a second that it can receive from other devices."""
 
 

@@ -33,6 +33,12 @@ def placed(tree, *spec):
     return jax.tree.map(place, tree)
 
 
+def adapted(model, filter=None, *, rank):
+    """The abstract model with abstract adapters."""
+    adapt = lambda model: lorax.loraify(model, filter, rank=rank, key=jr.key(0))  # noqa: E731
+    return eqx.filter_eval_shape(adapt, model)
+
+
 def nbytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
@@ -80,7 +86,7 @@ def test_also(mlp):
 
 def test_on_one_device_of_several(getkey):
     model = {"linear": eqx.nn.Linear(16, 8, use_bias=False, key=getkey())}
-    model = eqx.filter_eval_shape(lambda: lorax.loraify(model, rank=2, key=jr.key(0)))
+    model = adapted(model, rank=2)
     weight = model["linear"].weight
     placement = [P("model", "data"), P("model", None), P(None, "data")]
     arrays = [
@@ -162,7 +168,7 @@ def _as_for_users():
 
 def test_activations_are_near_those_compiled(_as_for_users):
     model = eqx.filter_eval_shape(lambda: Llama(500, 64, 256, 4, 4, 2, jr.key(0)))
-    model = lorax.loraify(model, "blocks", rank=4, key=jr.key(0))
+    model = adapted(model, "blocks", rank=4)
     tokens = shaped(4, 128, dtype=jnp.int32)
     plan = lorax.plan(next_token_loss, model, tokens)
     params, frozen = lorax.partition(model)
@@ -182,11 +188,7 @@ def test_seventy_billion_parameters(_as_for_users):
     model = eqx.filter_eval_shape(
         lambda: Llama(128_256, 8192, 28_672, 80, 64, 8, jr.key(0))
     )
-    adapted = eqx.filter_eval_shape(
-        lambda: lorax.loraify(placed(model, "model", "data"), rank=16, key=jr.key(0))
-    )
-    params, _ = lorax.partition(adapted)
-    model = eqx.combine(params, placed(adapted, "model", "data"))
+    model = placed(adapted(model, rank=16), "model", "data")
     batch = shaped(4, 1024, dtype=jnp.int32, sharding=SHARDED)
     plan = lorax.plan(next_token_loss, model, batch)
     assert 70e9 * 4 / 8 < plan.base < 71e9 * 4 / 8
@@ -219,7 +221,7 @@ def test_flops_of_adapters():
     """A frozen product has one more, for the gradient of its input, and those of an
     adapter have two more each."""
     make = lambda: [eqx.nn.Linear(8, 8, key=jr.key(0)) for _ in range(2)]  # noqa: E731
-    model = lorax.loraify(eqx.filter_eval_shape(make), rank=2, key=jr.key(0))
+    model = adapted(eqx.filter_eval_shape(make), rank=2)
     loss = lambda m, x: mean_square(lambda x: m[1](m[0](x)), x)  # noqa: E731
     plan = lorax.plan(loss, model, shaped(5, 8))
     first = 5 * 8 * 8 + (2 + 3) * 5 * 8 * 2
