@@ -251,6 +251,20 @@ def test_flops_of_control_flow():
     assert plan.flops == 2 * (5 * 5 * 8 * 6 + 5 * 5 * 8)
 
 
+def test_flops_of_all_devices():
+    def loss(model, x):
+        matmul = jax.shard_map(
+            lambda x, w: x @ w,
+            mesh=MESH,
+            in_specs=(P("data"), P(None, "model")),
+            out_specs=P("data", "model"),
+        )
+        return jnp.sum(matmul(x, model["w"]))
+
+    plan = lorax.plan(loss, {"w": shaped(8, 6)}, shaped(16, 8), also="w")
+    assert plan.flops == 2 * 2 * 16 * 8 * 6
+
+
 # The bound
 
 
