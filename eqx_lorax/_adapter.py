@@ -7,15 +7,18 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from ._arrays import is_array
 from ._layer import is_layer
+from ._processes import on_hand
 from ._select import Filter
+from ._sharding import follow, placed, sharding_of
 from ._surgery import wrapping
 from ._targets import target_of
 from ._train import trained_places
 from ._tree import Place, Places, rebuild
-from ._weight import AbstractLoraWeight, is_weight
+from ._weight import AbstractLoraWeight, base_of, is_weight
 
 
 _Model = TypeVar("_Model")
@@ -45,8 +48,20 @@ class Adapted:
         return ".".join(self.path)
 
     def on(self, base: Any) -> AbstractLoraWeight:
-        """The weight, on top of a base."""
-        arrays = {name: jnp.asarray(x) for name, x in self.arrays.items()}
+        """The weight, on top of a base, or in the place of another weight, where the
+        arrays of that lie."""
+        there = base if is_weight(base) and base.method == self.method else None
+        # An adapter upon another one is replaced alone.
+        base = base.w if is_weight(base) else base
+        weight = methods()[self.method](base, **self.arrays, **self.settings)
+        axes, lying = weight.array_axes(), sharding_of(base_of(base))
+
+        def sharding(name: str) -> Sharding | None:
+            if there is not None:
+                return sharding_of(getattr(there, name))
+            return follow(lying, weight.w.ndim, axes[name])
+
+        arrays = {name: placed(x, sharding(name)) for name, x in self.arrays.items()}
         return methods()[self.method](base, **arrays, **self.settings)
 
 
@@ -71,7 +86,9 @@ def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
             "`model` has no adapters to save. Call `lorax.loraify` first, or name with "
             "`also` what else was trained."
         )
-    others = {place.path: place.node for place in trained_places(model, places, also)}
+    others = {
+        place.path: on_hand(place.node) for place in trained_places(model, places, also)
+    }
     adapter = Adapter([_adapted(place) for place in weights], others)
     abstract = [
         ".".join(path)
@@ -108,7 +125,7 @@ def _adapted(place: Place) -> Adapted:
         dtype=jnp.dtype(weight.dtype).name,
         settings={name: x for name, x in values.items() if not is_array(x)},
         dropout=_dropout(place),
-        arrays={name: x for name, x in values.items() if is_array(x)},
+        arrays={name: on_hand(x) for name, x in values.items() if is_array(x)},
     )
 
 
@@ -150,14 +167,15 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
     for adapted in adapter.adapted:
         place = by_path[adapted.path]
-        base = place.node.w if is_weight(place.node) else place.node
-        weight = adapted.on(base)
+        weight = adapted.on(place.node)
         edits[place.steps] = lambda _, weight=weight: weight
         target = target_of(place)
         if target is not None and not is_weight(place.node):
             edits[target.module.steps] = wrapping(target.module, adapted.dropout or 0.0)
     for path, array in adapter.others.items():
-        edits[by_path[path].steps] = lambda _, array=array: jnp.asarray(array)
+        edits[by_path[path].steps] = lambda old, new=array: placed(
+            new, sharding_of(old)
+        )
     return rebuild(model, edits)
 
 

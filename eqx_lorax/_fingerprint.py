@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array
 
 from ._arrays import is_array
+from ._processes import on_hand
 from ._tree import joined, Places
 from ._weight import is_weight
 
@@ -34,7 +35,7 @@ def base_digests(
 
 def digest(array: Any) -> str:
     """16 hexadecimal digits that depend on the dtype, the shape and every bit."""
-    words = np.asarray(_mixed(_bits(array)), np.uint64)
+    words = np.asarray(on_hand(_mixed(_bits(array))), np.uint64)
     kind = f"{array.dtype} {tuple(array.shape)}".encode()
     salt = np.frombuffer(kind + bytes(-len(kind) % 4), np.uint32)
     high, low = (int(word) for word in words)

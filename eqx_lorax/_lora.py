@@ -133,6 +133,10 @@ class LoraWeight(AbstractLoraWeight):
     def factored(self) -> "LoraWeight":
         return self
 
+    def array_axes(self) -> dict[str, Labels]:
+        stored = range(-self.w.ndim, 0)
+        return {"b": self.b_axes(stored), "a": self.a_axes(stored)}
+
     @property
     def rank(self) -> int:
         """The rank of the update."""

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from ._adapter import Adapted, Adapter, adapter_of, methods, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
+from ._processes import write_once
 from ._select import Filter
 from ._tree import joined, Places
 
@@ -69,7 +70,8 @@ def save_adapter(
     """Writes what is trained of a model, and not its base, to one file.
 
     The file is written beside `path` and then moved there: a good file that was there
-    before stays until the new one is whole.
+    before stays until the new one is whole. If the model lies on the devices of several
+    processes, all of them do this call and the first one writes.
 
     !!! example
 
@@ -89,7 +91,8 @@ def save_adapter(
     **Raises:**
 
     `ValueError` if there is nothing to save, or as `lorax.partition` for `also`;
-    `TypeError` if `metadata` is not JSON or there are shapes in the place of arrays.
+    `TypeError` if `metadata` is not JSON or there are shapes in the place of arrays;
+    `OSError`, in every process, if it cannot be written.
     """
     places = Places(model)
     adapter = adapter_of(model, places, also)
@@ -133,8 +136,13 @@ def save_adapter(
         )
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"`metadata` is not what JSON can hold: {error}") from error
-    with replacing(Path(path)) as new:
-        save_file(tensors, new, {_HEADER: header, _DIGEST: _digest(header.encode())})
+
+    def write() -> None:
+        with replacing(Path(path)) as new:
+            digest = _digest(header.encode())
+            save_file(tensors, new, {_HEADER: header, _DIGEST: digest})
+
+    write_once(write, jax.tree.leaves(model))
 
 
 def load_adapter(
@@ -153,7 +161,8 @@ def load_adapter(
     **Returns:**
 
     The model with the adapter, and with what else was saved in its place. The arrays
-    have the dtypes and bits that they had when saved. `model` itself is not changed.
+    have the dtypes and bits that they had when saved, and lie where those of `model`
+    do, or where `lorax.loraify` would put them. `model` itself is not changed.
 
     **Raises:**
 

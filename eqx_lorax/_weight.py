@@ -68,6 +68,12 @@ class AbstractLoraWeight(eqx.Module):
         axes or multiply with the factors one after the other."""
         return self.as_lora()
 
+    @abc.abstractmethod
+    def array_axes(self) -> dict[str, Labels]:
+        """For each array that is trained or saved with it, by field, what its axes are:
+        those of the base, counted from its end, or anything else for an axis that the
+        base has not. By them the arrays lie where the base lies."""
+
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:

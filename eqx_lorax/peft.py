@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -25,6 +26,7 @@ from ._peft.config import check_config
 from ._peft.names import Names
 from ._peft.reading import adapter_from
 from ._peft.writing import whole_modules, written
+from ._processes import on_hand, write_once
 from ._save import AdapterFileError, check_base, MALFORMED, read_tensors
 from ._select import Filter
 from ._tree import Places
@@ -98,14 +100,17 @@ def save(
     }
     digests = base_digests(places, whole.saved)
     folder = Path(directory)
-    with replacing(folder / _WEIGHTS) as new:
-        save_file(
-            {_PREFIX + name: np.array(x, order="C") for name, x in tensors.items()},
-            new,
-            {"format": "pt", _BASE: json.dumps(digests)},
-        )
-    with replacing(folder / _CONFIG) as new:
-        new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    arrays = {
+        _PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
+    }
+
+    def write() -> None:
+        with replacing(folder / _WEIGHTS) as new:
+            save_file(arrays, new, {"format": "pt", _BASE: json.dumps(digests)})
+        with replacing(folder / _CONFIG) as new:
+            new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    write_once(write, jax.tree.leaves(model))
 
 
 def load(

@@ -122,6 +122,9 @@ class Doubled(lorax.AbstractLoraWeight):
     def as_lora(self):
         return lorax.LoraWeight(self.w, self.b, self.a, alpha=self.times)
 
+    def array_axes(self):
+        return {"b": (-2, "rank"), "a": ("rank", -1)}
+
     @property
     def shape(self):
         return self.w.shape

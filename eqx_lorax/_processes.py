@@ -1,0 +1,50 @@
+"""What is done when the arrays of a model lie on the devices of several processes."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def is_shared(x: Any) -> bool:
+    """Whether parts of `x` belong to other processes."""
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def on_hand(x: Any) -> Any:
+    """`x` with all of its entries in every process. All of them have to ask."""
+    if not is_shared(x) or x.is_fully_replicated:
+        return x
+    if not isinstance(x.sharding, NamedSharding):
+        return multihost_utils.process_allgather(x, tiled=True)
+    replicated = NamedSharding(x.sharding.mesh, PartitionSpec())
+    return jax.jit(lambda x: x, out_shardings=replicated)(x)
+
+
+def write_once(write: Callable[[], None], leaves: Iterable[Any]) -> None:
+    """`write()`, by the first process alone if any of the leaves is shared. In all of
+    them it has been done when this returns.
+
+    **Raises:**
+
+    `OSError` in the others if it failed in the first.
+    """
+    if not any(map(is_shared, leaves)):
+        return write()
+    error = None
+    if jax.process_index() == 0:
+        try:
+            write()
+        except Exception as caught:
+            error = caught
+    failed = multihost_utils.broadcast_one_to_all(np.asarray(error is not None))
+    if error is not None:
+        raise error
+    if failed:
+        raise OSError(
+            "The first process, which writes for all of them, could not; its own error "
+            "says why."
+        )
