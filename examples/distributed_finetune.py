@@ -10,14 +10,12 @@ again, and it goes on from there to the loss that it would have had anyway.
 import launch
 
 
-# Before the slow imports, during which the launching process may die too.
 if __name__ == "__main__":
-    import sys
-
-    if "--process" in sys.argv:
-        launch.watch()
+    # Before the imports that are slow, which the launching process does without.
+    launch.start(__file__)
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -47,29 +45,22 @@ class Result:
     adapter: Path
 
 
-def main(argv: Sequence[str] | None = None) -> Result | None:
-    argv = sys.argv[1:] if argv is None else argv
+def main(argv: Sequence[str] | None = None) -> Result:
     parser = _parser()
     args = parser.parse_args(argv)
     _check_flags(parser, args)
     if args.cluster:
-        # Where, how many and which one: SLURM and others say it in the environment.
+        # Which process of how many this is, SLURM and others say in the environment.
         jax.distributed.initialize()
     elif args.process is not None:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
-    else:
-        sys.exit(
-            launch.launch(
-                __file__, argv, processes=args.processes, devices=args.devices
-            )
-        )
     return run(args, parser)
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Result:
     """What each of the processes does."""
     if args.mesh[0] * args.mesh[1] != jax.device_count():
-        parser.error(f"--mesh must be of all the {jax.device_count()} devices")
+        parser.error(f"--mesh must be of all {jax.device_count()} devices")
     mesh = jax.make_mesh(
         args.mesh, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)
     )
@@ -81,7 +72,10 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Result:
     tell(lorax.summary(model, also="head"))
 
     params, frozen = lorax.partition(model, also="head")
-    params, losses, first = train(params, frozen, train_reviews, mesh, args)
+    try:
+        params, losses, first = train(params, frozen, train_reviews, mesh, args)
+    except lorax.AdapterFileError as error:
+        parser.error(str(error))
     model = eqx.combine(params, frozen)
     correct = accuracy(model, test_reviews, mesh, args)
     tell(f"Held-out accuracy  {correct:.3f}  ({len(test_reviews.labels):,} reviews)")
@@ -127,8 +121,8 @@ def stacked(model: Classifier) -> Classifier:
     return eqx.tree_at(lambda m: m.bert.encoder, model, ScannedEncoder(layers))
 
 
-# Rows of the first two kinds, and columns of the others, are split over `model`, so that
-# between the two of each pair nothing is exchanged.
+# The rows of what a block begins with and the columns of what it ends with are split
+# over `model`, so that nothing is exchanged in between.
 SPLIT = {
     ("query", "weight"): P(None, "model", None),
     ("key", "weight"): P(None, "model", None),
@@ -190,9 +184,10 @@ def tiny(args: argparse.Namespace) -> tuple[minilm.Bert, Reviews, Reviews]:
     )
 
     def reviews(count: int) -> Reviews:
-        tokens = random.integers(0, 64, (count, 8), np.int32)
+        tokens = random.integers(0, 64, (count, 8))
         labels = (tokens[:, 0] < 32).astype(np.int32)
-        return Reviews(tokens, np.ones(tokens.shape, bool), labels)
+        mask = np.ones(tokens.shape, bool)
+        return Reviews(*map(jnp.asarray, (tokens, mask, labels)))
 
     return bert, reviews(args.train_rows), reviews(args.test_rows)
 
@@ -243,9 +238,7 @@ def train(
     optimizer = optax.adamw(schedule)
     state = params, optimizer.init(params), jnp.zeros(args.steps)
     # Counters and the like were made on the first device of each process.
-    state = jax.tree.map(
-        lambda x: x if x.committed else spread(x, replicated), state
-    )
+    state = jax.tree.map(lambda x: x if x.committed else spread(x, replicated), state)
 
     def batch(number: int) -> Reviews:
         rows = rows_of(number, len(reviews.labels), args.batch_size, args.seed)
@@ -257,41 +250,42 @@ def train(
         first, state = checkpoints.restore(state) or (0, state)
         if first:
             tell(f"Going on from the checkpoint of step {first:,}")
-        with Progress(first, args.steps) as progress:
+        with contextlib.closing(Progress(first, args)) as progress:
             for number in range(first, args.steps):
+                params, optimizer_state, losses = state
                 constant = frozen, optimizer, batch(number)
                 index = spread(np.int32(number), replicated)
-                *state, value = step(constant, *state, index)
+                *state, value = step(constant, params, optimizer_state, losses, index)
                 progress(float(value))
-                last = number + 1 == args.steps
-                checkpoints.save(number + 1, tuple(state), force=last)
+                is_last = number + 1 == args.steps
+                checkpoints.save(number + 1, tuple(state), force=is_last)
     params, _, losses = state
     return params, np.asarray(losses).tolist(), first
 
 
 class Progress:
-    """A bar, of the first process alone."""
+    """A bar, or lines where nobody watches, of the first process alone."""
 
-    def __init__(self, first: int, steps: int):
-        self._bar = None
+    def __init__(self, first: int, args: argparse.Namespace):
+        self._done, self._every, self._bar = first, args.every, None
         if jax.process_index() == 0 and sys.stderr.isatty():
             with toolbox.install_hint():
                 from tqdm import tqdm
             self._bar = tqdm(
-                total=steps, initial=first, desc="Training", unit="step"
+                total=args.steps, initial=first, desc="Training", unit="step"
             )
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
     def __call__(self, value: float) -> None:
+        self._done += 1
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{value:.3f}", refresh=False)
             self._bar.update()
+        elif self._done % self._every == 0:
+            tell(f"Step {self._done:,}: loss {value:.3f}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 # Evaluation
@@ -355,8 +349,6 @@ def _parser() -> toolbox.Parser:
         "--targets", nargs="+", default=["query", "value"], metavar="PATTERN"
     )
     parser.add_sizes(
-        ("--processes", 2, "processes to start on this machine"),
-        ("--devices", 4, "virtual devices of each of them"),
         ("--accumulate", 2, "parts of a batch, one after the other"),
         ("--every", 25, "steps from one checkpoint to the next"),
         ("--length", 40, "tokens to which reviews are cut and padded"),
@@ -371,8 +363,7 @@ def _parser() -> toolbox.Parser:
     parser.add_argument(
         "--tiny", action="store_true", help="a small random model on made-up texts"
     )
-    for name, kind in (("--coordinator", str), ("--process", int)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    launch.add_flags(parser)
     return parser
 
 
@@ -387,9 +378,6 @@ def _check_flags(parser: toolbox.Parser, args: argparse.Namespace) -> None:
         parser.error("--batch-size must be a multiple of --accumulate × DATA of --mesh")
     if args.train_rows % 2 or args.test_rows % 2:
         parser.error("--train-rows and --test-rows must be even: half are positive")
-    devices = args.processes * args.devices
-    if not args.cluster and args.mesh[0] * args.mesh[1] != devices:
-        parser.error(f"--mesh must be of --processes × --devices, {devices}")
 
 
 if __name__ == "__main__":

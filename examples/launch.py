@@ -1,5 +1,7 @@
-"""Several processes of one program on one machine, as a cluster would start them."""
+"""Several processes of one program on one machine, as a cluster would start them. It
+imports nothing slow, so that they start at once."""
 
+import argparse
 import os
 import socket
 import subprocess
@@ -10,7 +12,32 @@ import time
 from collections.abc import Sequence
 
 
-def launch(program: str, flags: Sequence[str], *, processes: int, devices: int) -> int:
+def start(program: str) -> None:
+    """To be called first of all by a program that has the flags `--processes`,
+    `--devices` and `--cluster`. Returns where there is something to do: in each of the
+    processes that it launches, and in those that a cluster has started."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(parser)
+    for name in ("--cluster", "--help", "-h"):
+        parser.add_argument(name, action="store_true")
+    args, _ = parser.parse_known_args()
+    if args.process is not None:
+        _watch()
+    elif not (args.cluster or args.help or args.h):
+        sys.exit(launch(program, sys.argv[1:], args.processes, args.devices))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for name, default, help in [
+        ("--processes", 2, "processes to start on this machine"),
+        ("--devices", 4, "virtual devices of each of them"),
+    ]:
+        parser.add_argument(name, type=int, default=default, help=help)
+    for name, kind in (("--coordinator", str), ("--process", int)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+
+
+def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> int:
     """Runs `program` in `processes` processes with `devices` virtual devices each, and
     ends all of them when one has failed. What the first one prints is shown.
 
@@ -33,12 +60,14 @@ def launch(program: str, flags: Sequence[str], *, processes: int, devices: int) 
                     subprocess.Popen(
                         [sys.executable, program, *flags, *extra],
                         env=environment,
-                        # Held open by this process as long as it lives: see `watch`.
+                        # Held open by this process as long as it lives: see `_watch`.
                         stdin=subprocess.PIPE,
                         stdout=None if i == 0 else others,
                         stderr=None if i == 0 else others,
                     )
                 )
+            listed = " ".join(str(child.pid) for child in children)
+            print(f"Started processes {listed}", flush=True)
             failed = _first_failure(children)
         finally:
             for child in children:
@@ -47,20 +76,20 @@ def launch(program: str, flags: Sequence[str], *, processes: int, devices: int) 
                 child.wait()
         if failed is None:
             return 0
-        if failed > 0:
-            others.seek(0)
-            sys.stderr.buffer.write(others.read()[-4000:])
-    status = children[failed].returncode
+        status = children[failed].returncode
+        if failed == 0 and status > 0:
+            return status  # It has said why.
+        others.seek(0)
+        sys.stderr.buffer.write(others.read()[-4000:])
     print(
         f"Process {failed} of {processes} ended with status {status}, so the others "
-        "were ended too. Start again with the same flags to go on from the last "
-        "checkpoint.",
+        "were ended too.",
         file=sys.stderr,
     )
     return status if status > 0 else 128 - status
 
 
-def watch() -> None:
+def _watch() -> None:
     """Ends this process when the one that launched it is gone, however that ended:
     nobody is left to end the others if one of them fails."""
 
@@ -77,9 +106,11 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Waits for all of them, or for the first that fails."""
     while True:
         statuses = [child.poll() for child in children]
-        failed = [i for i, status in enumerate(statuses) if status]
-        if failed:
-            return failed[0]
+        if any(statuses):
+            if max(status or 0 for status in statuses) > 0:
+                # What is wrong with the flags, say, all of them find out.
+                time.sleep(0.5)
+            return next(i for i, child in enumerate(children) if child.poll())
         if all(status == 0 for status in statuses):
             return None
         time.sleep(0.05)
