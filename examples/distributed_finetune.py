@@ -368,8 +368,10 @@ def _parser() -> toolbox.Parser:
 
 
 def _mesh(text: str) -> tuple[int, int]:
-    data, _, model = text.partition("x")
-    return toolbox.positive_int(data), toolbox.positive_int(model)
+    sizes = text.split("x")
+    if len(sizes) != 2 or not all(size.isdigit() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"must be like 4x2, not {text}")
+    return int(sizes[0]), int(sizes[1])
 
 
 def _check_flags(parser: toolbox.Parser, args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """The examples at small size, on their real models and data."""
 
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,76 @@ def test_many_adapters(tmp_path, capsys):
     with pytest.raises(SystemExit):
         many_adapters.main(["--targets", "qerry"])
     assert "did you mean" in capsys.readouterr().err.lower()
+
+
+def distributed(folder, *flags, **environment):
+    """What the first process has printed. The devices are those of the example."""
+    inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    program = ROOT / "examples" / "distributed_finetune.py"
+    return subprocess.Popen(
+        [sys.executable, program, *flags, "--output", folder],
+        env={**inherited, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_distributed(tmp_path):
+    import distributed_finetune
+    import minilm
+    from sentiment import Classifier
+
+    flags = "--processes 2 --devices 2 --mesh 2x2 --steps 4 --every 2 --batch-size 8"
+    flags = f"{flags} --length 12 --train-rows 32 --test-rows 20".split()
+    printed, errors = distributed(tmp_path, *flags).communicate()
+    assert "2 processes, 4 devices" in printed, errors
+    assert "bert.encoder.layers.attention.query.weight" in printed
+    assert (tmp_path / "distributed.png").read_bytes().startswith(b"\x89PNG")
+    losses = np.load(tmp_path / "distributed_losses.npy")
+    assert losses.shape == (4,) and (losses > 0).all()
+    # Its adapter is one for the model on a single device.
+    bert = minilm.load_minilm()
+    plain = Classifier(bert, key=jax.random.split(jax.random.key(0))[0])
+    plain = jax.tree.map(jax.numpy.asarray, distributed_finetune.stacked(plain))
+    adapter = tmp_path / "distributed.safetensors"
+    model = lorax.load_adapter(adapter, plain)
+    assert all(np.any(weight.b != 0) for weight in weights(model))
+    assert len(weights(model)) == 2
+
+    # Once more: there is nothing left to do.
+    again, errors = distributed(tmp_path, *flags).communicate()
+    assert "Going on from the checkpoint of step 4" in again, errors
+    found = re.search(r"Held-out accuracy .*", printed)
+    assert found is not None and found[0] in again
+    # A shorter run would be another one.
+    _, errors = distributed(tmp_path, *flags, "--steps", "3").communicate()
+    assert "float32 (4,) in it, float32 (3,) in `state`" in errors
+    assert "Traceback" not in errors
+
+
+def test_distributed_on_a_cluster(tmp_path):
+    """As SLURM would start it: one task for each of two machines."""
+    flags = "--cluster --tiny --mesh 2x2 --steps 4 --every 2 --batch-size 8".split()
+    processes = [
+        distributed(
+            tmp_path,
+            *flags,
+            JAX_PLATFORMS="cpu",
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            JAX_LOCAL_DEVICE_IDS="0,1",
+            SLURM_JOB_ID=str(os.getpid()),
+            SLURM_STEP_NODELIST="localhost",
+            SLURM_NTASKS="2",
+            SLURM_PROCID=str(i),
+            SLURM_LOCALID="0",
+        )
+        for i in range(2)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "2 processes, 4 devices" in printed[0]
+    assert "Held-out accuracy" in printed[0] and "accuracy" not in printed[1]
 
 
 def test_minilm_embeds_meaning():
@@ -202,6 +273,9 @@ def test_nnx():
         ("nnx_attention", "--width 30", "must be a multiple of --heads"),
         ("nnx_attention", "--rank 65", "the smaller side, 64"),
         ("nnx_attention", "--batch-size 2000", "must not exceed the 1,397 examples"),
+        ("distributed_finetune", "--mesh 3x1 --batch-size 6", "of all 8 devices"),
+        ("distributed_finetune", "--mesh 3", "must be like 4x2"),
+        ("distributed_finetune", "--batch-size 3", "must be a multiple of --accum"),
         ("huggingface_gpt2", "--length 1", "must be at least 2"),
         ("huggingface_gpt2", "--batch-size 99999", "must not exceed"),
         ("haiku_transformer", "--length 100000", "must not exceed the 0 examples"),
