@@ -8,7 +8,7 @@ of every array of the base, is JSON beside them.
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import jax.tree_util as jtu
 import numpy as np
@@ -112,7 +112,7 @@ class Checkpoints:
             ),
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *error: object) -> None:
