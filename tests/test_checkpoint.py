@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -354,6 +355,63 @@ def test_killed_at_any_moment(tmp_path):
         checkpoints.save(step + 2, found)
     left = sorted(x.name for x in tmp_path.iterdir())
     assert left == sorted([str(latest + 1), str(latest + 2)])
+
+
+def test_on_another_number_of_processes(tmp_path):
+    """Written by two, one of which then has another state, and read by one."""
+    script = """
+        import sys
+        import jax
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+        import eqx_lorax as lorax
+
+        folder, port, process = sys.argv[1:]
+        jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+        mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+        x = np.arange(32.0, dtype=np.float32).reshape(8, 4)
+        on_mesh = jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, P("x")), lambda index: x[index]
+        )
+        state = {"x": on_mesh, "key": jax.random.key(5), "count": jnp.array(3)}
+        with lorax.Checkpoints(folder, state) as checkpoints:
+            checkpoints.save(1, state)
+            step, found = checkpoints.restore({**state, "count": jnp.array(0)})
+            assert int(found["count"]) == 3
+            assert found["x"].sharding == on_mesh.sharding
+            try:
+                checkpoints.save(2, {**state, "count": jnp.array(int(process))})
+            except ValueError as error:
+                print(error)
+    """
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    flags = "--xla_force_host_platform_device_count=2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(script), tmp_path, port, str(i)],
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    printed = [process.communicate()[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    match = "Processes differ in state['count']. Put it on the mesh"
+    assert all(match in text for text in printed)
+
+    state = {
+        "x": jnp.arange(32.0).reshape(8, 4),
+        "key": jr.key(5),
+        "count": jnp.array(3, jnp.int32),
+    }
+    with lorax.Checkpoints(tmp_path, state) as checkpoints:
+        step, found = restored(checkpoints, blank(state))
+    assert step == 1
+    same(found, state)
 
 
 def test_a_file_in_the_place_of_the_folder(tmp_path):
