@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from ._contract import Label, Labels, RANK
 from ._sharding import chosen, follow, Placement, sharding_of
-from ._weight import AbstractLoraWeight, Weight
+from ._weight import AbstractLoraWeight, Factor, Weight
 
 
 class LoraWeight(AbstractLoraWeight):
@@ -39,8 +39,8 @@ class LoraWeight(AbstractLoraWeight):
     """
 
     w: Weight
-    b: Array
-    a: Array
+    b: Factor
+    a: Factor
     # Static on purpose: as a scalar array `alpha` would be trained by `jax.grad` over
     # the tree, and could not be sliced by a `scan` over stacked layers.
     alpha: float = eqx.field(static=True, default=1.0)
@@ -65,8 +65,8 @@ class LoraWeight(AbstractLoraWeight):
     def __init__(
         self,
         w: Weight,
-        b: Array,
-        a: Array,
+        b: Factor,
+        a: Factor,
         alpha: int | float = 1.0,
         rows: Sequence[int] = (-2,),
         columns: Sequence[int] = (-1,),
@@ -252,7 +252,7 @@ def factor_shardings(
     return b, a
 
 
-def _is_kernel_of_jax_lorax(w: Weight, b: Array, a: Array) -> bool:
+def _is_kernel_of_jax_lorax(w: Weight, b: Factor, a: Factor) -> bool:
     if not w.ndim == a.ndim > 2:
         return False
     *ones, rank, outputs = a.shape

@@ -29,8 +29,16 @@ if TYPE_CHECKING:
     from ._lora import LoraWeight
 
 
-# NumPy arrays, as models just read from a file hold them, serve as bases too.
-Weight: TypeAlias = Union[Array, np.ndarray, "AbstractLoraWeight"]
+# NumPy arrays, as models just read from a file hold them, serve as bases too, and so
+# do mere shapes.
+Weight: TypeAlias = Union[
+    Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"
+]
+# An array to whoever computes with it; abstract models have shapes here too.
+if TYPE_CHECKING:
+    Factor: TypeAlias = Array
+else:
+    Factor: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct]
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 

@@ -41,8 +41,8 @@ class Attention(eqx.Module):
 def rotated(x):
     """Rotary positions as `transformers` has them: the halves are the pairs."""
     size = x.shape[-1]
-    frequency = 10_000.0 ** (-jnp.arange(0, size, 2) / size)
-    angle = jnp.arange(len(x))[:, None, None] * frequency
+    frequency = 10_000.0 ** (-jnp.arange(0.0, size, 2.0) / size)
+    angle = jnp.arange(0.0, len(x))[:, None, None] * frequency[None, None]
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,7 +1,9 @@
-"""A small Llama on meshes of eight devices, in all the ways in which models are sharded:
-shared by the tests of one process and by those of several."""
+"""A small Llama on meshes of eight devices, in all the ways in which models are
+sharded, for the tests of one process and of several."""
 
+import contextlib
 import re
+import socket
 from typing import NamedTuple
 
 import equinox as eqx
@@ -44,6 +46,10 @@ WAYS = {
     "mixed and fully sharded": Way((4, 2), rows=DATA, is_tensor=True),
     "pipeline": Way((2, 4), layers=MODEL),
 }
+
+
+# Those that are trained by several processes, each of which compiles them once more.
+SOME_WAYS = {name: WAYS[name] for name in WAYS if name != "mixed and fully sharded"}
 
 
 def make_mesh(way: Way, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
@@ -109,7 +115,8 @@ OPTIMIZER = optax.adam(1e-2)
 @eqx.filter_jit
 def step(params, frozen, state, tokens):
     value, gradient = eqx.filter_value_and_grad(loss)(params, frozen, tokens)
-    updates, state = OPTIMIZER.update(gradient, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax counts steps in integers.
+        updates, state = OPTIMIZER.update(gradient, state, params)
     return eqx.apply_updates(params, updates), state, value
 
 
@@ -152,3 +159,10 @@ def collectives(program: str) -> list[tuple[str, tuple[int, ...]]]:
         for result, kind in COLLECTIVE.findall(program)
         for shape in re.findall(r"\w+\[([\d,]*)\]", result)
     ]
+
+
+@contextlib.contextmanager
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        yield found.getsockname()[1]

@@ -1,0 +1,53 @@
+"""One of two processes that train on the devices of both: see `test_meshes.py`."""
+
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+
+address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, num_processes=2, process_id=index)
+
+import meshes  # noqa: E402
+from jax.experimental import multihost_utils  # noqa: E402
+
+import eqx_lorax as lorax  # noqa: E402
+
+
+assert jax.device_count() == 8 and jax.local_device_count() == 4
+for name, way in meshes.SOME_WAYS.items():
+    mesh = meshes.make_mesh(way)
+    model = meshes.on_mesh(meshes.make_llama(), mesh, way)
+    losses, trained = meshes.train(model, 20, mesh)
+    params = lorax.partition(trained)[0]
+    whole = [
+        multihost_utils.process_allgather(x, tiled=True)
+        for x in jax.tree.leaves(params)
+    ]
+    if index == 0:
+        arrays = {f"x{i}": np.asarray(x) for i, x in enumerate(whole)}
+        np.savez(folder / f"{name}.npz", losses=losses, **arrays)
+
+# The last of them is sharded by its layers, over both processes.
+file = folder / "adapter.safetensors"
+lorax.save_adapter(file, trained)
+assert file.exists()
+read = lorax.load_adapter(file, model)
+for x, y in zip(jax.tree.leaves(read), jax.tree.leaves(trained), strict=True):
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    for ours, theirs in zip(x.addressable_shards, y.addressable_shards, strict=True):
+        assert np.array_equal(ours.data, theirs.data)
+try:
+    lorax.save_adapter(folder / "adapter.safetensors" / "not a folder", trained)
+except OSError as error:
+    is_first = index == 0
+    assert is_first != ("first process" in str(error)), error
+else:
+    raise AssertionError("It was written below a file.")
+
+merged = lorax.unloraify(read, donate=True)
+assert merged.blocks.gate.weight.sharding == model.blocks.gate.weight.sharding
+assert model.blocks.gate.weight.is_deleted()
