@@ -7,7 +7,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from ._arrays import promote
 from ._init import Init, initial_factor
@@ -78,7 +78,7 @@ def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
     return dtype
 
 
-def _check_fresh_key(array: Place, a: Array) -> None:
+def _check_fresh_key(array: Place, a: Any) -> None:
     there = array.node
     while is_weight(there):
         old = there.as_lora().a

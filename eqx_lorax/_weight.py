@@ -38,7 +38,7 @@ Weight: TypeAlias = Union[
 if TYPE_CHECKING:
     Factor: TypeAlias = Array
 else:
-    Factor: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct]
+    Factor: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 
