@@ -16,16 +16,17 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import get_abstract_mesh
+from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
 
 def product_with_factor(x: Array, factor: Array, *, precision: Any = None) -> Array:
     """The sum of `x (*tokens, columns)` and `factor (rows, columns)` over the columns,
     of shape `(*tokens, rows)`."""
-    # On meshes the types carry more than shape and dtype, and JAX knows best.
-    meshes = [jax.typeof(y).sharding.mesh for y in (x, factor)]
-    if not all(mesh.empty for mesh in [*meshes, get_abstract_mesh()]):
+    # On meshes that types speak of, JAX knows best.
+    meshes = [get_abstract_mesh(), *(jax.typeof(y).sharding.mesh for y in (x, factor))]
+    kinds = {kind for mesh in meshes for kind in mesh.axis_types}
+    if kinds - {AxisType.Auto}:
         return _plain(x, factor, precision=precision)
     return _product.bind(x, factor, precision=precision)
 

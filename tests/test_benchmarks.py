@@ -49,3 +49,12 @@ def test_growth(tmp_path):
     points = json.loads((tmp_path / "growth.json").read_text())["points"]
     assert {point["against"] for point in points} == {"layers", "width", "rank"}
     assert all(point["step"] > 0 for point in points)
+
+
+def test_devices(tmp_path):
+    assert "proportional work, tensor, 8" in run(
+        "devices", "--small", "--output", str(tmp_path)
+    )
+    assert (tmp_path / "devices.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "devices.json").read_text())["points"]
+    assert {point["devices"] for point in points} == {1, 2, 4, 8}
