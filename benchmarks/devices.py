@@ -124,6 +124,7 @@ def save_chart(found: Sequence[Point], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(
         1, 2, figsize=(10, 4.2), sharey=True, layout="constrained"
@@ -145,6 +146,8 @@ def save_chart(found: Sequence[Point], path: Path) -> None:
                 )
         axis.set(xscale="log", yscale="log", xlabel="devices", title=f"{work} work")
         axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axis.yaxis.set_major_locator(ticker.LogLocator(base=2))
+        axis.yaxis.set_major_formatter(ticker.ScalarFormatter())
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("step, ms")

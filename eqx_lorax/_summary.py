@@ -13,10 +13,9 @@ from jaxtyping import PyTree
 from ._arrays import is_inexact
 from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
 from ._select import Filter
-from ._surgery import base_of
 from ._train import adapter_spec, trainable
 from ._tree import Places
-from ._weight import is_weight
+from ._weight import base_of, is_weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too, and so
 # do mere shapes.
-Weight: TypeAlias = Union[
-    Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"
-]
+Weight: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"]
 # An array to whoever computes with it; abstract models have shapes here too.
 if TYPE_CHECKING:
     Factor: TypeAlias = Array

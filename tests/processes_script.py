@@ -18,10 +18,12 @@ import eqx_lorax as lorax  # noqa: E402
 
 
 assert jax.device_count() == 8 and jax.local_device_count() == 4
+runs = {}
 for name, way in meshes.SOME_WAYS.items():
     mesh = meshes.make_mesh(way)
     model = meshes.on_mesh(meshes.make_llama(), mesh, way)
     losses, trained = meshes.train(model, 20, mesh)
+    runs[name] = model, trained
     params = lorax.partition(trained)[0]
     whole = [
         multihost_utils.process_allgather(x, tiled=True)
@@ -31,7 +33,8 @@ for name, way in meshes.SOME_WAYS.items():
         arrays = {f"x{i}": np.asarray(x) for i, x in enumerate(whole)}
         np.savez(folder / f"{name}.npz", losses=losses, **arrays)
 
-# The last of them is sharded by its layers, over both processes.
+# Sharded by its layers, over both processes.
+model, trained = runs["pipeline"]
 file = folder / "adapter.safetensors"
 lorax.save_adapter(file, trained)
 assert file.exists()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -51,7 +52,8 @@ def _program(model, mesh):
     )
     params, frozen = lorax.partition(model, None if has_adapters else "blocks.norms")
     state = meshes.OPTIMIZER.init(params)
-    lowered = meshes.step.lower(params, frozen, state, next(meshes.batches(mesh)))
+    step: Any = meshes.step
+    lowered = step.lower(params, frozen, state, next(meshes.batches(mesh)))
     return lowered.compile().compiled.as_text()
 
 

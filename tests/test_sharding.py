@@ -154,7 +154,7 @@ def test_abstract_models(kind):
     before = len(jax.live_arrays())
     once = lorax.loraify(linear, rank=16, key=KEY)
     twice = lorax.loraify(once, rank=2, stack=True, key=KEY)
-    assert len(jax.live_arrays()) == before
+    assert len(jax.live_arrays()) <= before
     weight = once.weight
     assert specs(weight) == specs(twice.weight) == [P("model", None), P(None, "data")]
     assert (weight.b.shape, weight.b.dtype) == ((28672, 16), jnp.float32)
