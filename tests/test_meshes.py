@@ -138,6 +138,7 @@ def _shardings(model):
 # Several processes
 
 
+@pytest.mark.processes
 def test_two_processes(single, tmp_path):
     """Each with four devices: these ways of sharding give the numbers of one device;
     adapters are written once and read by all."""

@@ -17,7 +17,10 @@ from test_docs import ROOT
 
 
 pytest.importorskip("orbax.checkpoint")
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
+]
 
 KILLS = 21
 STEPS = 70
