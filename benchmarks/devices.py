@@ -15,7 +15,6 @@ Writes `devices.json` and `devices.png`.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
 import jax.random as jr  # noqa: E402
 from contests import adapted_by, on_batch  # noqa: E402
-from harness import compare, machine  # noqa: E402
+from harness import compare, save_points  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
 from steps import frozen, step  # noqa: E402
 from transformer import Block, Scanned  # noqa: E402
@@ -164,15 +163,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("out"))
     flags = parser.parse_args()
     found = study(flags.small)
-    flags.output.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": machine(),
-        "points": [dataclasses.asdict(point) for point in found],
-    }
-    path = flags.output / "devices.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    save_chart(found, flags.output / "devices.png")
-    print(f"\nWritten: {path}, {flags.output / 'devices.png'}")
+    save_points("devices", found, save_chart, flags.output)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Writes `growth.json` and `growth.png`.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 from contests import adapted_by, on_batch
-from harness import compare, machine
+from harness import compare, save_points
 from steps import frozen, step
 from transformer import Block, Scanned, Unrolled
 
@@ -196,15 +195,7 @@ def main() -> None:
     )
     flags = parser.parse_args()
     found = study(flags.small, flags.unrolled)
-    flags.output.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": machine(),
-        "points": [dataclasses.asdict(point) for point in found],
-    }
-    path = flags.output / "growth.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    save_charts(found, flags.output / "growth.png")
-    print(f"\nWritten: {path}, {flags.output / 'growth.png'}")
+    save_points("growth", found, save_charts, flags.output)
 
 
 if __name__ == "__main__":

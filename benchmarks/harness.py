@@ -209,3 +209,21 @@ def save_chart(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def save_points(
+    name: str,
+    points: Sequence[Any],
+    draw: Callable[[Sequence[Any], Path], None],
+    folder: Path,
+) -> None:
+    """Writes the points of a study, which are dataclasses, and their chart."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "machine": machine(),
+        "points": [dataclasses.asdict(point) for point in points],
+    }
+    file, chart = folder / f"{name}.json", folder / f"{name}.png"
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    draw(points, chart)
+    print(f"\nWritten: {file}, {chart}")
