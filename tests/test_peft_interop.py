@@ -365,9 +365,12 @@ def causal(getkey):
     return ours, theirs, tokens
 
 
-def test_a_causal_model_to_peft(causal, tmp_path, getkey):
+def test_a_causal_model_to_peft(causal, tmp_path):
     ours, theirs, tokens = causal
-    adapted = trained(lorax.loraify(ours, "blocks", rank=4, alpha=2, key=getkey()))
+    # The same numbers in each run: how much three layers amplify rounding depends on
+    # them, by a factor of ten.
+    key = jr.key(1)
+    adapted = trained(lorax.loraify(ours, "blocks", rank=4, alpha=2, key=key))
     lorax.peft.save(
         tmp_path, adapted, names=llama.NAMES, also="norm", task_type="CAUSAL_LM"
     )
