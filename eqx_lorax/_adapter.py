@@ -5,9 +5,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding
 
 from ._arrays import is_array
 from ._layer import is_layer
@@ -56,13 +56,18 @@ class Adapted:
         weight = methods()[self.method](base, **self.arrays, **self.settings)
         axes, lying = weight.array_axes(), sharding_of(base_of(base))
 
-        def sharding(name: str) -> Sharding | None:
+        def put(name: str) -> Any:
             if there is not None:
-                return sharding_of(getattr(there, name))
-            return follow(lying, weight.w.ndim, axes[name])
+                sharding = sharding_of(getattr(there, name))
+            else:
+                sharding = follow(lying, weight.w.ndim, axes[name])
+            return placed(getattr(weight, name), sharding)
 
-        arrays = {name: placed(x, sharding(name)) for name, x in self.arrays.items()}
-        return methods()[self.method](base, **arrays, **self.settings)
+        return eqx.tree_at(
+            lambda weight: [getattr(weight, name) for name in self.arrays],
+            weight,
+            [put(name) for name in self.arrays],
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,21 +14,19 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._fingerprint import base_digests, digest
-from ._save import AdapterFileError, differences
+from ._save import AdapterFileError, differences, digest_of, listed
 from ._state import (
     check_agreement,
     check_storable,
     from_json,
     impl_of,
     kind_of,
-    listed,
     misfits,
     name_of,
     raw,
     raw_kind,
     restored,
     split,
-    text_digest,
     to_json,
 )
 from ._tree import Places
@@ -176,7 +174,7 @@ class Checkpoints:
                 arrays=args.PyTreeSave(
                     {name: raw(x) for name, x in arrays.items() if x.size}
                 ),
-                about=args.JsonSave({"about": about, "digest": text_digest(about)}),
+                about=args.JsonSave({"about": about, "digest": digest_of(about)}),
             ),
         )
 
@@ -244,7 +242,7 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=args.Composite(about=args.JsonRestore())
             )["about"]
-            intact = found["digest"] == text_digest(found["about"])
+            intact = found["digest"] == digest_of(found["about"])
             about = json.loads(found["about"])
             version = about["format"]
         # Orbax raises what its parts raise, of which there are many kinds.

@@ -84,7 +84,11 @@ def _reordered(x: Array, labels: Labels, wanted: Labels) -> Array:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("x_labels", "labels", "out_labels", "is_frozen", "precision"),
+        "x_labels",
+        "labels",
+        "out_labels",
+        "is_frozen",
+        "precision",
         "out_sharding",
     ),
 )

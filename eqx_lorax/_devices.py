@@ -1,7 +1,6 @@
 """What of a tree of arrays, which may be abstract, lies on one device."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import equinox as eqx
@@ -12,6 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
 from ._arrays import is_array
+from ._sharding import mesh_names
 
 
 def arrays_of(tree: PyTree) -> list[Any]:
@@ -47,7 +47,7 @@ def mesh_axes(x: Any) -> dict[str, int]:
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return {}
-    names = {name for entry in sharding.spec for name in _names(entry)}
+    names = {name for entry in sharding.spec for name in mesh_names(entry)}
     return {name: sharding.mesh.shape[name] for name in names}
 
 
@@ -80,10 +80,3 @@ def plain(tree: PyTree, shape: Any = lambda x: x.shape) -> PyTree:
         return jax.ShapeDtypeStruct(shape(x), x.dtype) if is_array(x) else x
 
     return jax.tree.map(abstract, tree)
-
-
-def _names(entry: Any) -> Iterable[str]:
-    # Of a `PartitionSpec`: a name, several, or that there is none or no constraint.
-    if isinstance(entry, str):
-        return (entry,)
-    return entry if isinstance(entry, tuple) else ()

@@ -222,11 +222,19 @@ def factor_shapes(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of `b` and `a` for a base of `shape`; `rows` and `columns` are counted
     from the end."""
-    owned = {*rows, *columns}
-    batch = [shape[axis] for axis in range(-len(shape), 0) if axis not in owned]
-    b = (*batch, *(shape[axis] for axis in rows), rank)
-    a = (*batch, rank, *(shape[axis] for axis in columns))
+    b, a = (
+        tuple(rank if axis == RANK else shape[axis] for axis in axes)
+        for axes in _factor_axes(len(shape), rows, columns)
+    )
     return b, a
+
+
+def _factor_axes(
+    ndim: int, rows: Sequence[int], columns: Sequence[int]
+) -> tuple[list[Any], list[Any]]:
+    """The axes of `b` and `a`: those of the base, counted from its end, and `RANK`."""
+    batch = [axis for axis in range(-ndim, 0) if axis not in {*rows, *columns}]
+    return [*batch, *rows, RANK], [*batch, RANK, *columns]
 
 
 def factor_shardings(
@@ -239,9 +247,8 @@ def factor_shardings(
 ) -> tuple[Sharding | None, Sharding | None]:
     """Where `b` and `a` of a fresh adapter lie; `name` is what errors say."""
     lying = sharding_of(base)
-    batch = [axis for axis in range(-base.ndim, 0) if axis not in {*rows, *columns}]
     shapes = factor_shapes(base.shape, rows, columns, rank)
-    axes = ([*batch, *rows, RANK], [*batch, RANK, *columns])
+    axes = _factor_axes(base.ndim, rows, columns)
     # A specification is a tuple too, in some versions of JAX.
     if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
         placement = (placement, placement)

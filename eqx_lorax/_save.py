@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import mmap
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +128,7 @@ def save_adapter(
                 "library": importlib.metadata.version("eqx-lorax"),
                 "targets": targets,
                 "others": others,
-                "digests": {name: _digest(array) for name, array in tensors.items()},
+                "digests": {name: digest_of(array) for name, array in tensors.items()},
                 "base": base_digests(places, adapter.others),
                 "metadata": dict(metadata or {}),
             },
@@ -139,7 +139,7 @@ def save_adapter(
 
     def write() -> None:
         with replacing(Path(path)) as new:
-            digest = _digest(header.encode())
+            digest = digest_of(header)
             save_file(tensors, new, {_HEADER: header, _DIGEST: digest})
 
     write_once(write, jax.tree.leaves(model))
@@ -240,12 +240,10 @@ def check_base(
     """
     wrong = list(differences(written, base_digests(places, without)))
     if wrong:
-        listed = "; ".join(wrong[:8])
-        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise AdapterFileError(
-            f"{path} was trained on another base than `model`: {listed}{more}. Load it "
-            "into the model that it was trained on, or pass `allow_other_base=True` if "
-            "these differences are meant."
+            f"{path} was trained on another base than `model`: {listed(wrong)}. Load "
+            "it into the model that it was trained on, or pass "
+            "`allow_other_base=True` if these differences are meant."
         )
 
 
@@ -282,7 +280,7 @@ def read_tensors(
                 f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
             )
         bits = content[slice(*entry["data_offsets"])]
-        digests[name] = _digest(bits)
+        digests[name] = digest_of(bits)
         tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
     return metadata, tensors, digests
 
@@ -295,7 +293,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
             f"{path} was not written by `lorax.save_adapter`. A folder of PEFT's is "
             "read by `lorax.peft.load`."
         )
-    if metadata.get(_DIGEST) != _digest(metadata[_HEADER].encode()):
+    if metadata.get(_DIGEST) != digest_of(metadata[_HEADER]):
         raise AdapterFileError(f"{path} is damaged: its header is not as written.")
     header = well_formed(path, lambda: dict(json.loads(metadata[_HEADER])))
     found = well_formed(path, lambda: int(header["format"]))
@@ -377,7 +375,16 @@ def differences(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterato
             yield f"{name} is not of it"
 
 
-def _digest(content: Any) -> str:
+def listed(problems: Sequence[str]) -> str:
+    """The problems in one line, if they are many the first of them."""
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more
+
+
+def digest_of(content: Any) -> str:
+    """A digest of an array of NumPy, of text, or of bytes."""
+    if isinstance(content, str):
+        content = content.encode()
     if isinstance(content, np.ndarray):
         content = content.reshape(-1).view(np.uint8).data
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -20,27 +20,36 @@ Placement: TypeAlias = Lying | tuple[Lying, Lying]
 _Labels: TypeAlias = Sequence[Any]
 
 
+def where_put(x: Any) -> Sharding | None:
+    """Where the array `x`, which is not traced, was put by anyone; `None` for NumPy
+    arrays and for what JAX has put on its default device."""
+    if isinstance(x, jax.Array):
+        return x.sharding if x.committed else None
+    return getattr(x, "sharding", None)
+
+
 def sharding_of(x: Any) -> Sharding | None:
-    """Where the array `x` lies, as far as it is known and was chosen by anyone."""
+    """Where the array `x` lies, by axes that others can follow, as far as it is known
+    and was chosen by anyone."""
     if isinstance(x, jax.core.Tracer):
         return explicit_sharding(x)
-    sharding = getattr(x, "sharding", None)
-    if not isinstance(x, jax.Array) or isinstance(sharding, NamedSharding):
+    sharding = where_put(x)
+    if sharding is None or isinstance(sharding, NamedSharding):
         return sharding
-    if len(x.devices()) > 1:
-        # It does not say by what axes it is sharded.
-        devices = sorted(x.devices(), key=lambda device: device.id)
-        return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
-    return sharding if x.committed else None
+    if sharding.num_devices == 1:
+        return sharding
+    # It does not say by what axes it is sharded.
+    devices = sorted(sharding.device_set, key=lambda device: device.id)
+    return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
 
 
 def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding that the type of `x` has, if it is on a mesh with explicit axes."""
     sharding = jax.typeof(x).sharding
-    return sharding if is_explicit(sharding) else None
+    return sharding if _is_explicit(sharding) else None
 
 
-def is_explicit(sharding: Sharding) -> bool:
+def _is_explicit(sharding: Sharding) -> bool:
     """Whether it is on a mesh of whose axes types speak."""
     is_named = isinstance(sharding, NamedSharding)
     return is_named and AxisType.Explicit in sharding.mesh.axis_types
@@ -135,7 +144,7 @@ def created(
     if sharding is None:
         return make(*arguments)
     if isinstance(base, jax.core.Tracer):
-        return moved(make(*arguments), sharding)
+        return _moved(make(*arguments), sharding)
     static = [i for i, x in enumerate(arguments) if not isinstance(x, jax.Array)]
     return _compiled(make, tuple(static), sharding)(*arguments)
 
@@ -147,9 +156,9 @@ def _compiled(
     return jax.jit(make, static_argnums=static, out_shardings=sharding)
 
 
-def moved(x: Array, sharding: Sharding) -> Array:
+def _moved(x: Array, sharding: Sharding) -> Array:
     """`x`, inside a program, where it is to lie."""
-    if is_explicit(sharding):
+    if _is_explicit(sharding):
         return jax.sharding.reshard(x, sharding)
     return lax.with_sharding_constraint(x, sharding)
 
@@ -183,7 +192,15 @@ def of_product(
     used: set[Any] = set()
     for label in out_labels:
         axes = by_label.get(label)
-        names = {*axes} if isinstance(axes, tuple) else {axes} - {None}
-        spec.append(None if names & used else axes)
-        used |= names
+        names = mesh_names(axes)
+        spec.append(axes if used.isdisjoint(names) else None)
+        used.update(names)
     return NamedSharding(known[0].mesh, PartitionSpec(*spec))
+
+
+def mesh_names(entry: Any) -> tuple[str, ...]:
+    """The axes of the mesh in an entry of a `PartitionSpec`: a name, several, or that
+    there is none or no constraint."""
+    if isinstance(entry, str):
+        return (entry,)
+    return entry if isinstance(entry, tuple) else ()

@@ -1,7 +1,6 @@
 """The state of a training run as named plain arrays and numbers, and back: what Orbax
 can hold."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ._arrays import is_array
+from ._save import digest_of, listed
+from ._sharding import where_put
 
 
 # Several entries to a byte: Orbax stores some of these, `digest` reads none.
@@ -74,14 +75,6 @@ def impl_of(x: Any) -> str | None:
     return str(jax.random.key_impl(x)) if _is_key(x) else None
 
 
-def _sharding(x: Any) -> Sharding | None:
-    """Where `x` was put by anyone; `None` for NumPy arrays and for what JAX has put on
-    its default device."""
-    if isinstance(x, jax.Array):
-        return x.sharding if x.committed else None
-    return getattr(x, "sharding", None)
-
-
 def _is_of_one_process(sharding: Sharding) -> bool:
     return sharding.is_fully_addressable and jax.process_count() > 1
 
@@ -96,7 +89,7 @@ def raw(x: Any) -> Any:
 
 def raw_kind(like: Any) -> jax.ShapeDtypeStruct:
     """What `raw(like)` is restored as. It has a sharding if Orbax is to place it."""
-    sharding = _sharding(like)
+    sharding = where_put(like)
     if sharding is not None and _is_of_one_process(sharding):
         sharding = None
     kind = jax.ShapeDtypeStruct(like.shape, like.dtype)
@@ -115,7 +108,7 @@ def restored(x: Any, like: Any, impl: str | None) -> Any:
         x = jnp.asarray(x)
     if _is_key(like):
         x = jax.random.wrap_key_data(x, impl=impl)
-    sharding = _sharding(like)
+    sharding = where_put(like)
     return x if sharding is None else jax.device_put(x, sharding)
 
 
@@ -140,8 +133,8 @@ def check_agreement(step: int, digests: Mapping[str, str]) -> None:
     no checkpoint at all."""
     if jax.process_count() == 1:
         return
-    own = {"step": text_digest(str(step)), **digests}
-    words = np.array([int(text_digest(x)[:8], 16) for x in own.values()], np.uint32)
+    own = {"step": digest_of(str(step)), **digests}
+    words = np.array([int(digest_of(x)[:8], 16) for x in own.values()], np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(words))
     wrong = [name for name, x in zip(own, everyone.T) if (x != x[0]).any()]
     if wrong:
@@ -160,12 +153,3 @@ def to_json(x: Any) -> Any:
 
 def from_json(x: Any, like: Any) -> Any:
     return complex(*x) if isinstance(x, list) else type(like)(x)
-
-
-def text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def listed(problems: list[str]) -> str:
-    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return "; ".join(problems[:8]) + more

@@ -243,7 +243,7 @@ def rewritten(path, change, digest=True):
     text = json.dumps(header if new is None else new)
     metadata["eqx_lorax"] = text
     if digest:
-        metadata["eqx_lorax_digest"] = _save._digest(text.encode())
+        metadata["eqx_lorax_digest"] = _save.digest_of(text.encode())
     save_file(load_file(path), path, metadata)
 
 
