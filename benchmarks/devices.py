@@ -12,7 +12,6 @@ grows with the work, and what the figures say is what adapters add on each mesh.
 Writes `devices.json` and `devices.png`.
 """
 
-import argparse
 import dataclasses
 import functools
 import os
@@ -32,7 +31,7 @@ import equinox as eqx  # noqa: E402
 import jax  # noqa: E402
 import jax.random as jr  # noqa: E402
 from contests import adapted_by, on_batch  # noqa: E402
-from harness import compare, save_points  # noqa: E402
+from harness import compare, save_points, study_parser  # noqa: E402
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
 from steps import frozen, step  # noqa: E402
 from transformer import Block, Scanned  # noqa: E402
@@ -156,12 +155,7 @@ def save_chart(found: Sequence[Point], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--small", action="store_true", help="to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path("out"))
-    flags = parser.parse_args()
+    flags = study_parser(__doc__).parse_args()
     found = study(flags.small)
     save_points("devices", found, save_chart, flags.output)
 

@@ -11,7 +11,6 @@ most of the time goes to compiling unrolled blocks. For 96 of those XLA needs mo
 Writes `growth.json` and `growth.png`.
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
@@ -24,7 +23,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 from contests import adapted_by, on_batch
-from harness import compare, save_points
+from harness import compare, save_points, study_parser
 from steps import frozen, step
 from transformer import Block, Scanned, Unrolled
 
@@ -185,11 +184,7 @@ def save_charts(found: Sequence[Point], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--small", action="store_true", help="to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path("out"))
+    parser = study_parser(__doc__)
     parser.add_argument(
         "--unrolled", type=int, default=48, help="the most unrolled blocks"
     )

@@ -1,5 +1,6 @@
 """Timing programs against a floor: interleaved, medians of the ratios of each round."""
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -209,6 +210,16 @@ def save_chart(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def study_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags that studies share."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--small", action="store_true", help="to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("out"))
+    return parser
 
 
 def save_points(

@@ -50,7 +50,7 @@ def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> 
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} "
         f"--xla_force_host_platform_device_count={devices}",
     }
-    address = f"localhost:{_free_port()}"
+    address = f"localhost:{free_port()}"
     children: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryFile() as others:
         try:
@@ -116,7 +116,8 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]

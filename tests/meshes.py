@@ -1,9 +1,7 @@
 """A small Llama on meshes of eight devices, in all the ways in which models are
 sharded, for the tests of one process and of several."""
 
-import contextlib
 import re
-import socket
 from typing import NamedTuple
 
 import equinox as eqx
@@ -12,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from helpers import is_weight
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from llama import Llama
 
@@ -130,10 +129,6 @@ def adapted(model):
     )
 
 
-def is_weight(x):
-    return isinstance(x, lorax.AbstractLoraWeight)
-
-
 def train(model, steps, mesh=None):
     """The losses, and the trained factors by path."""
     params, frozen = lorax.partition(adapted(model))
@@ -159,10 +154,3 @@ def collectives(program: str) -> list[tuple[str, tuple[int, ...]]]:
         for result, kind in COLLECTIVE.findall(program)
         for shape in re.findall(r"\w+\[([\d,]*)\]", result)
     ]
-
-
-@contextlib.contextmanager
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        yield found.getsockname()[1]

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -19,11 +18,10 @@ import optax
 import pytest
 from helpers import assert_identical, trained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from launch import free_port
 
 import eqx_lorax as lorax
 
-
-pytest.importorskip("orbax.checkpoint")
 
 ERRORS = (lorax.AdapterFileError,)
 
@@ -366,6 +364,7 @@ def test_killed_at_any_moment(tmp_path):
     assert left == sorted([str(latest + 1), str(latest + 2)])
 
 
+@pytest.mark.processes
 def test_on_another_number_of_processes(tmp_path):
     """Written by two, one of which then has another state, and read by one."""
     script = """
@@ -394,9 +393,7 @@ def test_on_another_number_of_processes(tmp_path):
             except ValueError as error:
                 print(error)
     """
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = str(found.getsockname()[1])
+    port = str(free_port())
     flags = "--xla_force_host_platform_device_count=2"
     processes = [
         subprocess.Popen(

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import meshes
 import numpy as np
 import pytest
-from helpers import assert_close, assert_identical
+from helpers import assert_close, assert_identical, is_weight
 from jax.sharding import NamedSharding, PartitionSpec as P
+from launch import free_port
 from meshes import collectives, WAYS
 
 import eqx_lorax as lorax
@@ -47,9 +48,7 @@ def test_training(name, single):
 def _program(model, mesh):
     """The partitioned program of a training step; of the norms if there are no
     adapters."""
-    has_adapters = any(
-        meshes.is_weight(x) for x in jax.tree.leaves(model, is_leaf=meshes.is_weight)
-    )
+    has_adapters = any(is_weight(x) for x in jax.tree.leaves(model, is_leaf=is_weight))
     params, frozen = lorax.partition(model, None if has_adapters else "blocks.norms")
     state = meshes.OPTIMIZER.init(params)
     step: Any = meshes.step
@@ -142,8 +141,7 @@ def _shardings(model):
 def test_two_processes(single, tmp_path):
     """Each with four devices: these ways of sharding give the numbers of one device;
     adapters are written once and read by all."""
-    with meshes.free_port() as port:
-        address = f"localhost:{port}"
+    address = f"localhost:{free_port()}"
     script = Path(__file__).with_name("processes_script.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"

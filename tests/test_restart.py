@@ -16,7 +16,6 @@ from safetensors.numpy import load_file
 from test_docs import ROOT
 
 
-pytest.importorskip("orbax.checkpoint")
 pytestmark = [
     pytest.mark.processes,
     pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
