@@ -15,7 +15,11 @@ from ._layers import (
     LoraModule as LoraModule,
 )
 from ._lora import LoraWeight as LoraWeight
-from ._many import combine as combine, scale as scale, stack as stack
+from ._many import (
+    scale as scale,
+    stack as stack,
+    weighted_sum as weighted_sum,
+)
 from ._optimizer import wrap_optimizer as wrap_optimizer
 from ._params import (
     init_lora as init_lora,
@@ -48,6 +52,7 @@ from ._summary import (
 )
 from ._surgery import loraify as loraify, unloraify as unloraify
 from ._train import (
+    combine as combine,
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
     partition as partition,

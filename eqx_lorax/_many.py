@@ -120,7 +120,7 @@ def stack(adapters: Sequence[PyTree | None]) -> PyTree:
 
 
 @overload
-def combine(
+def weighted_sum(
     adapters: Sequence[_Adapter],
     weights: Sequence[ArrayLike],
     method: Literal["exact", "svd"] = "exact",
@@ -131,7 +131,7 @@ def combine(
 
 
 @overload
-def combine(
+def weighted_sum(
     adapters: Sequence[_Adapter],
     weights: Sequence[ArrayLike],
     method: Literal["exact", "svd"] = "exact",
@@ -141,7 +141,7 @@ def combine(
 ) -> tuple[_Adapter, dict[str, Array]]: ...
 
 
-def combine(
+def weighted_sum(
     adapters: Sequence[Any],
     weights: Sequence[ArrayLike],
     method: Literal["exact", "svd"] = "exact",
@@ -188,7 +188,7 @@ def combine(
         )
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} `weights` for {len(adapters)} `adapters`.")
-    aligned = _aligned(adapters, "combine")
+    aligned = _aligned(adapters, "weighted_sum")
     combined: list[Any] = []
     errors: dict[str, Array] = {}
     for place, column in aligned.columns:
@@ -393,7 +393,7 @@ def _warn_of(errors: dict[str, Array]) -> None:
         worst = sorted(large, key=lambda path: -large[path])[:4]
         listed = ", ".join(f"{path} {large[path]:.0%}" for path in worst)
         warnings.warn(
-            f"At this rank the combined adapters lose more than 1 % of the update of "
+            f"At this rank the summed adapters lose more than 1 % of the update of "
             f"{len(large)} of {len(errors)} weights: {listed}. A larger `rank` keeps "
             "more, `method='exact'` everything; `return_error=True` returns this.",
             stacklevel=3,

@@ -41,7 +41,7 @@ def loraify(
     init: Init = "uniform",
     dtype: DTypeLike | None = None,
     rank_stabilised: bool = False,
-    stack: bool = False,
+    nested: bool = False,
     sharding: PerTarget[Placement] = None,
     key: PRNGKeyArray,
 ) -> _Model:
@@ -85,7 +85,7 @@ def loraify(
     - `dtype`: The dtype of the factors. Defaults to that of the weight, or to float32
         if that is wider.
     - `rank_stabilised`: Whether to use `scale = alpha / sqrt(rank)`.
-    - `stack`: Whether a target that already has an adapter gets another on top, with
+    - `nested`: Whether a target that already has an adapter gets another on top, with
         the one there frozen. Otherwise that is an error.
     - `sharding`: Where the factors lie, or a mapping from patterns. By default they
         follow the base, which is never moved: `b` is sharded as the rows are and `a` as
@@ -114,9 +114,9 @@ def loraify(
     places = Places(model)
     targets = find_targets(model, places, filter)
     before = [target for target in targets if target.is_adapted]
-    if before and not stack:
+    if before and not nested:
         raise ValueError(
-            f"`model` already has adapters at {summarised(before)}. Pass `stack=True` "
+            f"`model` already has adapters at {summarised(before)}. Pass `nested=True` "
             "to put second ones on top of them, take them out with `lorax.unloraify`, "
             "or leave them out of `filter`."
         )

@@ -70,6 +70,11 @@ def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
     return eqx.partition(model, trainable(model, also))
 
 
+def combine(params: _Model, frozen: _Model) -> _Model:
+    """The model of which `lorax.partition` gave `(params, frozen)`."""
+    return eqx.combine(params, frozen)
+
+
 def filter_value_and_grad(
     fun: Callable[..., Any] | None = None,
     *,

@@ -65,12 +65,12 @@ def test_key_is_required(model):
 def test_key_used_twice(model):
     once = lorax.loraify(model, rank=2, key=jr.key(0))
     with pytest.raises(ValueError, match="`key` was used before.*fresh one"):
-        lorax.loraify(once, rank=2, stack=True, key=jr.key(0))
+        lorax.loraify(once, rank=2, nested=True, key=jr.key(0))
 
 
 def test_adapting_twice(model, getkey):
     once = lorax.loraify(model, "layers.0", rank=2, key=getkey())
-    with pytest.raises(ValueError, match="has adapters at layers.0.*stack=True"):
+    with pytest.raises(ValueError, match="has adapters at layers.0.*nested=True"):
         lorax.loraify(once, rank=2, key=getkey())
     lorax.loraify(once, "layers.1", rank=2, key=getkey())
 

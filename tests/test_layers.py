@@ -252,7 +252,7 @@ def test_stacked_adapters(case, getkey):
     """A second adapter on top of the first, which is frozen."""
     model, adapted, inputs = make(case, getkey)
     twice = lorax.loraify(
-        adapted, case.filter, rank=1, alpha=0.5, stack=True, key=getkey()
+        adapted, case.filter, rank=1, alpha=0.5, nested=True, key=getkey()
     )
     assert_close(run(twice, *inputs), run(adapted, *inputs))
     twice = trained(twice)

@@ -91,7 +91,7 @@ def test_a_bank(case, getkey):
 
     weights = [0.5, -1.0, 7.0, 0.25]
     mixture = eqx.combine(bank.mix(weights), frozen)
-    combined = lorax.combine(adapters, [0.5, -1.0, 0.25])
+    combined = lorax.weighted_sum(adapters, [0.5, -1.0, 0.25])
     assert_close(run(mixture, *inputs), run(eqx.combine(combined, frozen), *inputs))
 
 
@@ -172,7 +172,7 @@ def test_combining_is_the_sum_of_the_updates(case, method, getkey):
     models = [eqx.combine(randomised(m, getkey()), m) for m in models]
     total = sum(ranks)
     options = {"rank": total} if method == "svd" else {}
-    combined = lorax.combine(models, factors, method, **options)
+    combined = lorax.weighted_sum(models, factors, method, **options)
     for new, *parts in zip(weights(combined), *map(weights, models)):
         update = sum(
             factor * (wide(part.materialise()) - wide(part.w))
@@ -197,20 +197,20 @@ def test_the_smaller_rank_is_the_best_there_is(getkey):
         for weight in weights(adapter)
     )
     sizes = np.linalg.svd(update, compute_uv=False)
-    combined, errors = lorax.combine(adapters, [1, 1], "svd", rank=2, return_error=True)
+    combined, errors = lorax.weighted_sum(adapters, [1, 1], "svd", rank=2, return_error=True)
     (weight,) = weights(combined)
     found = weight.scale * wide(weight.b) @ wide(weight.a)
     lost = np.linalg.norm(found - update) / np.linalg.norm(update)
     assert np.isclose(lost, np.linalg.norm(sizes[2:]) / np.linalg.norm(sizes), 1e-4)
     assert np.isclose(errors["weight"], lost, 1e-4)
     with pytest.warns(UserWarning, match=r"lose more than 1 %.*1 of 1 weights: weight"):
-        lorax.combine(adapters, [1, 1], "svd", rank=2)
+        lorax.weighted_sum(adapters, [1, 1], "svd", rank=2)
 
 
 def test_a_weight_of_minus_one_negates(getkey):
     linear = eqx.nn.Linear(5, 7, key=getkey())
     adapter = randomised(lorax.loraify(linear, rank=2, key=getkey()), getkey())
-    (nothing,) = weights(lorax.combine([adapter, adapter], [1, -1]))
+    (nothing,) = weights(lorax.weighted_sum([adapter, adapter], [1, -1]))
     assert np.abs(nothing.b @ nothing.a).max() < 1e-6
     twice = lorax.scale(lorax.scale(adapter, -1), -1)
     assert_identical(twice, adapter)
@@ -254,8 +254,8 @@ def test_heads(getkey):
     with pytest.raises(
         ValueError, match=r"layers\.1\.bias was trained too and differs"
     ):
-        lorax.combine([params, other], [1, 1])
-    same = lorax.combine([params, params], [1, 1])
+        lorax.weighted_sum([params, other], [1, 1])
+    same = lorax.weighted_sum([params, params], [1, 1])
     assert_identical(same.layers[1], params.layers[1])
 
 
@@ -275,7 +275,7 @@ def test_what_does_not_fit_together(getkey):
     ):
         lorax.stack([params, few])
     with pytest.raises(ValueError, match=r"layers\.0\.weight differs in shape"):
-        lorax.combine([params, larger], [1, 1])
+        lorax.weighted_sum([params, larger], [1, 1])
     with pytest.raises(ValueError, match=r"layers\.0\.weight has factors of several"):
         lorax.stack([params, narrow])
     with pytest.raises(ValueError, match="its frozen base with it.*partition"):
@@ -283,12 +283,12 @@ def test_what_does_not_fit_together(getkey):
     with pytest.raises(ValueError, match="no adapter in what was passed to `stack`"):
         lorax.stack([None, None])
     with pytest.raises(ValueError, match="no adapter in what was passed to `combine`"):
-        lorax.combine([model], [1])
+        lorax.weighted_sum([model], [1])
     with pytest.raises(ValueError, match="2 `weights` for 1 `adapters`"):
-        lorax.combine([params], [1, 2])
+        lorax.weighted_sum([params], [1, 2])
     with pytest.raises(ValueError, match="neither 'exact' nor 'svd'"):
-        lorax.combine([params], [1], "linear")  # pyright: ignore
+        lorax.weighted_sum([params], [1], "linear")  # pyright: ignore
     with pytest.raises(ValueError, match="`rank=3` is for `method='svd'`"):
-        lorax.combine([params], [1], rank=3)
+        lorax.weighted_sum([params], [1], rank=3)
     with pytest.raises(ValueError, match="one number"):
         lorax.scale(params, jnp.ones(2))

@@ -173,7 +173,7 @@ def test_what_peft_has_no_form_for(tmp_path, getkey):
         lorax.peft.save(tmp_path, model, names=lambda path: "conv")
     linear = [eqx.nn.Linear(4, 4, key=getkey())]
     twice = lorax.loraify(
-        lorax.loraify(linear, rank=2, key=getkey()), rank=1, stack=True, key=getkey()
+        lorax.loraify(linear, rank=2, key=getkey()), rank=1, nested=True, key=getkey()
     )
     with pytest.raises(ValueError, match="adapter upon an adapter.*Merge"):
         lorax.peft.save(tmp_path, twice, names=lambda path: "x")

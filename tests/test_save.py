@@ -98,12 +98,12 @@ def test_trees_that_are_no_modules(tmp_path, getkey):
 def test_an_adapter_on_an_adapter(tmp_path, getkey):
     plain = mlp(getkey())
     once = trained(lorax.loraify(plain, rank=2, key=getkey()))
-    twice = trained(lorax.loraify(once, rank=1, stack=True, key=getkey()))
+    twice = trained(lorax.loraify(once, rank=1, nested=True, key=getkey()))
     lorax.save_adapter(tmp_path / "a", twice)
     assert_identical(lorax.load_adapter(tmp_path / "a", twice), twice)
     # The adapter below belongs to the base.
     other = trained(lorax.loraify(plain, rank=2, key=getkey()))
-    other = lorax.loraify(other, rank=1, stack=True, key=getkey())
+    other = lorax.loraify(other, rank=1, nested=True, key=getkey())
     with pytest.raises(ERRORS, match=r"layers\.0\.weight\.a differs"):
         lorax.load_adapter(tmp_path / "a", other)
 

@@ -78,7 +78,7 @@ def test_stacks_convolutions_and_second_adapters(mesh):
     )
     once = lorax.loraify(stack, rank=2, key=KEY)
     assert specs(once.weight) == [P("data", "model", None), P("data", None, None)]
-    twice = lorax.loraify(once, rank=1, stack=True, key=jr.key(2))
+    twice = lorax.loraify(once, rank=1, nested=True, key=jr.key(2))
     assert specs(twice.weight) == [P("data", "model", None), P("data", None, None)]
     conv = eqx.nn.Conv1d(4, 16, 3, key=jr.key(0))
     conv = eqx.tree_at(
@@ -153,7 +153,7 @@ def test_abstract_models(kind):
     linear = eqx.tree_at(lambda layer: layer.weight, linear, shape)
     before = len(jax.live_arrays())
     once = lorax.loraify(linear, rank=16, key=KEY)
-    twice = lorax.loraify(once, rank=2, stack=True, key=KEY)
+    twice = lorax.loraify(once, rank=2, nested=True, key=KEY)
     assert len(jax.live_arrays()) <= before
     weight = once.weight
     assert specs(weight) == specs(twice.weight) == [P("model", None), P(None, "data")]

@@ -72,7 +72,7 @@ def test_abstract_and_plain_models(model, getkey):
 
 
 def test_stacked_adapters(model, getkey):
-    twice = lorax.loraify(model, rank=1, stack=True, key=getkey())
+    twice = lorax.loraify(model, rank=1, nested=True, key=getkey())
     summary = lorax.summary(twice)
     assert [target.rank for target in summary.targets] == [1, 1]
     assert summary.trained == 61

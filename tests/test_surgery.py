@@ -461,6 +461,6 @@ def test_dropout_in_a_convolution(getkey):
 def test_replacing_dropout_on_stacking(getkey):
     model = eqx.nn.Linear(8, 8, key=getkey())
     once = lorax.loraify(model, rank=2, dropout=0.5, key=getkey())
-    twice = lorax.loraify(once, rank=2, stack=True, key=getkey())
+    twice = lorax.loraify(once, rank=2, nested=True, key=getkey())
     assert twice.dropout is None
     assert_close(twice(jnp.ones(8)), model(jnp.ones(8)))
