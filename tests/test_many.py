@@ -197,7 +197,9 @@ def test_the_smaller_rank_is_the_best_there_is(getkey):
         for weight in weights(adapter)
     )
     sizes = np.linalg.svd(update, compute_uv=False)
-    combined, errors = lorax.weighted_sum(adapters, [1, 1], "svd", rank=2, return_error=True)
+    combined, errors = lorax.weighted_sum(
+        adapters, [1, 1], "svd", rank=2, return_error=True
+    )
     (weight,) = weights(combined)
     found = weight.scale * wide(weight.b) @ wide(weight.a)
     lost = np.linalg.norm(found - update) / np.linalg.norm(update)
