@@ -25,6 +25,7 @@ from ._fingerprint import base_digests
 from ._peft.config import check_config
 from ._peft.names import Names
 from ._peft.reading import adapter_from
+from ._peft.sides import stored_in_out
 from ._peft.writing import whole_modules, written
 from ._processes import on_hand, write_once
 from ._save import AdapterFileError, check_base, MALFORMED, read_tensors
@@ -47,6 +48,7 @@ def save(
     *,
     names: Names,
     also: Filter = None,
+    transposed: Filter = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -80,6 +82,10 @@ def save(
         experts, and the path is then that of PyTorch's parameter; several of these in
         one module have to be in the same order as there.
     - `also`: What else was trained, as of `lorax.partition`.
+    - `transposed`: A filter as of `lorax.loraify`: the arrays here that are stored
+        `(..., in, out)`, because their module computes `x @ weight`. Otherwise arrays
+        that belong to none of Equinox's layers are taken to be `(..., out, in)`. How
+        PyTorch stores them does not matter: in PEFT `A` has the inputs.
     - `base_model_name_or_path`, `task_type`: Written to the configuration, such as
         `"sentence-transformers/all-MiniLM-L6-v2"` and `"SEQ_CLS"`.
 
@@ -91,7 +97,8 @@ def save(
     places = Places(model)
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
-    tensors, config = written(adapter, places, names)
+    in_out = stored_in_out(places, transposed)
+    tensors, config = written(adapter, places, names, in_out)
     tensors |= whole.tensors
     config |= {
         "base_model_name_or_path": base_model_name_or_path,
@@ -118,6 +125,7 @@ def load(
     model: _Model,
     *,
     names: Names,
+    transposed: Filter = None,
     allow_other_base: bool = False,
 ) -> _Model:
     """Puts an adapter that PEFT, or `lorax.peft.save`, has written into a plain model.
@@ -129,6 +137,9 @@ def load(
     - `model`: The plain model.
     - `names`: As of `lorax.peft.save`. The paths in PyTorch are those below the model
         that was given to `peft.get_peft_model`.
+    - `transposed`: As of `lorax.peft.save`; an empty list says that there are none,
+        which has to be said where the configuration has `fan_in_fan_out` and an array
+        is square.
     - `allow_other_base`: As of `lorax.load_adapter`. PEFT writes nothing about the
         base; this concerns files by `lorax.peft.save`.
 
@@ -150,9 +161,10 @@ def load(
         raise AdapterFileError(f"{folder / _CONFIG}: {error}.") from error
     metadata, tensors, _ = read_tensors(folder / _WEIGHTS)
     places = Places(model)
+    in_out = stored_in_out(places, transposed)
     try:
         unprefixed = {_without_prefix(name): x for name, x in tensors.items()}
-        adapter = adapter_from(config, unprefixed, places, names)
+        adapter = adapter_from(config, unprefixed, places, names, in_out)
         adapted = put_into(model, places, adapter)
         base = json.loads(metadata.get(_BASE, "null"))
     except MALFORMED as error:

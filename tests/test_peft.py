@@ -2,6 +2,7 @@
 refused. `test_peft_interop.py` holds it against the real one."""
 
 import json
+import re
 import warnings
 
 import equinox as eqx
@@ -300,3 +301,79 @@ def test_damaged_files(saved):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(FileNotFoundError):
         lorax.peft.load(folder, plain, names=NAMES)
+
+
+class InOut(eqx.Module):
+    weight: jax.Array
+
+    def __call__(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 6), (3, 4, 4), (3, 4, 6)])
+@pytest.mark.parametrize("transposed", ["0", "0.weight", lambda node: True, InOut])
+def test_stored_in_out(shape, transposed, tmp_path, getkey):
+    plain = [InOut(jr.normal(getkey(), shape))]
+    adapted = trained(lorax.loraify(plain, "0.weight", rank=2, key=getkey()))
+    names = {"0": "x.y"}
+    lorax.peft.save(tmp_path, adapted, names=names, transposed=transposed)
+    config, tensors = files(tmp_path)
+    (weight,) = weights(adapted)
+    first = tensors[f"base_model.model.x{'.y' * (len(shape) == 2)}.lora_A.weight"]
+    inputs = np.swapaxes(weight.b, -1, -2).reshape(-1, 4)
+    assert np.array_equal(first, inputs)
+    assert config["fan_in_fan_out"] is (len(shape) == 2)
+    assert config["peft_version"] == "0.21.0"
+    loaded = lorax.peft.load(tmp_path, plain, names=names, transposed=transposed)
+    assert_identical(loaded, adapted)
+
+
+@pytest.mark.parametrize("transposed", ["head", "convs.*", "words", re.compile("head")])
+def test_what_cannot_be_stored_in_out(transposed, saved):
+    plain, adapted, folder = saved
+    for call, model in ((lorax.peft.load, plain), (lorax.peft.save, adapted)):
+        with pytest.raises(ValueError, match="`transposed=.* names no array that"):
+            call(folder, model, names=NAMES, transposed=transposed)
+        with pytest.raises(ValueError, match="`transposed='heads'` matched nothing"):
+            call(folder, model, names=NAMES, transposed="heads")
+
+
+def test_an_array_that_is_named_for_nothing(saved):
+    plain, _, folder = saved
+    with pytest.raises(lorax.AdapterFileError, match="other way round only.*It is nam"):
+        lorax.peft.load(folder, plain, names=NAMES, transposed="blocks.experts")
+
+
+@pytest.mark.parametrize("version", ("0.18.1.dev0", "0.18.1.dev0@5f2e5a", "main"))
+def test_experts_of_a_version_that_tells_nothing(version, tmp_path, getkey):
+    for size in (4, 6):
+        plain = [InOut(jr.normal(getkey(), (3, 4, size)))]
+        adapted = trained(lorax.loraify(plain, "0.weight", rank=2, key=getkey()))
+        lorax.peft.save(tmp_path, adapted, names={"0": "x.y"})
+        config, tensors = files(tmp_path)
+        write(tmp_path, config | {"peft_version": version}, tensors)
+        if size == 6:
+            loaded = lorax.peft.load(tmp_path, plain, names={"0": "x.y"})
+            assert_identical(loaded, adapted)
+            continue
+        with pytest.raises(lorax.AdapterFileError, match="square experts.*'0.18.0' or"):
+            lorax.peft.load(tmp_path, plain, names={"0": "x.y"})
+
+
+def test_fan_in_fan_out_asks_about_square_arrays(tmp_path, getkey):
+    plain = [InOut(jr.normal(getkey(), (4, 4)))]
+    adapted = trained(lorax.loraify(plain, "0.weight", rank=2, key=getkey()))
+    lorax.peft.save(tmp_path, adapted, names={"0": "x"})
+    config, tensors = files(tmp_path)
+    write(tmp_path, config | {"fan_in_fan_out": True}, tensors)
+    with pytest.raises(lorax.AdapterFileError, match="`transposed=\\[\\]` says that"):
+        lorax.peft.load(tmp_path, plain, names={"0": "x"})
+    loaded = lorax.peft.load(tmp_path, plain, names={"0": "x"}, transposed=[])
+    assert_identical(loaded, adapted)
+    # Of a linear layer there is no question.
+    plain = [eqx.nn.Linear(4, 4, key=getkey())]
+    adapted = trained(lorax.loraify(plain, rank=2, key=getkey()))
+    lorax.peft.save(tmp_path, adapted, names={"0": "x"})
+    config, tensors = files(tmp_path)
+    write(tmp_path, config | {"fan_in_fan_out": True}, tensors)
+    assert_identical(lorax.peft.load(tmp_path, plain, names={"0": "x"}), adapted)

@@ -1,6 +1,7 @@
 """PEFT's format against the real PEFT, on PyTorch: what is trained here gives the same
 outputs there, and the reverse."""
 
+import json
 import subprocess
 import sys
 import warnings
@@ -14,11 +15,9 @@ import llama
 import numpy as np
 import pytest
 from helpers import trained
+from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
 
 import eqx_lorax as lorax
-from eqx_lorax._peft.layout import arrays_of
-from eqx_lorax._peft.names import expanded, template
-from eqx_lorax._tree import Places
 
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
@@ -28,65 +27,6 @@ pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
 def _as_for_users():
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
-
-
-# PyTorch is imported where it is used: only those who run these tests have it.
-
-
-def in_peft(model, folder):
-    """The PyTorch model with the adapter of `folder`, of which PEFT misses nothing."""
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Found missing adapter keys")
-        return peft.PeftModel.from_pretrained(model, folder).eval()
-
-
-def by_peft(model, folder, **config):
-    """The PyTorch model with a random adapter of PEFT's, which is saved to `folder`."""
-    import peft
-    import torch
-
-    config = peft.LoraConfig(init_lora_weights=False, **config)
-    model = peft.get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
-                parameter += 0.2
-    model.save_pretrained(folder)
-    return model
-
-
-def numpy(x):
-    return x.detach().numpy()
-
-
-def tensor(x):
-    import torch
-
-    return torch.tensor(x)
-
-
-def filled_from(model, named, names):
-    """An Equinox model with the arrays of a PyTorch model of `named` parameters."""
-    places = Places(model)
-    found = {}
-    for module in places.all:
-        torch_path = template(names, module.path) if module.path else None
-        if torch_path is None or not isinstance(module.node, eqx.Module):
-            continue
-        for array in arrays_of(module, places):
-            parts = [
-                numpy(named[f"{path}.{array.path[-1]}"])
-                for _, path in expanded(torch_path, array.node.shape)
-            ]
-            found[array.steps] = np.stack(parts).reshape(array.node.shape)
-    steps = [place.steps for place in places.all if place.is_array]
-    assert found.keys() == set(steps)
-    leaves, treedef = jax.tree.flatten(model)
-    arrays = iter(steps)
-    new = [jnp.asarray(found[next(arrays)]) if eqx.is_array(x) else x for x in leaves]
-    return jax.tree.unflatten(treedef, new)
 
 
 # Each kind of layer
@@ -159,10 +99,6 @@ def pair(getkey):
     return filled_from(Ours(getkey()), named, NAMES), theirs
 
 
-def ours_on(model, tokens):
-    return jax.jit(jax.vmap(lambda tokens: model(tokens)))(jnp.asarray(tokens))
-
-
 @pytest.mark.parametrize("options", [{}, {"rank_stabilised": True}], ids=str)
 def test_every_kind_of_layer_to_peft(pair, options, tmp_path, getkey):
     ours, theirs = pair
@@ -215,34 +151,50 @@ def test_groups_of_peft_that_no_kernel_has(pair, tmp_path):
 class OurExperts(eqx.Module):
     up: jax.Array
     down: jax.Array
+    is_in_out: bool
 
     def __call__(self, x):
-        hidden = jnp.einsum("eoi,i->eo", self.up, x)
-        return jnp.einsum("eoi,ei->o", self.down, jnp.tanh(hidden))
+        axes = "eio" if self.is_in_out else "eoi"
+        hidden = jnp.einsum(f"{axes},i->eo", self.up, x)
+        return jnp.einsum(f"{axes},ei->o", self.down, jnp.tanh(hidden))
 
 
-def experts():
+def experts(*, square=False, here=False, there=False, order=("up", "down")):
+    """The same experts twice; `here` and `there` say which are stored `(e, in, out)`,
+    and `order` in which order the module there defines them."""
     import torch
     from torch import nn
 
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.up = nn.Parameter(torch.randn(3, 5, 4))
-            self.down = nn.Parameter(torch.randn(3, 4, 5))
+            self.is_transposed = there
+            for name in order:
+                sides = {"up": (5, 4), "down": (4, 5)}[name] if not square else (4, 4)
+                sides = sides[::-1] if there else sides
+                self.register_parameter(name, nn.Parameter(torch.randn(3, *sides)))
 
         def forward(self, x):
-            hidden = torch.einsum("eoi,bi->ebo", self.up, x)
-            return torch.einsum("eoi,ebi->bo", self.down, torch.tanh(hidden))
+            axes = "eio" if there else "eoi"
+            hidden = torch.einsum(f"{axes},bi->ebo", self.up, x)
+            return torch.einsum(f"{axes},ebi->bo", self.down, torch.tanh(hidden))
 
     torch.manual_seed(0)
     theirs = nn.Sequential(Experts())
-    up, down = (jnp.asarray(numpy(p)) for p in theirs.parameters())
-    return [OurExperts(up, down)], theirs
+    up, down = (jnp.asarray(numpy(getattr(theirs[0], x))) for x in ("up", "down"))
+    if here is not there:
+        up, down = up.mT, down.mT
+    return [OurExperts(up, down, here)], theirs
 
 
 EXPERTS = {"0.up": "0.up", "0.down": "0.down"}
 INPUTS = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+ORDERS_OF_SIDES = [
+    dict(square=square, here=here, there=there)
+    for square in (False, True)
+    for here in (False, True)
+    for there in (False, True)
+]
 
 
 @pytest.mark.parametrize("targets", (["up"], ["up", "down"]))
@@ -257,15 +209,63 @@ def test_experts_to_peft(targets, tmp_path, getkey):
 @pytest.mark.parametrize("targets", (["up"], ["up", "down"]))
 def test_experts_from_peft(targets, tmp_path):
     ours, theirs = experts()
-    model = by_peft(
-        theirs,
-        tmp_path,
-        r=2,
-        lora_alpha=5,
-        target_modules=[],
-        target_parameters=[f"0.{name}" for name in targets],
-    )
+    model = by_peft(theirs, tmp_path, r=2, lora_alpha=5, **parameters(targets))
     loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS)
+    expected = numpy(model(tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
+
+
+def parameters(targets):
+    names = [f"0.{name}" for name in targets]
+    return dict(target_modules=[], target_parameters=names)
+
+
+def said(options):
+    """The argument `transposed`."""
+    return ["up", "down"] if options["here"] else None
+
+
+@pytest.mark.parametrize("options", ORDERS_OF_SIDES, ids=str)
+def test_sides_of_experts_to_peft(options, tmp_path, getkey):
+    ours, theirs = experts(**options)
+    adapted = trained(lorax.loraify(ours, ["up", "down"], rank=2, key=getkey()))
+    lorax.peft.save(tmp_path, adapted, names=EXPERTS, transposed=said(options))
+    expected = numpy(in_peft(theirs, tmp_path)(tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(adapted[0])(INPUTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", ORDERS_OF_SIDES, ids=str)
+def test_sides_of_experts_from_peft(options, tmp_path):
+    ours, theirs = experts(**options)
+    model = by_peft(theirs, tmp_path, r=2, **parameters(["up", "down"]))
+    loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS, transposed=said(options))
+    expected = numpy(model(tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
+
+
+# Square ones that are stored otherwise here are not to be told.
+@pytest.mark.parametrize(
+    "options",
+    [x for x in ORDERS_OF_SIDES if not x["square"] or x["here"] == x["there"]],
+    ids=str,
+)
+def test_experts_from_before_0_19(options, tmp_path):
+    ours, theirs = experts(**options)
+    # What every module had then: the first axis as it is stored is that of `A`.
+    theirs[0].is_transposed = True
+    model = by_peft(theirs, tmp_path, r=2, **parameters(["up", "down"]))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps(config | {"peft_version": "0.18.1"})
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = lorax.peft.load(
+            tmp_path, ours, names=EXPERTS, transposed=said(options)
+        )
+    assert (
+        any("before PEFT 0.19" in str(x.message) for x in caught) == options["square"]
+    )
     expected = numpy(model(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
 

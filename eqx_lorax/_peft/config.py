@@ -8,6 +8,9 @@ from typing import Any
 from .names import escaped
 
 
+# The version of the format that is written: since 0.19 `A` of experts has their inputs.
+FORMAT = "0.21.0"
+
 # What says nothing about the adapter's arithmetic once it is trained.
 _HARMLESS = {
     "auto_mapping",
@@ -19,7 +22,6 @@ _HARMLESS = {
     "layers_pattern",
     "layers_to_transform",
     "megatron_core",
-    "peft_version",
     "qalora_group_size",
     "revision",
     "runtime_config",
@@ -29,11 +31,13 @@ _HARMLESS = {
 _UNDERSTOOD = {
     "alpha_pattern",
     "bias",
+    "fan_in_fan_out",
     "init_lora_weights",
     "lora_alpha",
     "lora_dropout",
     "modules_to_save",
     "peft_type",
+    "peft_version",
     "r",
     "rank_pattern",
     "target_parameters",
@@ -50,6 +54,7 @@ def new_config(
     parameters: Sequence[str],
     rank_stabilised: bool,
     dropout: float,
+    fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """The configuration of adapters with these ranks and alphas, by their paths, those
     at `parameters` being of parameters and the others of modules."""
@@ -73,7 +78,8 @@ def new_config(
         "lora_dropout": dropout,
         "lora_bias": False,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": fan_in_fan_out,
+        "peft_version": FORMAT,
     }
 
 
@@ -104,8 +110,6 @@ def check_config(config: Any) -> None:
         for key, value in config.items()
         if value and key not in _HARMLESS | _UNDERSTOOD
     }
-    # Where a linear layer is stored transposed, its factors are not.
-    others.discard("fan_in_fan_out")
     if others:
         raise ValueError(f"it uses {', '.join(sorted(others))}, which is not here")
 

@@ -61,15 +61,27 @@ class Layout(abc.ABC):
         """The rank that PEFT counts."""
         return rank
 
+    def with_sides(self, exchanged: bool) -> "Layout | None":
+        """The same with `A` having the side of the rows here, or of the columns; `None`
+        if that is not open."""
+        return None
 
+
+@dataclasses.dataclass(frozen=True)
 class Linear(Layout):
     """`A (r, in)`, `B (out, r)`."""
 
+    exchanged: bool = False
+    """Whether `A` has the side of the rows here: those of a weight `(in, out)`."""
+
     def to_torch(self, b, a):
-        return a, b
+        return (b.T, a.T) if self.exchanged else (a, b)
 
     def from_torch(self, first, second):
-        return second, first
+        return (first.T, second.T) if self.exchanged else (second, first)
+
+    def with_sides(self, exchanged):
+        return dataclasses.replace(self, exchanged=exchanged)
 
 
 class Embedding(Layout):
@@ -89,9 +101,14 @@ class Experts(Layout):
     """`A (r · experts, in)`, expert first; `B (out, r · experts)`, rank first."""
 
     experts: int
+    exchanged: bool = False
+    """As of `Linear`."""
+
     is_parameter = True
 
     def to_torch(self, b, a):
+        if self.exchanged:
+            b, a = _exchanged(b, a)
         experts, rank, columns = a.shape
         wide = np.transpose(b, (1, 2, 0)).reshape(-1, rank * experts)
         return a.reshape(experts * rank, columns), wide
@@ -101,7 +118,16 @@ class Experts(Layout):
             raise ValueError(f"{first.shape[0]} rows for {self.experts} experts")
         a = first.reshape(self.experts, -1, first.shape[1])
         b = second.reshape(second.shape[0], -1, self.experts)
-        return np.transpose(b, (2, 0, 1)), a
+        b = np.transpose(b, (2, 0, 1))
+        return _exchanged(b, a) if self.exchanged else (b, a)
+
+    def with_sides(self, exchanged):
+        return dataclasses.replace(self, exchanged=exchanged)
+
+
+def _exchanged(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of the transposed matrices."""
+    return np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +169,7 @@ class Conv(Layout):
         return b, a
 
 
-def _layout_of(place: Place, experts: int | None) -> Layout:
+def layout_of(place: Place, experts: int | None, exchanged: bool = False) -> Layout:
     """The layout of the weight at `place`; `experts` is the size of the batch axis that
     is left once a stack is taken apart.
 
@@ -152,22 +178,28 @@ def _layout_of(place: Place, experts: int | None) -> Layout:
     `ValueError` if PEFT has none.
     """
     module = place.owner.module if place.owner is not None else None
+    plain = Linear(exchanged) if experts is None else Experts(experts, exchanged)
     if place.path[-1] != "weight":
-        return Linear() if experts is None else Experts(experts)
+        return plain
     if isinstance(module, eqx.nn.ConvTranspose):
         raise ValueError("PEFT has no transposed convolutions")
     is_conv = kernel_axes(module, len(place.node.shape))[1] != (-1,)
     is_embedding = isinstance(module, eqx.nn.Embedding)
     if experts is not None and (is_conv or is_embedding):
         raise ValueError("PEFT has no experts of this kind")
-    if experts is not None:
-        return Experts(experts)
     if is_conv:
         return Conv(getattr(module, "groups", 1))
-    return Embedding() if is_embedding else Linear()
+    return Embedding() if is_embedding else plain
 
 
-def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
+def layout_for(place: Place, torch: str, batch: list[int], is_in_out: bool) -> Layout:
+    """The layout of the weight at `place`, which is at `torch` there; `is_in_out` says
+    that it is stored `(..., in, out)` here.
+
+    **Raises:**
+
+    `ValueError` if PEFT has none, or if `torch` does not take its stack apart.
+    """
     left = batch[torch.count("{}") :]
     if len(left) > 1 or torch.count("{}") > len(batch):
         raise ValueError(
@@ -176,7 +208,7 @@ def layout_for(place: Place, torch: str, batch: list[int]) -> Layout:
             "for experts."
         )
     try:
-        return _layout_of(place, left[0] if left else None)
+        return layout_of(place, left[0] if left else None, is_in_out)
     except ValueError as error:
         raise ValueError(f"{place.dotted}: {error}.") from error
 

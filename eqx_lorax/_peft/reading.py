@@ -1,6 +1,5 @@
 """From the tensors and the configuration of PEFT to adapters here."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,31 +10,13 @@ from jaxtyping import Array
 
 from .._adapter import Adapted, Adapter
 from .._fresh import axes_of
-from .._lora import factor_shapes
-from .._targets import target_of
 from .._tree import Place, Places
 from .config import alpha_of, rank_of
-from .layout import (
-    arrays_of,
-    Factors,
-    Layout,
-    layout_for,
-    named,
-    prefix_of,
-    template_for,
-    torch_shape,
-    warn_of_convolution,
-)
+from .homes import Home, homes
+from .layout import arrays_of, Factors, prefix_of, torch_shape, warn_of_convolution
 from .names import expanded, Index, Names, template
-
-
-@dataclasses.dataclass(frozen=True)
-class _Home:
-    """Where an adapted module of PyTorch is here."""
-
-    place: Place
-    index: Index
-    layout: Layout
+from .sides import InOut
+from .versions import layout_in_file
 
 
 def adapter_from(
@@ -43,6 +24,7 @@ def adapter_from(
     tensors: Mapping[str, Array],
     places: Places,
     names: Names,
+    in_out: InOut,
 ) -> Adapter:
     """What the tensors, named without prefix, are in this model.
 
@@ -51,16 +33,16 @@ def adapter_from(
     `ValueError` if any has no place in it, is misshapen, or lacks its other half.
     """
     left = dict(tensors)
-    homes = dict(_homes(places, names))
+    found_homes = dict(homes(places, names, in_out))
     wanted = config.get("target_parameters") or []
     parameters = [
         path
-        for path, home in homes.items()
+        for path, home in found_homes.items()
         if home.layout.is_parameter
         and any(f".{path}".endswith(f".{name}") for name in wanted)
     ]
     found: dict[Place, dict[Index, Factors]] = {}
-    for path, home in homes.items():
+    for path, home in found_homes.items():
         if home.layout.is_parameter and path not in parameters:
             continue
         prefix = prefix_of(path, home.layout, parameters)
@@ -77,53 +59,33 @@ def adapter_from(
         more = f", and {len(left) - 8} more" if len(left) > 8 else ""
         raise ValueError(
             f"`names` leads nowhere in `model` for {listed}{more}. Known to `names`: "
-            f"{', '.join(list(homes)[:8]) or 'nothing'}."
+            f"{', '.join(list(found_homes)[:8]) or 'nothing'}."
         )
     dropout = float(config.get("lora_dropout", 0.0))
     adapted = [_joined(place, parts, dropout) for place, parts in found.items()]
     return Adapter(adapted, others)
 
 
-def _homes(places: Places, names: Names) -> Iterator[tuple[str, _Home]]:
-    taken: set[str] = set()
-    for place in places.all:
-        if target_of(place) is None or template(names, named(place)) is None:
-            continue
-        rows, columns = axes_of(place)
-        batch = list(place.node.shape[: -len((*rows, *columns))])
-        torch = template_for(place, names)
-        try:
-            layout = layout_for(place, torch, batch)
-        except ValueError:
-            continue  # a stack of vectors, or what PEFT has no form for
-        for index, path in expanded(torch, batch):
-            if path in taken:
-                raise ValueError(f"`names` gives {path!r} twice.")
-            taken.add(path)
-            yield path, _Home(place, index, layout)
-
-
 def _factors(
     config: Mapping[str, Any],
     path: str,
-    home: _Home,
+    home: Home,
     first: np.ndarray,
     second: np.ndarray,
 ) -> Factors:
     warn_of_convolution(home.place)
+    layout = layout_in_file(config, path, home, first, second)
     try:
-        b, a = home.layout.from_torch(first, second)
+        b, a = layout.from_torch(first, second)
     except ValueError as error:
         raise ValueError(
             f"{path}, of shapes {first.shape} and {second.shape}: {error}."
         ) from error
-    rank = home.layout.torch_rank(b.shape[-1])
-    rows, columns = axes_of(home.place)
-    shape = home.place.node.shape[len(home.index) :]
-    if (b.shape, a.shape) != factor_shapes(shape, rows, columns, b.shape[-1]):
+    rank = layout.torch_rank(b.shape[-1])
+    if (b.shape, a.shape) != home.factor_shapes(b.shape[-1]):
         raise ValueError(
             f"{path} has factors {first.shape} and {second.shape}, which do not fit "
-            f"the weight {tuple(shape)} at {home.place.dotted}."
+            f"the weight {home.shape} at {home.place.dotted}."
         )
     if rank != rank_of(config, path):
         raise ValueError(

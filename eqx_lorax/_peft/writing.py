@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,14 @@ from .layout import (
     Factors,
     Layout,
     layout_for,
+    Linear,
     prefix_of,
     template_for,
     torch_shape,
     warn_of_convolution,
 )
 from .names import expanded, Names, template
+from .sides import InOut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Whole:
 
 
 def written(
-    adapter: Adapter, places: Places, names: Names
+    adapter: Adapter, places: Places, names: Names, in_out: InOut
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of all adapted weights, and the configuration that fits them."""
     by_path = {place.path: place for place in places.all}
@@ -53,7 +55,7 @@ def written(
                 f"{adapted.dotted} has an adapter upon an adapter, which PEFT has not. "
                 "Merge the one below first."
             )
-        for torch, layout, part in _parts(place, names):
+        for torch, layout, part in _parts(place, names, place in in_out):
             if torch in factors:
                 raise ValueError(f"`names` gives {torch!r} twice.")
             factors[torch] = layout, part
@@ -72,11 +74,14 @@ def written(
         parameters=parameters,
         rank_stabilised=bool(adapter.adapted) and is_stabilised,
         dropout=_dropout(adapter, parameters),
+        fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
     return tensors, config
 
 
-def _parts(place: Place, names: Names) -> Iterator[tuple[str, Layout, Factors]]:
+def _parts(
+    place: Place, names: Names, is_in_out: bool
+) -> Iterator[tuple[str, Layout, Factors]]:
     """What PyTorch has for the weight at `place`: a layer of a stack each."""
     weight = place.node.as_lora()
     if (weight.rows, weight.columns) != axes_of(place):
@@ -86,7 +91,7 @@ def _parts(place: Place, names: Names) -> Iterator[tuple[str, Layout, Factors]]:
         )
     torch = template_for(place, names)
     batch = [weight.shape[axis] for axis in weight.batch_axes()]
-    layout = layout_for(place, torch, batch)
+    layout = layout_for(place, torch, batch, is_in_out)
     warn_of_convolution(place)
     b, a = np.asarray(weight.b), np.asarray(weight.a)
     for index, path in expanded(torch, batch):
@@ -125,6 +130,15 @@ def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
                 shape = torch_shape(array, part.shape)
                 tensors[f"{path}.{array.path[-1]}"] = part.reshape(shape)
     return Whole(sorted(set(paths)), tensors, saved)
+
+
+def _are_all_in_out(layouts: Iterable[Layout]) -> bool:
+    """Whether PyTorch's modules are to be expected to store `(in, out)`, as PEFT has it
+    of linear layers and refuses it of parameters."""
+    of_interest = [x for x in layouts if isinstance(x, Linear) or x.is_parameter]
+    return bool(of_interest) and all(
+        isinstance(x, Linear) and x.exchanged for x in of_interest
+    )
 
 
 def _dropout(adapter: Adapter, parameters: list[str]) -> float:

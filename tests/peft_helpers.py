@@ -1,0 +1,83 @@
+"""What the comparisons with the real PEFT share."""
+
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eqx_lorax._peft.layout import arrays_of
+from eqx_lorax._peft.names import expanded, template
+from eqx_lorax._tree import Places
+
+
+# PyTorch is imported where it is used: only those who run these tests have it.
+
+
+def in_peft(model, folder):
+    """The PyTorch model with the adapter of `folder`, of which PEFT misses nothing."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def by_peft(model, folder, **config):
+    """The PyTorch model with a random adapter of PEFT's, which is saved to `folder`."""
+    import peft
+    import torch
+
+    config = peft.LoraConfig(init_lora_weights=False, **config)
+    model = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter += 0.2
+    model.save_pretrained(folder)
+    return model
+
+
+def numpy(x):
+    return x.detach().numpy()
+
+
+def tensor(x):
+    import torch
+
+    return torch.tensor(x)
+
+
+def filled_from(model, named, names, is_turned=lambda path: False):
+    """An Equinox model with the arrays of a PyTorch model of `named` parameters;
+    `is_turned` says which of them are transposed here."""
+    places = Places(model)
+    found = {}
+    for module in places.all:
+        torch_path = template(names, module.path) if module.path else None
+        if torch_path is None or not isinstance(module.node, eqx.Module):
+            continue
+        for array in arrays_of(module, places):
+            parts = [
+                numpy(named[f"{path}.{array.path[-1]}"])
+                for _, path in expanded(torch_path, array.node.shape)
+            ]
+            if is_turned(array.path):
+                parts = [part.T for part in parts]
+            found[array.steps] = np.stack(parts).reshape(array.node.shape)
+    steps = [place.steps for place in places.all if place.is_array]
+    assert found.keys() == set(steps)
+    leaves, treedef = jax.tree.flatten(model)
+    arrays = iter(steps)
+    new = [jnp.asarray(found[next(arrays)]) if eqx.is_array(x) else x for x in leaves]
+    return jax.tree.unflatten(treedef, new)
+
+
+def ours_on(model, tokens):
+    return _ours_on(model, jnp.asarray(tokens))
+
+
+@eqx.filter_jit
+def _ours_on(model, tokens):
+    return jax.vmap(lambda tokens: model(tokens))(tokens)

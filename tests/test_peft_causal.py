@@ -1,0 +1,131 @@
+"""Causal models of `transformers` against the same in Equinox, with adapters that the
+real PEFT writes and reads: matrices stored either way, and tables of words that are
+heads too."""
+
+import json
+
+import gpt2
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import trained
+from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
+
+import eqx_lorax as lorax
+
+
+pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture(autouse=True)
+def _as_for_users():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+TOKENS = np.random.default_rng(0).integers(0, 41, (2, 7))
+PROJECTIONS = ["attend", "attended", "up", "down"]
+
+
+def theirs(*, in_out=True, is_tied=False):
+    """A GPT-2 in PyTorch, its matrices stored `(in, out)` or not."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=41,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=16,
+        initializer_range=0.2,
+        tie_word_embeddings=is_tied,
+    )
+    model = transformers.GPT2LMHeadModel(config).eval()
+    for block in model.transformer.h if not in_out else []:
+        for module, name in [
+            (block.attn, "c_attn"),
+            (block.attn, "c_proj"),
+            (block.mlp, "c_fc"),
+            (block.mlp, "c_proj"),
+        ]:
+            old = getattr(module, name)
+            new = torch.nn.Linear(*old.weight.shape)
+            new.weight.data, new.bias.data = old.weight.data.T.clone(), old.bias.data
+            setattr(module, name, new)
+    return model
+
+
+def ours_like(model, *, in_out, is_tied=False):
+    """The same in Equinox."""
+    named = dict(model.named_parameters())
+    theirs_in_out = type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+
+    def is_turned(path):
+        is_projection = path[-1] == "weight" and path[-2] in PROJECTIONS
+        return is_projection and in_out is not theirs_in_out
+
+    plain = gpt2.GPT2(41, 32, 2, 4, jr.key(0), in_out=in_out, is_tied=is_tied)
+    plain = filled_from(plain, named, gpt2.NAMES, is_turned)
+    expected = numpy(model(tensor(TOKENS)).logits)
+    np.testing.assert_allclose(ours_on(plain, TOKENS), expected, atol=1e-5)
+    return plain
+
+
+def assert_same(ours, model, plain):
+    expected = numpy(model(tensor(TOKENS)).logits)
+    np.testing.assert_allclose(ours_on(ours, TOKENS), expected, atol=2e-5)
+    assert np.abs(ours_on(plain, TOKENS) - expected).max() > 0.1
+
+
+def config_of(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+# Stored (in, out)
+
+
+EITHER_WAY = pytest.mark.parametrize(
+    "here, there", [(here, there) for here in (0, 1) for there in (0, 1)]
+)
+
+
+@EITHER_WAY
+def test_either_way_to_peft(here, there, tmp_path):
+    model = theirs(in_out=bool(there))
+    plain = ours_like(model, in_out=bool(here))
+    adapted = trained(lorax.loraify(plain, PROJECTIONS, rank=4, alpha=1, key=jr.key(0)))
+    transposed = "blocks" if here else None
+    lorax.peft.save(tmp_path, adapted, names=gpt2.NAMES, transposed=transposed)
+    assert config_of(tmp_path)["fan_in_fan_out"] is bool(here)
+    assert_same(adapted, in_peft(model, tmp_path), plain)
+
+
+@EITHER_WAY
+def test_either_way_from_peft(here, there, tmp_path):
+    model = theirs(in_out=bool(there))
+    plain = ours_like(model, in_out=bool(here))
+    options = dict(r=4, target_modules=["c_attn", "c_proj", "c_fc"])
+    model = by_peft(model, tmp_path, lora_alpha=1, **options)
+    assert config_of(tmp_path)["fan_in_fan_out"] is bool(there)
+    transposed = "blocks" if here else None
+    loaded = lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, transposed=transposed)
+    assert_same(loaded, model, plain)
+
+
+def test_square_ones_have_to_be_named(tmp_path):
+    model = theirs()
+    plain = ours_like(model, in_out=True)
+    by_peft(model, tmp_path, r=4, target_modules=["attn.c_proj"])
+    with pytest.raises(lorax.AdapterFileError, match="c_proj is stored `.in, out.`"):
+        lorax.peft.load(tmp_path, plain, names=gpt2.NAMES)
+
+
+def test_others_are_told_to_be_named(tmp_path):
+    model = theirs()
+    plain = ours_like(model, in_out=True)
+    by_peft(model, tmp_path, r=4, target_modules=["c_attn"])
+    with pytest.raises(lorax.AdapterFileError, match="Name it in `transposed`"):
+        lorax.peft.load(tmp_path, plain, names=gpt2.NAMES)
