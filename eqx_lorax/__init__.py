@@ -15,11 +15,7 @@ from ._layers import (
     LoraModule as LoraModule,
 )
 from ._lora import LoraWeight as LoraWeight
-from ._many import (
-    scale as scale,
-    stack as stack,
-    weighted_sum as weighted_sum,
-)
+from ._many import scale as scale, stack as stack
 from ._optimizer import wrap_optimizer as wrap_optimizer
 from ._params import (
     init_lora as init_lora,
@@ -45,6 +41,7 @@ from ._spec import (
     LoraSpec as LoraSpec,
     simple_spec as simple_spec,
 )
+from ._sum import weighted_sum as weighted_sum
 from ._summary import (
     Summary as Summary,
     summary as summary,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 
 def is_array(x: Any) -> TypeGuard[Array]:
@@ -31,3 +31,23 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     dtype = jnp.dtype(dtype)
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     return jnp.dtype(jnp.float32) if is_narrow else dtype
+
+
+def multiply(x: Array, number: ArrayLike) -> Array:
+    """`x` times one or several numbers, not yet rounded: in a dtype that is wide enough
+    for both."""
+    number = jnp.asarray(number)
+    dtype = promote(wide(x.dtype), number.dtype)
+    return x.astype(dtype) * number.astype(dtype)
+
+
+def check_real(name: str, numbers: ArrayLike, what: str, dtype: DTypeLike) -> None:
+    """**Raises:**
+
+    `ValueError` if the `numbers` are complex, and what they are to scale is not.
+    """
+    if jnp.iscomplexobj(numbers) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(
+            f"`{name}` is complex, but {what} is real, of dtype {jnp.dtype(dtype)}. "
+            f"Pass real numbers, such as `{name}.real`."
+        )

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, SupportsIndex
 
 import equinox as eqx
@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from ._aligned import base_arrays, rank_axis
+from ._arrays import check_real, multiply, promote, wide
 from ._lora import LoraWeight
-from ._many import rank_axis, stack
+from ._many import stack
+from ._tree import Place, Places, rebuild
 from ._weight import is_weight
 
 
@@ -46,38 +49,58 @@ class AdapterBank(eqx.Module):
     _adapter: Any
     _size: int = eqx.field(static=True)
 
-    def __init__(self, adapters: Sequence[PyTree | None]):
+    def __init__(self, adapters: Sequence[PyTree | None], *, base: PyTree = None):
         """**Arguments:**
 
-        - `adapters`: As of `lorax.stack`: with the same targets, of any ranks. `None`
-            is the base alone.
+        - `adapters`: As of `lorax.stack`: of any ranks and targets. `None` is the base
+            alone.
+        - `base`: As of `lorax.stack`.
 
         **Raises:**
 
         As `lorax.stack`.
         """
         self._size = len(adapters)
-        self._adapter = jax.tree.map(
-            lambda x: _side_by_side(x.as_lora()) if is_weight(x) else x,
-            stack(adapters),
-            is_leaf=is_weight,
-        )
+        own = base_arrays(base)
+        stacked = stack(adapters, base=base)
+
+        def laid_out(place: Place) -> Any:
+            if is_weight(place.node):
+                return _side_by_side(place.node.as_lora())
+            if place.path not in own:
+                return place.node
+            last = jnp.asarray(own[place.path], place.node.dtype)
+            return jnp.concatenate([place.node, last[None]])
+
+        edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+            place.steps: lambda _, new=laid_out(place): new
+            for place in Places(stacked).all
+            if place.is_array
+        }
+        self._adapter = rebuild(stacked, edits)
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, index: SupportsIndex | Int[Array, ""]) -> PyTree:
-        """The adapter number `index`, for the frozen part of the first one's model.
+        """The adapter number `index`, as `lorax.stack` says what that goes with.
 
         **Raises:**
 
         `IndexError` for a number that is not there. One that is only known at run time
-        is the base alone then.
+        is the base alone then, and NaN in the place of what was trained as a whole, if
+        `base` was not given.
         """
         if not isinstance(index, jax.Array):
             index = range(self._size)[operator.index(index)]
         index = jnp.where(jnp.asarray(index) < 0, index + self._size, index)
-        return self.mix(jax.nn.one_hot(index, self._size))
+        is_there = (0 <= index) & (index < self._size)
+        # There the base's own array is, if that is known.
+        row = jnp.where(is_there, index, self._size)
+        return self._mapped(
+            jnp.arange(self._size) == index,
+            lambda x: x.at[row].get(mode="fill", fill_value=jnp.nan),
+        )
 
     def mix(self, weights: Sequence[float] | Float[ArrayLike, " adapters"]) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
@@ -89,19 +112,28 @@ class AdapterBank(eqx.Module):
                 f"shape {weights.shape}. For a batch use `eqx.filter_vmap`."
             )
 
+        def summed(x: Array) -> Array:
+            check_real("weights", weights, "a head", x.dtype)
+            each = jnp.expand_dims(weights, range(1, x.ndim))
+            return multiply(x[: self._size], each).sum(0).astype(x.dtype)
+
+        return self._mapped(weights, summed)
+
+    def _mapped(self, weights: Array, head: Callable[[Array], Array]) -> PyTree:
+        """The adapter with these weights of the factors, and with `head` of the
+        rest."""
+
         def mixed(x: LoraWeight) -> LoraWeight:
+            check_real("weights", weights, "an adapter", x.b.dtype)
             # In the scale alpha is divided by the rank of all of them.
             of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
-            each = of_all * weights.astype(jnp.float32)
-            gate = jnp.repeat(each, x.rank // self._size)
+            dtype = promote(wide(x.b.dtype), wide(x.a.dtype))
+            gate = jnp.repeat(of_all * weights.astype(dtype), x.rank // self._size)
             batch = x.b.shape[: x.b.ndim - 1 - len(x.rows)]
             return x.replace(gate=jnp.broadcast_to(gate, (*batch, x.rank)))
 
-        def summed(x: Array) -> Array:
-            return jnp.tensordot(weights, x, 1).astype(x.dtype)
-
         return jax.tree.map(
-            lambda x: mixed(x.as_lora()) if is_weight(x) else summed(x),
+            lambda x: mixed(x.as_lora()) if is_weight(x) else head(x),
             self._adapter,
             is_leaf=is_weight,
         )

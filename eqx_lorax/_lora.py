@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
+from ._arrays import multiply
 from ._contract import Label, Labels, RANK
 from ._sharding import chosen, follow, Placement, sharding_of
 from ._weight import AbstractLoraWeight, Factor, Weight
@@ -123,12 +124,15 @@ class LoraWeight(AbstractLoraWeight):
     def as_lora(self) -> "LoraWeight":
         if self.gate is None:
             return self
-        # Of a batch of gates the smaller factor becomes a batch.
+        # Of a batch of gates the smaller factor becomes a batch. It is not rounded
+        # again to a narrow dtype.
         if self.b.size <= self.a.size:
             axes = range(self.gate.ndim - 1, self.b.ndim - 1)
-            return self.replace(b=self.b * jnp.expand_dims(self.gate, axes), gate=None)
+            gated = multiply(self.b, jnp.expand_dims(self.gate, axes))
+            return self.replace(b=gated, gate=None)
         axes = range(self.gate.ndim, self.a.ndim)
-        return self.replace(a=self.a * jnp.expand_dims(self.gate, axes), gate=None)
+        gated = multiply(self.a, jnp.expand_dims(self.gate, axes))
+        return self.replace(a=gated, gate=None)
 
     def factored(self) -> "LoraWeight":
         return self

@@ -1,0 +1,240 @@
+"""Several adapters of one model beside each other, place by place."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import ArrayLike
+
+from ._arrays import multiply
+from ._layer import is_layer
+from ._lora import LoraWeight
+from ._tree import children, Place, Places, rebuild
+from ._weight import base_of, is_weight
+
+
+Path = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What several adapters have at one place."""
+
+    place: Place
+    """In the tree of all that any of them has."""
+
+    nodes: list[Any]
+    """A `LoraWeight` or an array of each, `None` where it has nothing here."""
+
+    @property
+    def is_factored(self) -> bool:
+        return is_weight(self.place.node)
+
+    @property
+    def first(self) -> Any:
+        return next(node for node in self.nodes if node is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Aligned:
+    """Several adapters, column by column."""
+
+    union: Any
+    """A tree with all that any of them has."""
+
+    columns: list[Column]
+
+    def filled(self, new: Sequence[Any]) -> Any:
+        """An adapter with other things in these places."""
+        edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+            column.place.steps: lambda _, value=value: value
+            for column, value in zip(self.columns, new, strict=True)
+        }
+        return rebuild(self.union, edits)
+
+
+def align(adapters: Sequence[Any], name: str) -> Aligned:
+    """The adapters, `None` for one that does nothing, whose ranks and targets may
+    differ; `name` is the function that was called.
+
+    **Raises:**
+
+    `ValueError` if they are not of one model, or if one has factors where another has
+    an array of its own.
+    """
+    given = {i: adapter for i, adapter in enumerate(adapters) if adapter is not None}
+    union = united([*given.values()])
+    places = [place for place in Places(union).all if place.is_array]
+    if not any(is_weight(place.node) for place in places):
+        raise ValueError(
+            f"There is no adapter in what was passed to `{name}`. Pass the `params` of "
+            "`lorax.partition`."
+        )
+    found = {i: _arrays_of(adapter) for i, adapter in given.items()}
+    columns = []
+    for place in places:
+        nodes = [found.get(i, {}).get(place.path) for i in range(len(adapters))]
+        if is_weight(place.node):
+            nodes = [_as_update(place, node) for node in nodes]
+        _check_alike(place, nodes)
+        columns.append(Column(place, nodes))
+    return Aligned(union, columns)
+
+
+def united(nodes: Sequence[Any], path: Path = ()) -> Any:
+    """A tree with all that any of the trees has: what is adapted in one of them is
+    adapted in it. Everything else is as in the first that has it."""
+    nodes = [node for node in nodes if node is not None]
+    weights = [node for node in nodes if is_weight(node)]
+    layers = [node for node in nodes if is_layer(node)]
+    if len(nodes) <= 1 or weights:
+        return next(iter(weights or nodes), None)
+    if layers:
+        wrapped = [node.wrapped if is_layer(node) else node for node in nodes]
+        return with_wrapped(layers[0], united(wrapped, path))
+    levels = [level for level in map(children, nodes) if level is not None]
+    if len(levels) < len(nodes):
+        return nodes[0]
+    names = [[name for name, _ in named] for named, _ in levels]
+    for other in names[1:]:
+        if other != names[0]:
+            raise ValueError(
+                "The adapters are of different models: at "
+                f"{'.'.join(path) or 'the root'} one has {', '.join(names[0])} and "
+                f"another {', '.join(other)}."
+            )
+    below = [
+        united([named[i][1] for named, _ in levels], (*path, name))
+        for i, name in enumerate(names[0])
+    ]
+    return levels[0][1].unflatten(below)
+
+
+def with_wrapped(layer: Any, module: Any) -> Any:
+    """The adapted layer around another module."""
+    level = children(layer)
+    assert level is not None
+    named, treedef = level
+    return treedef.unflatten(
+        [module if child is layer.wrapped else child for _, child in named]
+    )
+
+
+def _arrays_of(adapter: Any) -> dict[Path, Any]:
+    return {p.path: p.node for p in Places(adapter).all if p.is_array}
+
+
+def base_arrays(base: Any) -> Mapping[Path, Any]:
+    """The arrays of a model, adapted or not, without adapters; none for `None`."""
+    return {path: base_of(node) for path, node in _arrays_of(base).items()}
+
+
+def base_of_column(column: Column, base: Mapping[Path, Any], name: str) -> Any:
+    """The base's own array where an adapter has none.
+
+    **Raises:**
+
+    `ValueError` if it is not known, or of another shape.
+    """
+    place = column.place
+    array = base.get(place.path)
+    if array is None:
+        why = "is not in `base`" if base else f"is not known to `{name}`"
+        raise ValueError(
+            f"{place.dotted} was trained too, but not in all adapters, and what it is "
+            f"in the base {why}. Pass the model without adapters, `base=model`."
+        )
+    if array.shape != column.first.shape:
+        raise ValueError(
+            f"{place.dotted} has shape {array.shape} in `base` and "
+            f"{column.first.shape} in the adapters. Pass the model they were made for."
+        )
+    return array
+
+
+def _as_update(place: Place, node: Any) -> Any:
+    if node is None:
+        return None
+    if not is_weight(node):
+        # Of a whole model, in which this is no target, it is the base.
+        return None if place.node.w is not None else node
+    if type(node) is not LoraWeight and node.w is None:
+        raise ValueError(
+            f"{place.dotted} is a {type(node).__name__}, which has its factors only "
+            "together with its frozen part. Pass whole models, "
+            "`lorax.combine(params, frozen)`."
+        )
+    return node.as_lora()
+
+
+def _check_alike(place: Place, nodes: Sequence[Any]) -> None:
+    there = [(i, node) for i, node in enumerate(nodes) if node is not None]
+    first, node = there[0]
+    for i, other in there[1:]:
+        wrong = _mismatch(node, other)
+        if wrong:
+            raise ValueError(
+                f"{place.dotted} differs in {wrong} between the adapters {first} and "
+                f"{i}."
+            )
+
+
+def _mismatch(x: Any, y: Any) -> str | None:
+    if is_weight(x) != is_weight(y):
+        return "kind, factors and a whole array,"
+    if not isinstance(x, LoraWeight):
+        return None if x.shape == y.shape else f"shape, {x.shape} and {y.shape},"
+    if (x.rows, x.columns) != (y.rows, y.columns):
+        return "rows and columns"
+    without_rank = [(z.b.shape[:-1], _without_rank(z)) for z in (x, y)]
+    return None if without_rank[0] == without_rank[1] else "shape"
+
+
+def _without_rank(weight: LoraWeight) -> tuple[int, ...]:
+    axis = rank_axis(weight)
+    return (*weight.a.shape[:axis], *weight.a.shape[axis + 1 :])
+
+
+def rank_axis(weight: LoraWeight) -> int:
+    """The axis of `a` that is the rank."""
+    return weight.a.ndim - 1 - len(weight.columns)
+
+
+def like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> LoraWeight:
+    """`scale * (b · a)` with the static fields of `first`, so that it goes with the
+    same frozen model. What its scale is not goes into `b`, which is rounded once."""
+    new = first.replace(b=weight.b, a=weight.a)
+    factor = scale / new.scale
+    if isinstance(factor, float) and factor == 1:
+        return new
+    return new.replace(b=multiply(weight.b, factor).astype(weight.b.dtype))
+
+
+def common(column: Column) -> list[LoraWeight | None]:
+    """The weights with the largest rank, and with the scale that the first one has at
+    that rank."""
+    weights = [weight for weight in column.nodes if weight is not None]
+    rank = max(weight.rank for weight in weights)
+    if len({(weight.b.dtype, weight.a.dtype) for weight in weights}) > 1:
+        raise ValueError(
+            f"{column.place.dotted} has factors of several dtypes: cast them to one."
+        )
+    return [
+        None
+        if weight is None
+        else like(weights[0], _padded(weight, rank), weight.scale)
+        for weight in column.nodes
+    ]
+
+
+def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
+    more = rank - weight.rank
+    if not more:
+        return weight
+    axis = rank_axis(weight)
+    b, a = weight.b, weight.a
+    return weight.replace(
+        b=jnp.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)]),
+        a=jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)]),
+    )

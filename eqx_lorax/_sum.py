@@ -1,0 +1,207 @@
+"""Adding adapters up."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, overload, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, ArrayLike, PyTree
+
+from ._aligned import align, base_arrays, base_of_column, Column, like, rank_axis
+from ._arrays import check_real, multiply, promote, wide
+from ._lora import LoraWeight
+
+
+_Adapter = TypeVar("_Adapter")
+
+
+@overload
+def weighted_sum(
+    adapters: Sequence[_Adapter | None],
+    weights: Sequence[ArrayLike],
+    method: Literal["exact", "svd"] = "exact",
+    *,
+    rank: int | None = None,
+    base: PyTree = None,
+    return_error: Literal[False] = False,
+) -> _Adapter: ...
+
+
+@overload
+def weighted_sum(
+    adapters: Sequence[_Adapter | None],
+    weights: Sequence[ArrayLike],
+    method: Literal["exact", "svd"] = "exact",
+    *,
+    rank: int | None = None,
+    base: PyTree = None,
+    return_error: Literal[True],
+) -> tuple[_Adapter, dict[str, Array]]: ...
+
+
+def weighted_sum(
+    adapters: Sequence[Any],
+    weights: Sequence[ArrayLike],
+    method: Literal["exact", "svd"] = "exact",
+    *,
+    rank: int | None = None,
+    base: PyTree = None,
+    return_error: bool = False,
+) -> Any:
+    """One adapter whose update is the weighted sum of the updates of several.
+
+    **Arguments:**
+
+    - `adapters`: Adapters of one model; ranks, scales and targets may differ. What
+        one does not have is zero, and `None` is the base alone.
+    - `weights`: A number for each of them; `-1` takes an update away.
+    - `method`: `"exact"` puts the factors side by side, so that the ranks add up.
+        `"svd"` then keeps the largest singular values of each sum, by QR
+        decompositions of its factors and without forming it: the best approximation of
+        that rank there is.
+    - `rank`: The rank for `"svd"`. Defaults to the largest among the adapters.
+    - `base`: The model, adapted or not. With it, what else than factors was trained,
+        such as a head, is added up too, as its difference from the array there.
+    - `return_error`: Whether to return the errors too.
+
+    **Returns:**
+
+    The adapter, with all the targets that any of them has, for `lorax.attach`; it goes
+    with the frozen part of the first one's model if that has all of them. With
+    `return_error` also a dictionary from the path of each weight to what the sum has
+    lost, relative to its Frobenius norm (over all layers of a stack). Without it, a
+    loss of more than a percent is told by a `UserWarning`.
+
+    **Raises:**
+
+    `ValueError` if the adapters are not of one model, or if anything else than factors
+    was trained, differs, and there is no `base`.
+
+    ??? cite
+
+        Eckart and Young, *The approximation of one matrix by another of lower rank*,
+        1936, for `"svd"`.
+    """
+    if method not in ("exact", "svd"):
+        raise ValueError(f"`method={method!r}` is neither 'exact' nor 'svd'.")
+    if rank is not None and (method == "exact" or rank < 1):
+        raise ValueError(
+            f"`rank={rank}` is for `method='svd'`, and at least 1; with 'exact' the "
+            "ranks add up."
+        )
+    if len(weights) != len(adapters):
+        raise ValueError(f"{len(weights)} `weights` for {len(adapters)} `adapters`.")
+    aligned = align(adapters, "weighted_sum")
+    own = base_arrays(base)
+    combined: list[Any] = []
+    errors: dict[str, Array] = {}
+    for column in aligned.columns:
+        if not column.is_factored:
+            combined.append(_summed(column, weights, own))
+            continue
+        path = column.place.dotted
+        parts, factors = zip(
+            *((x, factor) for x, factor in zip(column.nodes, weights) if x is not None)
+        )
+        total, errors[path] = _side_by_side(parts, factors), jnp.zeros(())
+        if method == "svd":
+            largest = max(part.rank for part in parts) if rank is None else rank
+            with jax.default_matmul_precision("highest"):
+                total, errors[path] = _compressed(total, largest)
+        total = like(parts[0], total, 1.0)
+        dtype = promote(*(part.b.dtype for part in parts))
+        combined.append(total.replace(b=total.b.astype(dtype)))
+    adapter = aligned.filled(combined)
+    if return_error:
+        return adapter, errors
+    _warn_of(errors)
+    return adapter
+
+
+def _summed(column: Column, weights: Sequence[ArrayLike], base: Any) -> Array:
+    """What was trained as a whole, and so has an update only beside the base."""
+    first = column.first
+    if all(array is not None and _same(first, array) for array in column.nodes):
+        return first
+    if not base and all(array is not None for array in column.nodes):
+        raise ValueError(
+            f"{column.place.dotted} was trained too and differs between the adapters. "
+            "Only updates add up: pass the model without adapters, `base=model`, or "
+            "partition without `also`."
+        )
+    start = base_of_column(column, base, "weighted_sum")
+    total = start.astype(wide(first.dtype))
+    for array, factor in zip(column.nodes, weights):
+        if array is not None:
+            check_real("weights", factor, column.place.dotted, first.dtype)
+            update = array.astype(total.dtype) - start.astype(total.dtype)
+            total = total + multiply(update, factor).astype(total.dtype)
+    return total.astype(first.dtype)
+
+
+def _side_by_side(
+    weights: Sequence[LoraWeight], factors: Sequence[ArrayLike]
+) -> LoraWeight:
+    first = weights[0]
+    b_dtype = promote(*(wide(weight.b.dtype) for weight in weights))
+    a_dtype = promote(*(weight.a.dtype for weight in weights))
+    for factor in factors:
+        check_real("weights", factor, "an adapter", b_dtype)
+    b = [
+        multiply(multiply(weight.b, factor), weight.scale).astype(b_dtype)
+        for weight, factor in zip(weights, factors)
+    ]
+    a = [weight.a.astype(a_dtype) for weight in weights]
+    return first.replace(
+        b=jnp.concatenate(b, axis=-1), a=jnp.concatenate(a, axis=rank_axis(first))
+    )
+
+
+def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
+    """The nearest weight of this rank, and the relative error."""
+    axis = rank_axis(weight)
+    total = weight.rank
+    batch = weight.a.shape[:axis]
+    dtype = promote(wide(weight.b.dtype), wide(weight.a.dtype))
+    b = weight.b.reshape(*batch, -1, total).astype(dtype)
+    a = weight.a.reshape(*batch, total, -1).astype(dtype)
+    left, upper = jnp.linalg.qr(b)
+    right, lower = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
+    core = upper @ jnp.swapaxes(lower, -1, -2)
+    u, sizes, v = jnp.linalg.svd(core, full_matrices=False)
+    rank = min(rank, sizes.shape[-1])
+    root = jnp.sqrt(sizes[..., :rank]).astype(dtype)
+    new_b = (left @ u[..., :rank]) * root[..., None, :]
+    new_a = root[..., :, None] * (v[..., :rank, :] @ jnp.swapaxes(right, -1, -2))
+    lost, all_of_it = (jnp.sum(jnp.square(part)) for part in (sizes[..., rank:], sizes))
+    error = jnp.sqrt(lost / jnp.where(all_of_it == 0, 1, all_of_it))
+    columns = weight.a.shape[axis + 1 :]
+    compressed = weight.replace(
+        b=new_b.reshape(*weight.b.shape[:-1], rank).astype(weight.b.dtype),
+        a=new_a.reshape(*batch, rank, *columns).astype(weight.a.dtype),
+    )
+    return compressed, error
+
+
+def _same(x: Any, y: Any) -> bool:
+    # What is traced has no value that could be compared.
+    is_traced = isinstance(x, Tracer) or isinstance(y, Tracer)
+    return x is y or not is_traced and bool(np.array_equal(x, y))
+
+
+def _warn_of(errors: dict[str, Array]) -> None:
+    if any(isinstance(error, Tracer) for error in errors.values()):
+        return
+    large = {path: float(error) for path, error in errors.items() if error > 0.01}
+    if large:
+        worst = sorted(large, key=lambda path: -large[path])[:4]
+        listed = ", ".join(f"{path} {large[path]:.0%}" for path in worst)
+        warnings.warn(
+            f"At this rank the summed adapters lose more than 1 % of the update of "
+            f"{len(large)} of {len(errors)} weights: {listed}. A larger `rank` keeps "
+            "more, `method='exact'` everything; `return_error=True` returns this.",
+            stacklevel=3,
+        )
