@@ -1,15 +1,25 @@
 """One of two processes that train on the devices of both: see `test_meshes.py`."""
 
-import sys
+import launch
+
+
+if __name__ == "__main__":
+    launch.start(__file__)
+
+import argparse
 from pathlib import Path
 
 import jax
 import numpy as np
 
 
-address, index, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+parser = argparse.ArgumentParser()
+parser.add_argument("folder", type=Path)
+launch.add_flags(parser)
+args = parser.parse_args()
+folder, index = args.folder, args.process
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, num_processes=2, process_id=index)
+jax.distributed.initialize(args.coordinator, args.processes, index)
 
 import meshes  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402

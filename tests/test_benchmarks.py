@@ -1,10 +1,9 @@
 """The benchmarks run, at small size."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from running import running
 from test_docs import ROOT
 
 
@@ -12,10 +11,11 @@ pytestmark = pytest.mark.interop
 
 
 def run(program, *flags):
-    command = [sys.executable, f"benchmarks/{program}.py", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with running(
+        ROOT / "benchmarks" / f"{program}.py", *flags, folder=ROOT
+    ) as benchmark:
+        benchmark.finish()
+        return benchmark.out
 
 
 @pytest.mark.parametrize(

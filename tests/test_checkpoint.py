@@ -2,10 +2,7 @@
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -18,7 +15,7 @@ import optax
 import pytest
 from helpers import assert_identical, trained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from launch import free_port
+from running import running
 
 import eqx_lorax as lorax
 
@@ -323,28 +320,17 @@ def test_killed_at_any_moment(tmp_path):
             found = checkpoints.restore(state)
             first, state = found or (0, state)
             assert float(state["x"][0]) == first
-            print("on", flush=True)
             for step in range(first + 1, 10_000):
                 state = {**state, "x": state["x"] + 1}
                 checkpoints.save(step, state)
     """
     latest, steps = 0, []
     for i in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), tmp_path],
-            stdout=subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        with process.stdout:
-            assert process.stdout.readline() == b"on\n"
-            # On a busy machine the first one after a start takes its time.
-            deadline = time.monotonic() + 60
-            while max(_steps(tmp_path), default=0) <= latest:
-                assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.01)
+        with running(script, tmp_path) as program:
+            assert program.wait_until(
+                lambda: max(_steps(tmp_path), default=0) > latest
+            ), program.err
             time.sleep(0.13 * i)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
         steps = _steps(tmp_path)
         assert len(list(tmp_path.iterdir())) <= 5
         assert max(steps) > latest
@@ -368,53 +354,52 @@ def test_killed_at_any_moment(tmp_path):
 def test_on_another_number_of_processes(tmp_path):
     """Written by two, one of which then has another state, and read by one."""
     script = """
-        import sys
+        import launch
+
+        launch.start(__file__)
+
+        import argparse
         import jax
         import jax.numpy as jnp
         import numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         import eqx_lorax as lorax
 
-        folder, port, process = sys.argv[1:]
-        jax.distributed.initialize(f"localhost:{port}", 2, int(process))
+        parser = argparse.ArgumentParser()
+        parser.add_argument("folder")
+        launch.add_flags(parser)
+        args = parser.parse_args()
+        jax.distributed.initialize(args.coordinator, args.processes, args.process)
         mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
         x = np.arange(32.0, dtype=np.float32).reshape(8, 4)
         on_mesh = jax.make_array_from_callback(
             x.shape, NamedSharding(mesh, P("x")), lambda index: x[index]
         )
         state = {"x": on_mesh, "key": jax.random.key(5), "count": jnp.array(3)}
-        with lorax.Checkpoints(folder, state) as checkpoints:
+        with lorax.Checkpoints(args.folder, state) as checkpoints:
             checkpoints.save(1, state)
             step, found = checkpoints.restore({**state, "count": jnp.array(0)})
             assert int(found["count"]) == 3
             assert found["x"].sharding == on_mesh.sharding
             try:
-                checkpoints.save(2, {**state, "count": jnp.array(int(process))})
+                checkpoints.save(2, {**state, "count": jnp.array(args.process)})
             except ValueError as error:
-                print(error)
+                assert "Processes differ in state['count']. Put it on" in str(error)
+                print("refused")
     """
-    port = str(free_port())
-    flags = "--xla_force_host_platform_device_count=2"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(script), tmp_path, port, str(i)],
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    printed = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    match = "Processes differ in state['count']. Put it on the mesh"
-    assert all(match in text for text in printed)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("XLA_FLAGS")
+    folder = tmp_path / "checkpoints"
+    with running(script, folder, "--devices", 2, environment=environment) as program:
+        program.finish()
+        assert "refused" in program.out
 
     state = {
         "x": jnp.arange(32.0).reshape(8, 4),
         "key": jr.key(5),
         "count": jnp.array(3, jnp.int32),
     }
-    with lorax.Checkpoints(tmp_path, state) as checkpoints:
+    with lorax.Checkpoints(folder, state) as checkpoints:
         step, found = restored(checkpoints, blank(state))
     assert step == 1
     same(found, state)

@@ -3,13 +3,12 @@
 import importlib
 import os
 import re
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 from helpers import is_weight, weights
+from running import finish_together, running
 from test_docs import ROOT
 
 import eqx_lorax as lorax
@@ -63,15 +62,11 @@ def test_many_adapters(tmp_path, capsys):
 
 
 def distributed(folder, *flags, **environment):
-    """What the first process has printed. The devices are those of the example."""
+    """The example as a shell would start it. The devices are its own."""
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     program = ROOT / "examples" / "distributed_finetune.py"
-    return subprocess.Popen(
-        [sys.executable, program, *flags, "--output", folder],
-        env={**inherited, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+    return running(
+        program, *flags, "--output", folder, environment=inherited | environment
     )
 
 
@@ -82,8 +77,10 @@ def test_distributed(tmp_path):
 
     flags = "--processes 2 --devices 2 --mesh 2x2 --steps 4 --every 2 --batch-size 8"
     flags = f"{flags} --length 12 --train-rows 32 --test-rows 20".split()
-    printed, errors = distributed(tmp_path, *flags).communicate()
-    assert "2 processes, 4 devices" in printed, errors
+    with distributed(tmp_path, *flags) as program:
+        program.finish()
+        printed = program.out
+    assert "2 processes, 4 devices" in printed
     assert "bert.encoder.layers.attention.query.weight" in printed
     assert (tmp_path / "distributed.png").read_bytes().startswith(b"\x89PNG")
     losses = np.load(tmp_path / "distributed_losses.npy")
@@ -98,12 +95,16 @@ def test_distributed(tmp_path):
     assert len(weights(model)) == 2
 
     # Once more: there is nothing left to do.
-    again, errors = distributed(tmp_path, *flags).communicate()
-    assert "Going on from the checkpoint of step 4" in again, errors
+    with distributed(tmp_path, *flags) as program:
+        program.finish()
+        again = program.out
+    assert "Going on from the checkpoint of step 4" in again
     found = re.search(r"Held-out accuracy .*", printed)
     assert found is not None and found[0] in again
     # A shorter run would be another one.
-    _, errors = distributed(tmp_path, *flags, "--steps", "3").communicate()
+    with distributed(tmp_path, *flags, "--steps", "3") as program:
+        program.finish(status=1)
+        errors = program.err
     assert "float32 (4,) in it, float32 (3,) in `state`" in errors
     assert "Traceback" not in errors
 
@@ -111,25 +112,22 @@ def test_distributed(tmp_path):
 def test_distributed_on_a_cluster(tmp_path):
     """As SLURM would start it: one task for each of two machines."""
     flags = "--cluster --tiny --mesh 2x2 --steps 4 --every 2 --batch-size 8".split()
-    processes = [
-        distributed(
-            tmp_path,
-            *flags,
-            JAX_PLATFORMS="cpu",
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
-            JAX_LOCAL_DEVICE_IDS="0,1",
-            SLURM_JOB_ID=str(os.getpid()),
-            SLURM_STEP_NODELIST="localhost",
-            SLURM_NTASKS="2",
-            SLURM_PROCID=str(i),
-            SLURM_LOCALID="0",
-        )
-        for i in range(2)
-    ]
-    printed = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert "2 processes, 4 devices" in printed[0]
-    assert "Held-out accuracy" in printed[0] and "accuracy" not in printed[1]
+    cluster = dict(
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        JAX_LOCAL_DEVICE_IDS="0,1",
+        SLURM_JOB_ID=str(os.getpid()),
+        SLURM_STEP_NODELIST="localhost",
+        SLURM_NTASKS="2",
+        SLURM_LOCALID="0",
+    )
+    with (
+        distributed(tmp_path, *flags, **cluster, SLURM_PROCID="0") as first,
+        distributed(tmp_path, *flags, **cluster, SLURM_PROCID="1") as second,
+    ):
+        finish_together(first, second)
+        assert "2 processes, 4 devices" in first.out
+        assert "Held-out accuracy" in first.out and "accuracy" not in second.out
 
 
 def test_minilm_embeds_meaning():
@@ -332,13 +330,12 @@ def test_missing_packages_are_one_line(program, package, install):
         f"sys.argv = ['{program}.py', '--steps', '1']\n"
         f"runpy.run_path('examples/{program}.py', run_name='__main__')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", hide], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("Missing the package")
-    assert "pip install" in done.stderr and done.stderr.count("\n") == 1
-    assert install in done.stderr
+    with running(hide, folder=ROOT) as program:
+        program.finish(status=1)
+        error = program.err
+    assert error.startswith("Missing the package")
+    assert "pip install" in error and error.count("\n") == 1
+    assert install in error
 
 
 def test_other_versions_are_one_line():

@@ -2,7 +2,6 @@
 programs that exchange no more than they have to."""
 
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,8 +15,8 @@ import numpy as np
 import pytest
 from helpers import assert_close, assert_identical, is_weight
 from jax.sharding import NamedSharding, PartitionSpec as P
-from launch import free_port
 from meshes import collectives, WAYS
+from running import running
 
 import eqx_lorax as lorax
 
@@ -141,26 +140,12 @@ def _shardings(model):
 def test_two_processes(single, tmp_path):
     """Each with four devices: these ways of sharding give the numbers of one device;
     adapters are written once and read by all."""
-    address = f"localhost:{free_port()}"
     script = Path(__file__).with_name("processes_script.py")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, address, str(index), str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    # Not the many devices of the tests.
+    environment.pop("XLA_FLAGS")
+    with running(script, tmp_path, environment=environment) as program:
+        program.finish()
     expected, on_one = single
     params = lorax.partition(on_one)[0]
     for name in meshes.SOME_WAYS:

@@ -2,8 +2,6 @@
 outputs there, and the reverse."""
 
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from helpers import trained
 from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
+from running import running
 
 import eqx_lorax as lorax
 
@@ -325,8 +324,8 @@ def test_minilm_from_a_script_of_pefts_own(tmp_path):
     import minilm
 
     script = Path(__file__).parent / "peft_script.py"
-    command = [sys.executable, str(script), str(bert_folder()), str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True)
+    with running(script, bert_folder(), tmp_path) as program:
+        program.finish()
     loaded = lorax.peft.load(tmp_path, minilm.load_minilm(), names=minilm.torch_name)
     with np.load(tmp_path / "expected.npz") as file:
         tokens, expected = file["tokens"], file["outputs"]

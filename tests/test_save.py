@@ -3,9 +3,7 @@
 import json
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from cases import by_name, LAYERS, MODELS
 from helpers import assert_identical, filled, run, trained, weights
+from running import running
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -408,35 +407,33 @@ def test_a_failed_write_leaves_what_was_there(saved, monkeypatch):
     assert [x.name for x in path.parent.iterdir()] == [path.name]
 
 
-WRITER = textwrap.dedent(
-    """
-    import os, signal, sys
-    import equinox as eqx, jax
-    import eqx_lorax as lorax
-    from eqx_lorax import _atomic, _save
+WRITER = """
+import os, signal, sys
+import equinox as eqx, jax
+import eqx_lorax as lorax
+from eqx_lorax import _atomic, _save
 
-    stage, path = sys.argv[1:]
-    die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-    model = lorax.loraify(eqx.nn.Linear(3, 4, key=jax.random.key(0)), rank=2,
-                          key=jax.random.key(1))
+stage, path = sys.argv[1:]
+die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+model = lorax.loraify(eqx.nn.Linear(3, 4, key=jax.random.key(0)), rank=2,
+                      key=jax.random.key(1))
 
-    def half(tensors, path, metadata):
-        with open(path, "wb") as file:
-            file.write(b"half")
-            file.flush()
-            die()
+def half(tensors, path, metadata):
+    with open(path, "wb") as file:
+        file.write(b"half")
+        file.flush()
+        die()
 
-    match stage:
-        case "begin": _save.save_file = die
-        case "half": _save.save_file = half
-        case "sync": os.fsync = die
-        case "replace": os.replace = die
-        case "after":
-            replace = os.replace
-            os.replace = lambda *x: (replace(*x), die())
-    lorax.save_adapter(path, model)
-    """
-)
+match stage:
+    case "begin": _save.save_file = die
+    case "half": _save.save_file = half
+    case "sync": os.fsync = die
+    case "replace": os.replace = die
+    case "after":
+        replace = os.replace
+        os.replace = lambda *x: (replace(*x), die())
+lorax.save_adapter(path, model)
+"""
 
 
 @pytest.mark.parametrize("stage", ("begin", "half", "sync", "replace", "after"))
@@ -444,8 +441,8 @@ def test_a_killed_writer(stage, saved):
     """At every stage there is the old file or the new one, whole."""
     plain, adapted, path = saved
     before = path.read_bytes()
-    done = subprocess.run([sys.executable, "-c", WRITER, stage, str(path)])
-    assert done.returncode == -signal.SIGKILL
+    with running(WRITER, stage, path) as program:
+        program.finish(status=-signal.SIGKILL)
     if stage == "after":
         keys = jr.key(0), jr.key(1)
         linear = eqx.nn.Linear(3, 4, key=keys[0])
@@ -487,40 +484,40 @@ def test_permissions_are_those_of_other_files(saved):
     assert path.stat().st_mode == beside.stat().st_mode
 
 
-READER = textwrap.dedent(
-    """
-    import sys
-    import equinox as eqx, jax, jax.numpy as jnp
-    import eqx_lorax as lorax
+READER = """
+import sys
+import equinox as eqx, jax, jax.numpy as jnp
+import eqx_lorax as lorax
 
-    def used():
-        # kilobytes of memory, without pages of files
-        lines = open("/proc/self/status").readlines()
-        return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
+def used():
+    # kilobytes of memory, without pages of files
+    lines = open("/proc/self/status").readlines()
+    return next(int(x.split()[1]) for x in lines if x.startswith("RssAnon"))
 
-    plain = eqx.nn.Linear(4, 3, key=jax.random.key(0))
-    heads = lambda: {"head": [jnp.zeros((1000, 3000)) for _ in range(10)]}
-    if sys.argv[1] == "write":
-        model = [lorax.loraify(plain, rank=1, key=jax.random.key(0)), heads()]
-        lorax.save_adapter(sys.argv[2], model, also="head")
-    else:
-        model = [plain, heads()]
-        jax.block_until_ready(model[1])
-        before = used()
-        model = lorax.load_adapter(sys.argv[2], model, allow_other_base=True)
-        jax.block_until_ready(model[1])
-        print(used() - before)
-    """
-)
+plain = eqx.nn.Linear(4, 3, key=jax.random.key(0))
+heads = lambda: {"head": [jnp.zeros((1000, 3000)) for _ in range(10)]}
+if sys.argv[1] == "write":
+    model = [lorax.loraify(plain, rank=1, key=jax.random.key(0)), heads()]
+    lorax.save_adapter(sys.argv[2], model, also="head")
+else:
+    model = [plain, heads()]
+    jax.block_until_ready(model[1])
+    before = used()
+    model = lorax.load_adapter(sys.argv[2], model, allow_other_base=True)
+    jax.block_until_ready(model[1])
+    print(used() - before)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_file_costs_no_second_copy(tmp_path):
-    for stage in ("write", "read"):
-        command = [sys.executable, "-c", READER, stage, str(tmp_path / "a")]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    with running(READER, "write", tmp_path / "a") as program:
+        program.finish()
+    with running(READER, "read", tmp_path / "a") as program:
+        program.finish()
+        used = int(program.out)
     size = 10 * 1000 * 3000 * 4 / 1024
-    assert int(done.stdout) < 1.3 * size
+    assert used < 1.3 * size
 
 
 # Digests
