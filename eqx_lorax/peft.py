@@ -98,11 +98,9 @@ def save(
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
     in_out = stored_in_out(places, transposed)
-    tensors, config = written(adapter, places, names, in_out)
-    tensors |= whole.tensors
+    tensors, config = written(adapter, places, names, in_out, whole)
     config |= {
         "base_model_name_or_path": base_model_name_or_path,
-        "modules_to_save": whole.paths or None,
         "task_type": task_type,
     }
     digests = base_digests(places, whole.saved)

@@ -1,11 +1,10 @@
 """`adapter_config.json` of PEFT."""
 
 import collections
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .names import escaped
+from .matching import follows_pattern, pattern_for, targets_for
 
 
 # The version of the format that is written: since 0.19 `A` of experts has their inputs.
@@ -52,26 +51,31 @@ def new_config(
     alphas: Mapping[str, float],
     *,
     parameters: Sequence[str],
+    modules: Iterable[str],
     rank_stabilised: bool,
     dropout: float,
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
     """The configuration of adapters with these ranks and alphas, by their paths, those
-    at `parameters` being of parameters and the others of modules."""
+    at `parameters` being of parameters and the others of `modules`, which are all that
+    are known of the model."""
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
+    targets = [path for path in ranks if path not in parameters]
     return {
         "peft_type": "LORA",
         "inference_mode": True,
         # Anything else makes PEFT change the base when it loads the adapter.
         "init_lora_weights": True,
-        "target_modules": [path for path in ranks if path not in parameters],
+        "target_modules": targets_for(targets, modules) if targets or not ranks else [],
         "target_parameters": list(parameters) or None,
         "r": rank,
-        "rank_pattern": {escaped(k): x for k, x in ranks.items() if x != rank},
+        "rank_pattern": {
+            pattern_for(k, ranks): x for k, x in ranks.items() if x != rank
+        },
         "lora_alpha": _whole(alpha),
         "alpha_pattern": {
-            escaped(k): _whole(x) for k, x in alphas.items() if x != alpha
+            pattern_for(k, alphas): _whole(x) for k, x in alphas.items() if x != alpha
         },
         "use_rslora": rank_stabilised,
         "use_dora": False,
@@ -126,7 +130,7 @@ def alpha_of(config: Mapping[str, Any], path: str) -> float:
 def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """As PEFT does: the first pattern that matches the path or the end of it."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
+        if follows_pattern(pattern, path):
             return value
     return default
 

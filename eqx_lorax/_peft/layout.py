@@ -12,7 +12,7 @@ import numpy as np
 from .._arrays import is_inexact
 from .._layers import kernel_axes
 from .._tree import Place, Places
-from .names import Names, template
+from .names import expanded, Names, template
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,4 +265,20 @@ def arrays_of(module: Place, places: Places) -> list[Place]:
         place
         for place in places.beneath(module)
         if place.owner is module and is_inexact(place.node)
+    ]
+
+
+def is_module(place: Place) -> bool:
+    return isinstance(place.node, eqx.Module) and bool(place.path)
+
+
+def modules_with_arrays(places: Places, names: Names) -> list[str]:
+    """The paths in PyTorch of all modules that have arrays of their own."""
+    return [
+        path
+        for module in places.all
+        if is_module(module)
+        and (torch := template(names, module.path)) is not None
+        and (arrays := [x for x in places.beneath(module) if x.owner is module])
+        for _, path in expanded(torch, getattr(arrays[0].node, "shape", ()))
     ]

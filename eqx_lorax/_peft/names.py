@@ -1,7 +1,6 @@
 """From paths here to paths in PyTorch."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -45,6 +44,8 @@ def expanded(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]
         yield tuple(map(int, index)), filled
 
 
-def escaped(path: str) -> str:
-    """A pattern of PEFT's that this path alone matches."""
-    return "^" + re.escape(path)
+def few(paths: Iterable[str]) -> str:
+    """The first of the paths, for a message."""
+    listed = list(dict.fromkeys(paths))
+    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+    return ", ".join(listed[:8]) + more

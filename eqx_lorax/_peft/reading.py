@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -13,8 +12,22 @@ from .._fresh import axes_of
 from .._tree import Place, Places
 from .config import alpha_of, rank_of
 from .homes import Home, homes
-from .layout import arrays_of, Factors, prefix_of, torch_shape, warn_of_convolution
-from .names import expanded, Index, Names, template
+from .layout import (
+    arrays_of,
+    Factors,
+    is_module,
+    modules_with_arrays,
+    prefix_of,
+    torch_shape,
+    warn_of_convolution,
+)
+from .names import expanded, few, Index, Names, template
+from .promises import (
+    broken_promises,
+    Contents,
+    is_parameter_targeted,
+    warn_of_idle_patterns,
+)
 from .sides import InOut
 from .versions import layout_in_file
 
@@ -32,38 +45,59 @@ def adapter_from(
 
     `ValueError` if any has no place in it, is misshapen, or lacks its other half.
     """
+    if not tensors:
+        raise ValueError(
+            "there is not one tensor in it. Copy it again or, if PyTorch wrote it so "
+            "(with FSDP and DeepSpeed the parts have to be gathered), save it again."
+        )
     left = dict(tensors)
-    found_homes = dict(homes(places, names, in_out))
-    wanted = config.get("target_parameters") or []
-    parameters = [
-        path
-        for path, home in found_homes.items()
-        if home.layout.is_parameter
-        and any(f".{path}".endswith(f".{name}") for name in wanted)
-    ]
+    known = dict(homes(places, names, in_out))
+    experts = [path for path, home in known.items() if home.layout.is_parameter]
+    parameters = [x for x in experts if is_parameter_targeted(config, x, experts)]
     found: dict[Place, dict[Index, Factors]] = {}
-    for path, home in found_homes.items():
+    adapted: list[str] = []
+    problems: list[str] = []
+    for path, home in known.items():
         if home.layout.is_parameter and path not in parameters:
             continue
         prefix = prefix_of(path, home.layout, parameters)
         here = [prefix + name for name in home.layout.names if prefix + name in left]
+        arrays = [np.asarray(left.pop(name)) for name in here]
         if len(here) == 1:
-            raise ValueError(f"of {path} there is only {here[0]}.")
-        if here:
-            first, second = (np.asarray(left.pop(name)) for name in here)
-            factors = _factors(config, path, home, first, second)
+            problems.append(f"of {path} there is only {here[0]}")
+        if len(here) == 2:
+            factors = _factors(config, path, home, *arrays)
             found.setdefault(home.place, {})[home.index] = factors
+        adapted += [path] * bool(here)
     others = dict(_whole_arrays(places, names, left))
     if left:
-        listed = ", ".join(list(left)[:8])
-        more = f", and {len(left) - 8} more" if len(left) > 8 else ""
-        raise ValueError(
-            f"`names` leads nowhere in `model` for {listed}{more}. Known to `names`: "
-            f"{', '.join(list(found_homes)[:8]) or 'nothing'}."
+        problems.append(
+            f"`names` leads nowhere in `model` for {few(left)}. Known to `names`: "
+            f"{few(known) or 'nothing'}"
         )
+    problems += broken_promises(
+        config,
+        Contents(tensors),
+        modules=[path for path in known if path not in experts],
+        parameters=experts,
+        arrays=modules_with_arrays(places, names),
+        adapted=adapted,
+    )
+    if problems:
+        raise ValueError(_as_lines(problems))
+    warn_of_idle_patterns(config, adapted)
     dropout = float(config.get("lora_dropout", 0.0))
-    adapted = [_joined(place, parts, dropout) for place, parts in found.items()]
-    return Adapter(adapted, others)
+    joined = [_joined(place, parts, dropout) for place, parts in found.items()]
+    return Adapter(joined, others)
+
+
+def _as_lines(problems: list[str]) -> str:
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    return (
+        f"it is not what its configuration and `names` say:{lines}\nIf tensors were "
+        "lost, copy or save it again. If the model in PyTorch has no such module, take "
+        "it out of `names`, or out of the configuration."
+    )
 
 
 def _factors(
@@ -138,7 +172,7 @@ def _whole_arrays(
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The arrays of modules that were saved whole, taken out of `left`."""
     for module in places.all:
-        torch = template(names, module.path) if _is_module(module) else None
+        torch = template(names, module.path) if is_module(module) else None
         if torch is None:
             continue
         arrays = arrays_of(module, places)
@@ -164,7 +198,3 @@ def _whole_arrays(
                         f"{wanted} in PyTorch."
                     )
             yield array.path, np.stack(parts).reshape(array.node.shape)
-
-
-def _is_module(place: Place) -> bool:
-    return isinstance(place.node, eqx.Module) and bool(place.path)

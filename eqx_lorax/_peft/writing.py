@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,27 @@ from .layout import (
     Layout,
     layout_for,
     Linear,
+    modules_with_arrays,
     prefix_of,
     template_for,
     torch_shape,
     warn_of_convolution,
 )
-from .names import expanded, Names, template
+from .matching import is_said_alone, upwards
+from .names import expanded, few, Names, template
 from .sides import InOut
+
+
+# What PEFT has inside an adapted module.
+_INSIDE = (
+    "base_layer",
+    "lora_dropout.default",
+    "lora_A.default",
+    "lora_B.default",
+    "lora_embedding_A",
+    "lora_embedding_B",
+    "lora_magnitude_vector",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +53,9 @@ class Whole:
 
 
 def written(
-    adapter: Adapter, places: Places, names: Names, in_out: InOut
+    adapter: Adapter, places: Places, names: Names, in_out: InOut, whole: Whole
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of all adapted weights, and the configuration that fits them."""
+    """The tensors of all that is saved, and the configuration that fits them."""
     by_path = {place.path: place for place in places.all}
     is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.adapted)
     ranks: dict[str, int] = {}
@@ -68,15 +82,18 @@ def written(
         for torch, (layout, part) in factors.items()
         for name, array in zip(layout.names, layout.to_torch(part.b, part.a))
     }
+    modules = known_modules(places, names, factors)
     config = new_config(
         ranks,
         alphas,
         parameters=parameters,
+        modules=modules,
         rank_stabilised=bool(adapter.adapted) and is_stabilised,
         dropout=_dropout(adapter, parameters),
         fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
-    return tensors, config
+    config["modules_to_save"] = said_alone(whole, factors.keys(), modules) or None
+    return tensors | whole.tensors, config
 
 
 def _parts(
@@ -139,6 +156,30 @@ def _are_all_in_out(layouts: Iterable[Layout]) -> bool:
     return bool(of_interest) and all(
         isinstance(x, Linear) and x.exchanged for x in of_interest
     )
+
+
+def known_modules(places: Places, names: Names, adapted: Iterable[str]) -> set[str]:
+    """The paths of all modules that are known to be in the model in PyTorch once these
+    have adapters."""
+    paths = {*modules_with_arrays(places, names), *adapted}
+    inside = {f"{path}.{name}" for path in adapted for name in _INSIDE}
+    return {around for path in paths | inside for around in upwards(path)}
+
+
+def said_alone(whole: Whole, adapted: Collection[str], modules: set[str]) -> list[str]:
+    """The modules of `whole` for `modules_to_save`, without those by whose names PEFT
+    would mean others too. These it loads all the same, by the names of their arrays."""
+    said = [path for path in whole.paths if is_said_alone(path, modules, adapted)]
+    if left := [path for path in whole.paths if path not in said]:
+        warnings.warn(
+            f"PEFT takes what is in `modules_to_save` for the end of any path, and "
+            f"cannot name {few(left)} alone. Written as arrays of the base, which PEFT "
+            "puts into the model itself when it loads the adapter: the outputs are "
+            "right, but training on there leaves them out, and so does switching the "
+            "adapter off. Give the module in PyTorch a longer name to mend this.",
+            stacklevel=4,
+        )
+    return said
 
 
 def _dropout(adapter: Adapter, parameters: list[str]) -> float:

@@ -1,0 +1,164 @@
+"""Whether the tensors of PEFT are all that their configuration promises."""
+
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+from .matching import (
+    ALL_LINEAR,
+    ends_with,
+    follows_pattern,
+    is_excluded,
+    is_expression,
+    is_saved_whole,
+    is_targeted,
+)
+from .names import few
+
+
+# What PEFT adds to `modules_to_save` for a task, whether the model has it or not.
+_HEADS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+
+
+class Contents:
+    """The modules of PyTorch that a file has something for."""
+
+    def __init__(self, tensors: Iterable[str]):
+        """**Arguments:** the names of the tensors, without prefix."""
+        self.adapted: set[str] = set()
+        """Those with an adapter, or a part of one."""
+        self.whole: set[str] = set()
+        """Those with arrays of their own, more than a bias."""
+        for name in tensors:
+            module, lora, _ = name.rpartition(".lora_")
+            owner, _, array = name.rpartition(".")
+            if lora:
+                self.adapted.add(_unwrapped(module))
+            elif array != "bias" and not owner.endswith(".base_layer"):
+                self.whole.add(owner)
+
+    def has(self, entry: str) -> bool:
+        """Whether there is a module whose path ends with `entry`."""
+        return among(self.adapted | self.whole, entry)
+
+
+def broken_promises(
+    config: Mapping[str, Any],
+    contents: Contents,
+    *,
+    modules: Collection[str],
+    parameters: Collection[str],
+    arrays: Collection[str],
+    adapted: Collection[str],
+) -> Iterator[str]:
+    """What is missing, a line each.
+
+    **Arguments:**
+
+    - `modules`, `parameters`, `arrays`: The paths that `names` knows: of modules and of
+        parameters that can have an adapter, and of modules that have arrays.
+    - `adapted`: Those of the first two that have one.
+    """
+    said = contents.adapted | contents.whole
+    lost = [
+        *(path for path in modules if is_targeted(config, path) and path not in said),
+        *_lost_siblings(config, modules, said),
+        *(x for x in parameters if is_parameter_targeted(config, x, parameters)),
+    ]
+    lost = [path for path in lost if path not in adapted]
+    if lost:
+        yield f"it targets {few(lost)}, for which there is no adapter"
+    for entry in _entries(config, "target_modules"):
+        if not (
+            contents.has(entry) or is_excluded(config, entry) or among(lost, entry)
+        ):
+            yield f"`target_modules` has {entry!r}, for which there is no tensor"
+    for entry in _entries(config, "target_parameters"):
+        module = entry.rpartition(".")[0]
+        if not (contents.has(module) or among(lost, entry)):
+            yield f"`target_parameters` has {entry!r}, for which there is no tensor"
+    targets = config.get("target_modules")
+    if is_expression(targets) and not lost:
+        if not any(re.fullmatch(targets, path) for path in said):
+            yield f"`target_modules` is {targets!r}, for which there is no tensor"
+    yield from _lost_heads(config, contents, arrays)
+
+
+def among(paths: Iterable[str], entry: str) -> bool:
+    return any(ends_with(path, entry) for path in paths)
+
+
+def is_parameter_targeted(
+    config: Mapping[str, Any], path: str, parameters: Collection[str]
+) -> bool:
+    """Whether `target_parameters` means the parameter at `path`. An entry that is the
+    whole path of one is taken to mean no other."""
+    return any(
+        entry == path or (ends_with(path, entry) and entry not in parameters)
+        for entry in _entries(config, "target_parameters")
+    )
+
+
+def warn_of_idle_patterns(config: Mapping[str, Any], adapted: Collection[str]) -> None:
+    """Says so if a rank or alpha is for no module at all."""
+    for option in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(option) or {}
+        idle = [
+            x for x in patterns if not any(follows_pattern(x, path) for path in adapted)
+        ]
+        if idle:
+            warnings.warn(
+                f"`{option}` has {few(map(repr, idle))}, which no adapted module of "
+                "the file follows. PEFT ignores these too: see whether it was trained "
+                "as was meant.",
+                stacklevel=4,
+            )
+
+
+def _lost_siblings(
+    config: Mapping[str, Any], modules: Collection[str], adapted: Collection[str]
+) -> Iterator[str]:
+    """With `ALL_LINEAR`, which leaves out the head: what differs from an adapted module
+    by its numbers alone."""
+    if str(config.get("target_modules")).lower() == ALL_LINEAR:
+        families = {re.sub(r"\d+", "*", path) for path in adapted}
+        for path in modules:
+            if path not in adapted and re.sub(r"\d+", "*", path) in families:
+                yield path
+
+
+def _lost_heads(
+    config: Mapping[str, Any], contents: Contents, arrays: Collection[str]
+) -> Iterator[str]:
+    by_peft = _HEADS.get(str(config.get("task_type")), set())
+    entries = _entries(config, "modules_to_save")
+    there = {
+        entry
+        for entry in entries
+        if any(is_saved_whole(entry, path) for path in contents.whole)
+    }
+    for entry in entries:
+        lost = [
+            path
+            for path in arrays
+            if is_saved_whole(entry, path)
+            and path not in contents.whole | contents.adapted
+        ]
+        if lost:
+            yield f"`modules_to_save` has {entry!r}, and there is no {few(lost)}"
+        elif entry not in there and not (there and entry in by_peft):
+            yield f"`modules_to_save` has {entry!r}, for which there is no tensor"
+
+
+def _entries(config: Mapping[str, Any], option: str) -> list[str]:
+    found = config.get(option) or []
+    return [] if isinstance(found, str) else list(found)
+
+
+def _unwrapped(path: str) -> str:
+    return ".".join(name for name in path.split(".") if name != "base_layer")

@@ -1,0 +1,236 @@
+"""Folders of PEFT's that are not whole, and files that are something else: each is told
+what it is and what to do."""
+
+import json
+import warnings
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_identical, trained
+from safetensors.numpy import load_file, save_file
+
+import eqx_lorax as lorax
+
+
+class Block(eqx.Module):
+    q: eqx.nn.Linear
+    v: eqx.nn.Linear
+    experts: jax.Array
+
+    def __init__(self, key):
+        keys = jr.split(key, 3)
+        self.q = eqx.nn.Linear(4, 4, key=keys[0])
+        self.v = eqx.nn.Linear(4, 4, key=keys[1])
+        self.experts = jr.normal(keys[2], (3, 5, 4))
+
+
+class Model(eqx.Module):
+    words: eqx.nn.Embedding
+    blocks: list[Block]
+    norm: eqx.nn.LayerNorm
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 4)
+        self.words = eqx.nn.Embedding(9, 4, key=keys[0])
+        self.blocks = [Block(key) for key in keys[1:3]]
+        self.norm = eqx.nn.LayerNorm(4)
+        self.head = eqx.nn.Linear(4, 2, key=keys[3])
+
+
+NAMES = {
+    "words": "model.embed_tokens",
+    "blocks.*.q": "model.layers.{}.attn.q_proj",
+    "blocks.*.v": "model.layers.{}.attn.v_proj",
+    "blocks.*.experts": "model.layers.{}.mlp.experts",
+    "norm": "model.norm",
+    "head": "score",
+}
+
+
+def write(folder, config, tensors):
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def read(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return config, load_file(folder / "adapter_model.safetensors")
+
+
+def without(tensors, *parts):
+    return {k: x for k, x in tensors.items() if not any(part in k for part in parts)}
+
+
+@pytest.fixture
+def saved(tmp_path, getkey):
+    """As PEFT would have trained and saved it."""
+    plain = Model(getkey())
+    adapted = lorax.loraify(plain, ["q", "v"], rank=2, key=getkey())
+    lorax.peft.save(tmp_path, trained(adapted), names=NAMES, also="head")
+    config, tensors = read(tmp_path)
+    config |= {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"]}
+    return plain, config, tensors
+
+
+# What a configuration promises
+
+BOTH = {"target_modules": ["q_proj", "v_proj"]}
+REGEX = {"target_modules": r"model\.layers\.\d+\.attn\.(q|v)_proj"}
+FULL = {
+    "target_modules": [f"model.layers.{i}.attn.{x}_proj" for i in (0, 1) for x in "qv"]
+}
+
+
+@pytest.mark.parametrize("config", [BOTH, REGEX, FULL, {"target_modules": None}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"target_modules": ["attn.q_proj", "v_proj", "score"]},
+        {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+        {"exclude_modules": ["model.embed_tokens"]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r".*\.0\.attn\.q_proj": 2}},
+    ],
+    ids=str,
+)
+def test_whole_folders(saved, config, more, tmp_path):
+    plain, original, tensors = saved
+    write(tmp_path / "new", original | config | more, tensors)
+    loaded = lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    assert_identical(loaded, lorax.peft.load(tmp_path, plain, names=NAMES))
+
+
+@pytest.mark.parametrize(
+    "config, lost, message",
+    [
+        (BOTH, ["layers.1.attn.v_proj"], r"targets model\.layers\.1\.attn\.v_proj, "),
+        (REGEX, ["layers.1.attn.v_proj"], r"targets model\.layers\.1\.attn\.v_proj, "),
+        (FULL, ["layers.1.attn.v_proj"], r"targets model\.layers\.1\.attn\.v_proj, "),
+        (
+            {"target_modules": "all-linear"},
+            ["layers.1.attn.v_proj"],
+            r"targets model\.layers\.1\.attn\.v_proj, ",
+        ),
+        (BOTH, ["v_proj"], "targets .*0.attn.v_proj, .*1.attn.v_proj, for which"),
+        (BOTH, ["layers.1", "layers.0.attn.q"], r"0\.attn\.q.*1\.attn\.q.*1\.attn\.v"),
+        (
+            {"target_modules": ["q_proj", "v_proj", "embed_tokens"]},
+            [],
+            "targets model.embed_tokens, for",
+        ),
+        (
+            {"target_modules": ["q_proj", "v_proj", "up_proj"]},
+            [],
+            "`target_modules` has 'up_proj', for which there is no tensor",
+        ),
+        (
+            {"target_modules": r".*\.up_proj"},
+            [],
+            r"`target_modules` is '.*up_proj', for which there is no tensor",
+        ),
+        (BOTH, ["score"], "`modules_to_save` has 'score', and there is no score"),
+        (BOTH, ["score.weight"], "of score there is no score.weight"),
+        (
+            {"modules_to_save": ["score", "norm"]},
+            [],
+            "`modules_to_save` has 'norm', and there is no model.norm",
+        ),
+        (
+            {"modules_to_save": ["score", "pooler"]},
+            [],
+            "`modules_to_save` has 'pooler', for which there is no tensor",
+        ),
+        (
+            {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]},
+            ["score"],
+            "'score', and there is no score",
+        ),
+        (
+            {"target_parameters": ["mlp.experts"]},
+            [],
+            "targets model.layers.0.mlp.experts, model.layers.1.mlp.experts, for which",
+        ),
+        (
+            {"target_parameters": ["mlp.down"]},
+            [],
+            "`target_parameters` has 'mlp.down', for which there is no tensor",
+        ),
+        (
+            {"layers_to_transform": [1]},
+            ["layers.1.attn.v_proj"],
+            r"targets model\.layers\.1\.attn\.v_proj, for",
+        ),
+        (BOTH, ["lora", "score"], "there is not one tensor in it"),
+    ],
+)
+def test_what_is_lost_is_named(saved, config, lost, message, tmp_path):
+    plain, original, tensors = saved
+    write(tmp_path / "new", original | config, without(tensors, *lost))
+    with pytest.raises(lorax.AdapterFileError, match=f"(?s){message}"):
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+
+
+@pytest.mark.parametrize(
+    "config, lost",
+    [
+        ({"layers_to_transform": 0}, ["layers.1"]),
+        ({"layers_to_transform": [0], "layers_pattern": ["layers"]}, ["layers.1"]),
+        ({"exclude_modules": ["layers.1.attn.v_proj"]}, ["layers.1.attn.v_proj"]),
+        ({"exclude_modules": r".*\.1\..*"}, ["layers.1"]),
+        ({"target_modules": r".*\.0\.attn\..*"}, ["layers.1"]),
+        ({"target_modules": "all-linear"}, ["v_proj"]),
+        (
+            {"target_modules": ["q_proj", "layers.0.attn.v_proj"]},
+            ["layers.1.attn.v_proj"],
+        ),
+    ],
+    ids=str,
+)
+def test_what_was_never_promised_is_not_missed(saved, config, lost, tmp_path):
+    plain, original, tensors = saved
+    write(tmp_path / "new", original | config, without(tensors, *lost))
+    lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+
+
+def test_all_that_is_wrong_at_once(saved, tmp_path):
+    plain, config, tensors = saved
+    config |= {"target_modules": ["q_proj", "v_proj", "up_proj"]}
+    tensors = without(tensors, "score", "0.attn.q_proj.lora_A", "1.attn.v_proj")
+    tensors |= {"base_model.model.other": np.ones(2, np.float32)}
+    write(tmp_path / "new", config, tensors)
+    with pytest.raises(lorax.AdapterFileError) as error:
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    lines = str(error.value).split("\n")
+    parts = ["only", "leads nowhere", "1.attn.v_proj", "up_proj", "score"]
+    assert all(x in line for x, line in zip(parts, lines[1:-1], strict=True))
+    assert lines[-1].startswith("If tensors were lost")
+
+
+def test_a_module_that_pytorch_has_not(saved, tmp_path):
+    """Its adapter is not missed once `names` does not claim that it is there."""
+    plain, config, tensors = saved
+    write(tmp_path / "new", config, without(tensors, "layers.1"))
+    names = {k: x.replace("{}", "0") for k, x in NAMES.items()}
+    names = {k.replace("*", "0"): x for k, x in names.items()}
+    loaded = lorax.peft.load(tmp_path / "new", plain, names=names)
+    assert_identical(loaded.blocks[1], plain.blocks[1])
+
+
+def test_patterns_that_no_module_follows(saved, tmp_path):
+    plain, config, tensors = saved
+    config |= {"rank_pattern": {"k_proj": 4}, "alpha_pattern": {"^q_proj": 9}}
+    write(tmp_path / "new", config, tensors)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    texts = [str(x.message) for x in caught]
+    assert [x.partition(", which")[0] for x in texts] == [
+        "`rank_pattern` has 'k_proj'",
+        "`alpha_pattern` has '^q_proj'",
+    ]
