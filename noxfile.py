@@ -8,6 +8,7 @@ import nox
 
 
 nox.options.default_venv_backend = "venv"
+WHOLE = ("-m", "not interop and not nightly")
 PROJECT = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())
 
 
@@ -15,7 +16,7 @@ PROJECT = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())
 def newest(session: nox.Session) -> None:
     """The newest release of JAX for that Python, and of everything else."""
     session.install("--upgrade", "-e", ".[test]")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *WHOLE, *session.posargs)
 
 
 @nox.session(python="3.11")
@@ -28,4 +29,4 @@ def lowest(session: nox.Session) -> None:
     session.install("-e", ".[test]", *pins)
     # Equinox of that time uses what JAX of that time deprecates.
     ignored = ("-W", "ignore::DeprecationWarning")
-    session.run("python", "-m", "pytest", *ignored, *session.posargs)
+    session.run("python", "-m", "pytest", *WHOLE, *ignored, *session.posargs)

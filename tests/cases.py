@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 from jaxtyping import Array
 
 
@@ -268,7 +269,21 @@ FEW = [
     for case in [*LAYERS, *MODELS]
     if case.layer != "LoraConv" or case.name in CONVOLUTIONS
 ]
+# One of each kind, for the README's test command; the others are heavy.
+QUICK = ("linear", "Conv2d", "conv depthwise ×2", "embedding", "own linear", "mlp")
+
+
+def _parametrised(cases: list[Case]) -> pytest.MarkDecorator:
+    params = [
+        pytest.param(case, marks=() if case.name in QUICK else pytest.mark.heavy)
+        for case in cases
+    ]
+    return pytest.mark.parametrize("case", params, ids=by_name)
 
 
 def by_name(case: Case) -> str:
     return case.name.replace(" ", "-")
+
+
+every_case = _parametrised([*LAYERS, *MODELS])
+few_cases = _parametrised(FEW)

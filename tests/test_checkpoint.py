@@ -306,6 +306,7 @@ def _steps(folder):
     return [int(x.name) for x in folder.iterdir() if x.name.isdigit()]
 
 
+@pytest.mark.heavy
 @pytest.mark.processes
 def test_killed_at_any_moment(tmp_path):
     """What is left is whole and does not grow; half a deleted one does no harm."""
@@ -350,6 +351,7 @@ def test_killed_at_any_moment(tmp_path):
     assert left == sorted([str(latest + 1), str(latest + 2)])
 
 
+@pytest.mark.heavy
 @pytest.mark.processes
 def test_on_another_number_of_processes(tmp_path):
     """Written by two, one of which then has another state, and read by one."""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from cases import by_name, FEW
+from cases import few_cases
 from helpers import (
     assert_close,
     assert_identical,
@@ -44,7 +44,7 @@ def sizes_of_a_base(fn, model, *inputs):
     return sum(e.outvars[0].aval.shape in shapes for e in products)
 
 
-@pytest.mark.parametrize("case", FEW, ids=by_name)
+@few_cases
 def test_same_results_and_gradients(case, getkey):
     model = filled(case.make, jnp.float32, getkey())
     adapted = lorax.loraify(model, case.filter, rank=case.rank, alpha=3.0, key=getkey())

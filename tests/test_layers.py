@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import by_name, FEW, LAYERS, MODELS
+from cases import every_case, few_cases, LAYERS
 from helpers import (
     assert_close,
     assert_identical,
@@ -21,12 +21,6 @@ from helpers import (
 )
 
 import eqx_lorax as lorax
-
-
-CASES = [*LAYERS, *MODELS]
-
-every_case = pytest.mark.parametrize("case", CASES, ids=by_name)
-few_cases = pytest.mark.parametrize("case", FEW, ids=by_name)
 
 
 def make(case, getkey, dtype=jnp.float32):

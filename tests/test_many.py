@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import by_name, FEW
+from cases import few_cases
 from helpers import (
     assert_close,
     assert_identical,
@@ -18,9 +18,6 @@ from helpers import (
 )
 
 import eqx_lorax as lorax
-
-
-every_case = pytest.mark.parametrize("case", FEW, ids=by_name)
 
 
 def randomised(adapted, key):
@@ -43,7 +40,7 @@ def make(case, getkey, ranks, **options):
     return adapters, frozen, case.inputs(jnp.float32)
 
 
-@every_case
+@few_cases
 def test_a_batch_of_several_adapters(case, getkey):
     """Equals one run for each, base rows included, with nothing compiled again."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
@@ -67,7 +64,7 @@ def test_a_batch_of_several_adapters(case, getkey):
         assert_close(y, expected[i])
 
 
-@every_case
+@few_cases
 def test_a_bank(case, getkey):
     """The same side by side, mixtures too."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
@@ -130,7 +127,7 @@ def test_what_a_bank_has(getkey):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moving))
 
 
-@every_case
+@few_cases
 def test_ranks_and_scales_that_differ(case, getkey):
     model = filled(case.make, jnp.float32, getkey())
     inputs = case.inputs(jnp.float32)
@@ -160,7 +157,7 @@ def test_ranks_and_scales_that_differ(case, getkey):
 
 
 @pytest.mark.parametrize("method", ("exact", "svd"))
-@every_case
+@few_cases
 def test_combining_is_the_sum_of_the_updates(case, method, getkey):
     ranks = [1, case.rank, case.rank]
     factors = [0.5, -1.0, 2.0]

@@ -30,6 +30,7 @@ def single():
     return meshes.train(meshes.make_llama(), STEPS)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", WAYS)
 def test_training(name, single):
     way = WAYS[name]
@@ -66,6 +67,7 @@ def _of_matrices(found, model):
     return Counter(x for x in found if x[1] in shapes)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", WAYS)
 def test_no_weight_is_moved_that_was_not_before(name):
     way = WAYS[name]
@@ -136,6 +138,7 @@ def _shardings(model):
 # Several processes
 
 
+@pytest.mark.heavy
 @pytest.mark.processes
 def test_two_processes(single, tmp_path):
     """Each with four devices: these ways of sharding give the numbers of one device;

@@ -17,6 +17,7 @@ from test_docs import ROOT
 
 
 pytestmark = [
+    pytest.mark.heavy,
     pytest.mark.processes,
     pytest.mark.skipif(os.name != "posix", reason="signals of POSIX"),
 ]

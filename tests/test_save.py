@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import by_name, LAYERS, MODELS
+from cases import every_case
 from helpers import assert_identical, filled, run, trained, weights
 from running import running
 from safetensors import safe_open
@@ -43,7 +43,7 @@ def saved(tmp_path, getkey):
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16), ids=str)
-@pytest.mark.parametrize("case", [*LAYERS, *MODELS], ids=by_name)
+@every_case
 def test_round_trip(case, dtype, tmp_path, getkey):
     model = filled(case.make, dtype, getkey())
     adapted = lorax.loraify(model, case.filter, rank=case.rank, alpha=3.0, key=getkey())
