@@ -3,8 +3,10 @@
 import importlib.metadata
 
 from . import peft as peft
+from ._attach import attach as attach
 from ._bank import AdapterBank as AdapterBank
 from ._checkpoint import Checkpoints as Checkpoints
+from ._combine import combine as combine
 from ._forward import merged_forward as merged_forward
 from ._function import lora as lora
 from ._layer import AbstractLoraLayer as AbstractLoraLayer
@@ -49,7 +51,6 @@ from ._summary import (
 )
 from ._surgery import loraify as loraify, unloraify as unloraify
 from ._train import (
-    combine as combine,
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
     partition as partition,

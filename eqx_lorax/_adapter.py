@@ -113,7 +113,7 @@ def _adapted(place: Place) -> Adapted:
     if weight.w is None:
         raise ValueError(
             f"{place.dotted} has no base, by which a file knows what it belongs to. "
-            "Pass the whole model, `eqx.combine(params, frozen)`."
+            "Pass the whole model, `lorax.combine(params, frozen)`."
         )
     method = vars(type(weight)).get("method")
     if method is None:

@@ -34,12 +34,12 @@ class AdapterBank(eqx.Module):
 
         @eqx.filter_vmap
         def next_token(index, x):
-            return eqx.combine(bank[index], frozen)(x)
+            return lorax.combine(bank[index], frozen)(x)
 
 
         @eqx.filter_vmap
         def of_a_mixture(weights, x):
-            return eqx.combine(bank.mix(weights), frozen)(x)
+            return lorax.combine(bank.mix(weights), frozen)(x)
         ```
 
     Convolutions, lookups, and whatever else is no product with a matrix, form the

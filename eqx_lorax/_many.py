@@ -68,7 +68,7 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
         @eqx.filter_vmap
         def answers(index, x):
             params = jax.tree.map(lambda array: array[index], stacked)
-            return eqx.combine(params, frozen)(x)
+            return lorax.combine(params, frozen)(x)
 
 
         y = answers(jnp.array([0, 2, 1, 0]), x)  # the second one by the base alone

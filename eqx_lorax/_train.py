@@ -52,7 +52,7 @@ def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
     """Splits a model into what is trained and what is frozen.
 
     `params` *is* the adapter: make the optimizer state from it, save it, or combine
-    another one with the same `frozen`. `equinox.combine(params, frozen)` is the model.
+    another one with the same `frozen`. `lorax.combine(params, frozen)` is the model.
 
     **Arguments:**
 
@@ -68,11 +68,6 @@ def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
     As `lorax.trainable`.
     """
     return eqx.partition(model, trainable(model, also))
-
-
-def combine(params: _Model, frozen: _Model) -> _Model:
-    """The model of which `lorax.partition` gave `(params, frozen)`."""
-    return eqx.combine(params, frozen)
 
 
 def filter_value_and_grad(

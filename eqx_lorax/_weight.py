@@ -1,6 +1,7 @@
 """The atom: an array-like weight that is a frozen base plus a low-rank update."""
 
 import abc
+import dataclasses
 import math
 from typing import (
     Any,
@@ -212,3 +213,12 @@ def base_of(weight: Any) -> Any:
     while is_weight(weight):
         weight = weight.w
     return weight
+
+
+def upon(weight: Any, base: Any, **changes: Any) -> Any:
+    """`weight` on another base, and with these fields changed, unchecked."""
+    new = object.__new__(type(weight))
+    for field in dataclasses.fields(weight):
+        value = base if field.name == "w" else getattr(weight, field.name)
+        object.__setattr__(new, field.name, changes.get(field.name, value))
+    return new

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Result:
         params, losses, first = train(params, frozen, train_reviews, mesh, args)
     except lorax.AdapterFileError as error:
         parser.error(str(error))
-    model = eqx.combine(params, frozen)
+    model = lorax.combine(params, frozen)
     correct = accuracy(model, test_reviews, mesh, args)
     tell(f"Held-out accuracy  {correct:.3f}  ({len(test_reviews.labels):,} reviews)")
     adapter = args.output / "distributed.safetensors"

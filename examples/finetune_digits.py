@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         learning_rate=args.learning_rate,
         title="Adapting",
     )
-    model = eqx.combine(params, frozen)
+    model = lorax.combine(params, frozen)
     print(lorax.summary(model), end="\n\n")
 
     networks = {"Without adapters": plain, "With adapters": model}
@@ -154,7 +154,7 @@ def turn(digits: Digits) -> Digits:
 
 
 def loss(params: PyTree, frozen: PyTree, batch: Digits) -> Float[Array, ""]:
-    logits = jax.vmap(eqx.combine(params, frozen))(batch.images)
+    logits = jax.vmap(lorax.combine(params, frozen))(batch.images)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
     return losses.mean()
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> Result | None:
     print(f"Held-out accuracy before  {before:.3f}  ({args.test_rows:,} reviews)")
     params, frozen = lorax.partition(model, also="head")
     params, optimizer_state, losses = train(params, frozen, train_reviews, args)
-    model = eqx.combine(params, frozen)
+    model = lorax.combine(params, frozen)
     logits = predict(model, test_reviews)
     after = accuracy(logits, test_reviews)
     print(f"Held-out accuracy after   {after:.3f}", end="\n\n")

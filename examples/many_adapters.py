@@ -129,7 +129,7 @@ def by_base(plain: minilm.Bert, requests: Requests) -> Embeddings:
 def by_stack(stacked: PyTree, frozen: PyTree, requests: Requests) -> Embeddings:
     def one(index: Array, tokens: Array, mask: Array) -> Array:
         params = jax.tree.map(lambda array: array[index], stacked)
-        return embed(eqx.combine(params, frozen), tokens, mask)
+        return embed(lorax.combine(params, frozen), tokens, mask)
 
     return jax.vmap(one)(requests.adapter, requests.tokens, requests.mask)
 
@@ -137,14 +137,14 @@ def by_stack(stacked: PyTree, frozen: PyTree, requests: Requests) -> Embeddings:
 @eqx.filter_jit
 def by_bank(bank: lorax.AdapterBank, frozen: PyTree, requests: Requests) -> Embeddings:
     def one(index: Array, tokens: Array, mask: Array) -> Array:
-        return embed(eqx.combine(bank[index], frozen), tokens, mask)
+        return embed(lorax.combine(bank[index], frozen), tokens, mask)
 
     return jax.vmap(one)(requests.adapter, requests.tokens, requests.mask)
 
 
 @eqx.filter_jit
 def by_one(params: PyTree, frozen: PyTree, tokens: Array, mask: Array) -> Embeddings:
-    model = eqx.combine(params, frozen)
+    model = lorax.combine(params, frozen)
     return jax.vmap(lambda t, m: embed(model, t, m))(tokens, mask)
 
 

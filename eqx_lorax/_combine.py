@@ -1,0 +1,205 @@
+"""Putting together what `lorax.partition` took apart."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from ._arrays import is_array
+from ._layer import is_layer
+from ._parts import lacks_arrays, misfits
+from ._tree import children
+from ._weight import base_of, is_weight
+
+
+_Model = TypeVar("_Model")
+_MEANT = (
+    "Pass the two results of one `lorax.partition`. To put an adapter into another "
+    "model of the same base, call `lorax.attach(model, params)`."
+)
+
+
+def combine(params: _Model, frozen: _Model) -> _Model:
+    """The model of which `lorax.partition` gave `(params, frozen)`.
+
+    This is `equinox.combine`, and says so if the two do not belong together.
+
+    **Arguments:**
+
+    - `params`: What is trained: the adapter. Any other adapter with the same targets
+        and static settings, such as alpha, will do, of any rank.
+    - `frozen`: The rest.
+
+    **Returns:**
+
+    The model: its arrays are the very same.
+
+    **Raises:**
+
+    `ValueError` or `TypeError`, with the paths, if the two are of different structure
+    or have different settings, if an array is in both, or in neither, or if factors do
+    not have the shapes that go with their base.
+    """
+    new, structure = jax.tree.flatten(params, is_leaf=_is_none)
+    old, there = jax.tree.flatten(frozen, is_leaf=_is_none)
+    if structure != there:
+        _check_call(params, frozen)
+        found = list(_differences(params, frozen, ()))
+        raise ValueError(_message("do not belong together", found))
+    if any(x is not None and y is not None for x, y in zip(new, old)):
+        raise ValueError(_message("overlap", list(_overlaps(params, frozen))))
+    both = [y if x is None else x for x, y in zip(new, old)]
+    model = jax.tree.unflatten(structure, both)
+    _check_weights(params, model)
+    return model
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
+
+
+def _check_call(params: Any, frozen: Any) -> None:
+    weights = jax.tree.leaves(frozen)
+    if isinstance(params, list | tuple) and weights and all(map(_is_number, weights)):
+        raise TypeError(
+            "`lorax.combine(params, frozen)` is the partner of `lorax.partition`. To "
+            "add adapters up, call `lorax.weighted_sum(adapters, weights)`."
+        )
+
+
+def _is_number(x: Any) -> bool:
+    is_plain = isinstance(x, int | float | complex | np.generic)
+    return is_plain or is_array(x) and x.ndim < 2
+
+
+def _message(what: str, problems: list[str]) -> str:
+    more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+    lines = "".join(f"\n  {line}" for line in problems[:8])
+    return f"`params` and `frozen` {what}:{lines}{more}\n{_MEANT}"
+
+
+def _check_weights(params: Any, model: Any) -> None:
+    """Of each weight of `model` all arrays are there and fit each other, and of each
+    layer there is any."""
+    nodes = jax.tree.leaves(model, is_leaf=_is_checked)
+    if all(_is_whole(node) for node in nodes):
+        parts = jax.tree.leaves(params, is_leaf=is_weight)
+        if any(is_weight(x) and base_of(x) is not None for x in parts):
+            raise ValueError(
+                "`params` has the frozen base: the arguments are exchanged. Call "
+                "`lorax.combine(params, frozen)`, in the order in which "
+                "`lorax.partition` returns them."
+            )
+        return
+    found = [
+        f"{_path(path)}: {line}"
+        for path, node in jax.tree_util.tree_leaves_with_path(model, _is_checked)
+        for line in _wrong(node)
+    ]
+    raise ValueError(_message("do not belong together", found))
+
+
+def _is_checked(node: Any) -> bool:
+    return is_weight(node) or _is_empty(node)
+
+
+def _is_empty(node: Any) -> bool:
+    """Whether it is a layer that should have arrays and has none."""
+    return (
+        isinstance(node, eqx.Module)
+        and getattr(node, "use_bias", False) is True
+        and getattr(node, "weight", False) is None
+        and getattr(node, "bias", False) is None
+    )
+
+
+def _is_whole(weight: Any) -> bool:
+    return not any(True for _ in _wrong(weight))
+
+
+def _wrong(weight: Any) -> Iterator[str]:
+    if not is_weight(weight):
+        if _is_empty(weight):
+            yield "its arrays are in neither"
+        return
+    if base_of(weight) is None:
+        yield "the base is in neither"
+        return
+    lacking = lacks_arrays(weight)
+    if lacking:
+        yield f"{', '.join(f'`{name}`' for name in lacking)} in neither"
+    elif is_array(base_of(weight)):
+        yield from misfits(weight)
+    if is_weight(weight.w):
+        yield from _wrong(weight.w)
+
+
+def _path(keys: Any) -> str:
+    names = [jax.tree_util.keystr((key,), simple=True) for key in keys]
+    return ".".join(name for name in names if name != "wrapped") or "the root"
+
+
+def _overlaps(params: Any, frozen: Any) -> Iterator[str]:
+    def both(path: Any, x: Any, y: Any) -> str | None:
+        return None if x is None or y is None else f"{_path(path)} is in both"
+
+    found = jax.tree_util.tree_map_with_path(both, params, frozen, is_leaf=_is_none)
+    return iter(jax.tree.leaves(found))
+
+
+def _differences(x: Any, y: Any, path: tuple[str, ...]) -> Iterator[str]:
+    """Where two trees differ in structure or in static fields."""
+    where = ".".join(path) or "the root"
+    is_in = [
+        f"{_kind(node)} in `{name}`" for node, name in ((x, "params"), (y, "frozen"))
+    ]
+    if type(x) is not type(y):
+        yield f"{where}: {is_in[0]}, {is_in[1]}"
+        return
+    if is_weight(x):
+        yield from _settings(x, y, where)
+        if is_weight(x.w) or is_weight(y.w):
+            yield from _differences(x.w, y.w, (*path, "w"))
+        return
+    level, partner_level = children(x), children(y)
+    if level is None or partner_level is None:
+        return
+    (mine, structure), (theirs, other) = level, partner_level
+    names = [[name for name, _ in named] for named in (mine, theirs)]
+    if names[0] != names[1]:
+        apart = sorted({*names[0]} ^ {*names[1]})
+        yield f"{where}: only one has {', '.join(apart[:8])}"
+        return
+    if structure != other:
+        yield from _settings(x, y, where)
+    for (name, child), (_, partner) in zip(mine, theirs):
+        inner = is_layer(x) and child is x.wrapped
+        below = path if inner else (*path, name)
+        if _has_structure(child) or _has_structure(partner):
+            yield from _differences(child, partner, below)
+
+
+def _has_structure(node: Any) -> bool:
+    """Whether it is more than a leaf, or than what is in the other part."""
+    return is_weight(node) or node is not None and children(node) is not None
+
+
+def _kind(node: Any) -> str:
+    return "nothing" if node is None else f"a {type(node).__name__}"
+
+
+def _settings(x: Any, y: Any, where: str) -> Iterator[str]:
+    named = dataclasses.fields(x) if dataclasses.is_dataclass(x) else ()
+    static = [field.name for field in named if field.metadata.get("static", False)]
+    differ = [
+        (name, *(getattr(node, name, None) for node in (x, y)))
+        for name in static
+        if getattr(x, name, None) != getattr(y, name, None)
+    ]
+    for name, mine, theirs in differ:
+        yield f"{where}: `{name}` is {mine!r} in `params` and {theirs!r} in `frozen`"
+    if not differ and not is_weight(x):
+        yield f"{where}: two {type(x).__name__} with other static fields"

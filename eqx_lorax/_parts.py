@@ -1,0 +1,59 @@
+"""The two parts of a model: `params`, which is the adapter, and `frozen`."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from ._arrays import is_array
+from ._weight import base_of, is_weight
+
+
+def check_whole(model: Any, call: str, name: str = "model") -> None:
+    """**Arguments:**
+
+    - `call`: The call that is meant, with `{}` for the model.
+
+    **Raises:**
+
+    `ValueError` if `model` is only what `lorax.partition` called `params` or `frozen`.
+    """
+    weights = [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
+    if any(base_of(weight) is None for weight in weights):
+        what = "an adapter without its base, the `params`"
+    elif any(lacks_arrays(weight) for weight in weights):
+        what = "a base without its adapters, the `frozen`"
+    else:
+        return
+    fix = call.format("lorax.combine(params, frozen)")
+    raise ValueError(f"`{name}` is {what} of `lorax.partition`. Call `{fix}`.")
+
+
+def lacks_arrays(weight: Any) -> list[str]:
+    """The arrays, by name, that a weight upon its base does not have."""
+    names = weight.array_axes()
+    return [name for name in names if getattr(weight, name) is None]
+
+
+def misfits(weight: Any) -> Iterator[str]:
+    """What of the arrays of a weight does not fit its base, or the others."""
+    base = tuple(weight.w.shape)
+    try:
+        axes = weight.array_axes()
+    except IndexError:
+        yield f"is for more axes than a base of shape {base} has"
+        return
+    sizes: dict[Any, int] = dict(zip(range(-len(base), 0), base))
+    for name, labels in axes.items():
+        array = getattr(weight, name)
+        if not is_array(array):
+            continue
+        shape = tuple(array.shape)
+        if len(shape) == len(labels):
+            # The first array that has an axis of the rank says how large that is.
+            new = {x: size for x, size in zip(labels, shape) if x not in sizes}
+            sizes |= new
+        wanted = tuple(sizes.get(label, "any") for label in labels)
+        if shape != wanted:
+            text = ", ".join(map(str, wanted)) + "," * (len(wanted) == 1)
+            yield f"`{name}` has shape {shape}; upon the base {base} it is ({text})"
