@@ -56,9 +56,11 @@ def save(
 
     Linear layers, convolutions, embeddings, stacks of them (each layer apart), and
     expert weights `(experts, out, in)` are written as PEFT has them; modules that
-    `also` reaches into are saved whole. Every update is exactly what it is here: ranks
-    and alphas that differ go to `rank_pattern` and `alpha_pattern`, and a grouped
-    convolution, whose `a` all groups share, has its rank multiplied by the groups.
+    `also` reaches into are saved whole, and biases alone where PEFT does that too: all
+    of the model, or those of the adapted layers. Every update is exactly what it is
+    here: ranks and alphas that differ go to `rank_pattern` and `alpha_pattern`, and a
+    grouped convolution, whose `a` all groups share, has its rank multiplied by the
+    groups.
 
     !!! example
 

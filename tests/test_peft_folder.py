@@ -6,6 +6,7 @@ import warnings
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -49,6 +50,9 @@ NAMES = {
     "norm": "model.norm",
     "head": "score",
 }
+
+
+PREFIX = "base_model.model."
 
 
 def write(folder, config, tensors):
@@ -202,7 +206,7 @@ def test_all_that_is_wrong_at_once(saved, tmp_path):
     plain, config, tensors = saved
     config |= {"target_modules": ["q_proj", "v_proj", "up_proj"]}
     tensors = without(tensors, "score", "0.attn.q_proj.lora_A", "1.attn.v_proj")
-    tensors |= {"base_model.model.other": np.ones(2, np.float32)}
+    tensors |= {PREFIX + "other": np.ones(2, np.float32)}
     write(tmp_path / "new", config, tensors)
     with pytest.raises(lorax.AdapterFileError) as error:
         lorax.peft.load(tmp_path / "new", plain, names=NAMES)
@@ -234,3 +238,59 @@ def test_patterns_that_no_module_follows(saved, tmp_path):
         "`rank_pattern` has 'k_proj'",
         "`alpha_pattern` has '^q_proj'",
     ]
+
+
+# Biases; `test_peft_biases.py` has them against PEFT
+
+
+def test_biases_beside_adapters(tmp_path, getkey):
+    plain = Model(getkey())
+    model = trained(lorax.loraify(plain, ["q", "v"], rank=2, key=getkey()))
+    lorax.peft.save(tmp_path, model, names=NAMES, also=["blocks.*.q.bias", "head"])
+    config, tensors = read(tmp_path)
+    assert (config["bias"], config["modules_to_save"]) == ("lora_only", ["score"])
+    assert {name for name in tensors if name.endswith(".bias")} == {
+        f"{PREFIX}score.bias",
+        *(
+            f"{PREFIX}model.layers.{i}.attn.{x}_proj.base_layer.bias"
+            for i in (0, 1)
+            for x in "qv"
+        ),
+    }
+    assert_identical(lorax.peft.load(tmp_path, plain, names=NAMES), model)
+    # Before it had a `base_layer`.
+    write(
+        tmp_path, config, {k.replace("base_layer.", ""): x for k, x in tensors.items()}
+    )
+    assert_identical(lorax.peft.load(tmp_path, plain, names=NAMES), model)
+
+
+def test_a_bias_of_the_adapter_is_rounded_once(tmp_path, getkey):
+    plain = {"q": eqx.nn.Linear(4, 3, dtype=jnp.bfloat16, key=getkey())}
+    model = trained(lorax.loraify(plain, rank=2, alpha=3, key=getkey()))
+    lorax.peft.save(tmp_path, model, names={"q": "q"})
+    config, tensors = read(tmp_path)
+    added = np.asarray(jr.normal(getkey(), (3,)))
+    write(
+        tmp_path,
+        config | {"lora_bias": True},
+        tensors | {PREFIX + "q.lora_B.bias": added},
+    )
+    loaded = lorax.peft.load(tmp_path, plain, names={"q": "q"})
+    exact = np.asarray(plain["q"].bias, np.float64) + 1.5 * np.asarray(
+        added, np.float64
+    )
+    assert_identical(loaded["q"].bias, jnp.asarray(exact, jnp.bfloat16))
+
+
+def test_an_array_beside_an_adapter_that_is_no_bias(tmp_path, getkey):
+    class Gained(eqx.Module):
+        weight: jax.Array
+        gain: jax.Array
+
+    model = [Gained(jr.normal(getkey(), (4, 4)), jnp.ones(4))]
+    model = lorax.loraify(model, "0.weight", rank=2, key=getkey())
+    with pytest.raises(
+        ValueError, match="which has an adapter too.*the bias of a layer"
+    ):
+        lorax.peft.save(tmp_path, model, names={"0": "x"}, also="0.gain")

@@ -33,6 +33,7 @@ _UNDERSTOOD = {
     "fan_in_fan_out",
     "init_lora_weights",
     "lora_alpha",
+    "lora_bias",
     "lora_dropout",
     "modules_to_save",
     "peft_type",
@@ -107,8 +108,8 @@ def check_config(config: Any) -> None:
             "on. Save it in PEFT with `path_initial_model_for_weight_conversion`, "
             "which makes it plain LoRA on the original base"
         )
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"`bias={config['bias']!r}` trains biases of the base")
+    if config.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(f"`bias={config['bias']!r}` is not known here")
     others = {
         key
         for key, value in config.items()

@@ -31,6 +31,10 @@ class Factors:
     def rank(self) -> int:
         return self.b.shape[-1]
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.counted ** (0.5 if self.rank_stabilised else 1.0)
+
     def scaled_for(self, rank: int, rank_stabilised: bool) -> float:
         """The alpha that gives the same scale if another rank is counted."""
         power = 0.5 if self.rank_stabilised else 1.0

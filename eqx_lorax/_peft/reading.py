@@ -10,6 +10,7 @@ from jaxtyping import Array
 from .._adapter import Adapted, Adapter
 from .._fresh import axes_of
 from .._tree import Place, Places
+from .biases import read_biases
 from .config import alpha_of, rank_of
 from .homes import Home, homes
 from .layout import (
@@ -56,6 +57,7 @@ def adapter_from(
     parameters = [x for x in experts if is_parameter_targeted(config, x, experts)]
     found: dict[Place, dict[Index, Factors]] = {}
     adapted: list[str] = []
+    modules: dict[str, Factors] = {}
     problems: list[str] = []
     for path, home in known.items():
         if home.layout.is_parameter and path not in parameters:
@@ -68,8 +70,15 @@ def adapter_from(
         if len(here) == 2:
             factors = _factors(config, path, home, *arrays)
             found.setdefault(home.place, {})[home.index] = factors
+            if not home.layout.is_parameter:
+                modules[path] = factors
         adapted += [path] * bool(here)
-    others = dict(_whole_arrays(places, names, left))
+    contents = Contents(tensors)
+    biases, wrong = read_biases(
+        config, places, names, left, adapted=modules, whole=contents.whole
+    )
+    problems += wrong
+    others = dict(_whole_arrays(places, names, left)) | biases
     if left:
         problems.append(
             f"`names` leads nowhere in `model` for {few(left)}. Known to `names`: "
@@ -77,7 +86,7 @@ def adapter_from(
         )
     problems += broken_promises(
         config,
-        Contents(tensors),
+        contents,
         modules=[path for path in known if path not in experts],
         parameters=experts,
         arrays=modules_with_arrays(places, names),

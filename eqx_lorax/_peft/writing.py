@@ -11,6 +11,7 @@ from .._adapter import Adapter
 from .._fresh import axes_of
 from .._tree import Place, Places
 from .._weight import is_weight
+from .biases import trained_biases
 from .config import new_config
 from .layout import (
     arrays_of,
@@ -43,13 +44,15 @@ _INSIDE = (
 
 @dataclasses.dataclass(frozen=True)
 class Whole:
-    """Modules that are saved whole."""
+    """What is saved as it is: modules whole, and biases."""
 
     paths: list[str]
     """Of the modules in PyTorch."""
     tensors: dict[str, Any]
     saved: set[tuple[str, ...]]
     """The paths of their arrays here."""
+    bias: str
+    """Which biases are saved besides."""
 
 
 def written(
@@ -92,6 +95,7 @@ def written(
         dropout=_dropout(adapter, parameters),
         fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
+    config["bias"] = whole.bias
     config["modules_to_save"] = said_alone(whole, factors.keys(), modules) or None
     return tensors | whole.tensors, config
 
@@ -122,19 +126,23 @@ def _parts(
 
 
 def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
-    """What has to be saved whole, because some arrays of these modules were trained."""
+    """What has to be saved besides the factors: modules whole, of which some arrays
+    were trained, but for biases where PEFT saves these alone."""
     by_path = {place.path: place for place in places.all}
-    owners = dict.fromkeys(by_path[path].owner for path in adapter.others)
+    biases = trained_biases(adapter, places, names)
+    owners = dict.fromkeys(
+        by_path[path].owner for path in adapter.others if path not in biases.saved
+    )
     paths: list[str] = []
-    tensors: dict[str, Any] = {}
-    saved: set[tuple[str, ...]] = set()
+    tensors: dict[str, Any] = dict(biases.tensors)
+    saved = set(biases.saved)
     for owner in owners:
         if owner is None or not owner.path:
             raise ValueError("`also` names arrays that are in no module with a name.")
         if any(is_weight(place.node) for place in places.beneath(owner)):
             raise ValueError(
                 f"`also` names arrays of {owner.dotted}, which has an adapter too; "
-                "PEFT saves one or the other."
+                "beside it PEFT saves the bias of a layer, and nothing else."
             )
         torch = template(names, owner.path)
         if torch is None:
@@ -146,7 +154,7 @@ def whole_modules(adapter: Adapter, places: Places, names: Names) -> Whole:
                 part = np.asarray(array.node[index])
                 shape = torch_shape(array, part.shape)
                 tensors[f"{path}.{array.path[-1]}"] = part.reshape(shape)
-    return Whole(sorted(set(paths)), tensors, saved)
+    return Whole(sorted(set(paths)), tensors, saved, biases.option)
 
 
 def _are_all_in_out(layouts: Iterable[Layout]) -> bool:

@@ -1,0 +1,180 @@
+"""Biases that were trained beside adapters: `bias` and `lora_bias` in PEFT."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array
+
+from .._adapter import Adapter
+from .._arrays import is_inexact
+from .._tree import Place, Places
+from .._weight import is_weight
+from .layout import Factors, is_module, layout_for, template_for, torch_shape
+from .names import expanded, Index, Names, template
+
+
+class Biases(NamedTuple):
+    """Of an adapter here, as PEFT has them."""
+
+    option: str
+    """`bias` in the configuration."""
+    tensors: dict[str, np.ndarray]
+    saved: set[tuple[str, ...]]
+    """The paths of their arrays here."""
+
+
+def trained_biases(adapter: Adapter, places: Places, names: Names) -> Biases:
+    """The biases that are trained without the rest of their modules: all of the model,
+    or those of adapted layers. Those of the latter that are not trained are written as
+    they are, since PEFT saves all of them.
+
+    **Raises:**
+
+    `ValueError` if `names` lacks one of them.
+    """
+    every = [place for place in places.all if _is_bias(place)]
+    trained = {place for place in every if place.path in adapter.others}
+    alone = {x for x in trained if not _is_trained_whole(x, adapter, places)}
+    of_layers = {x for x in every if _is_of_layer(x, places, names)}
+    if alone and len(trained) == len(every):
+        option, chosen = "all", alone | of_layers
+    elif alone & of_layers:
+        option, chosen = "lora_only", of_layers
+    else:
+        return Biases("none", {}, set())
+    tensors: dict[str, np.ndarray] = {}
+    for place in every:
+        if place not in chosen:
+            continue
+        torch = template(names, place.path[:-1])
+        if torch is None:
+            raise ValueError(f"`names` has nothing for {'.'.join(place.path[:-1])!r}.")
+        inside = ".base_layer" if place in of_layers else ""
+        for index, path in expanded(torch, place.node.shape):
+            part = np.asarray(place.node[index])
+            shape = torch_shape(place, part.shape)
+            tensors[f"{path}{inside}.bias"] = part.reshape(shape)
+    return Biases(option, tensors, {place.path for place in chosen})
+
+
+def read_biases(
+    config: Mapping[str, Any],
+    places: Places,
+    names: Names,
+    left: dict[str, Array],
+    *,
+    adapted: Mapping[str, Factors],
+    whole: Collection[str],
+) -> tuple[dict[tuple[str, ...], np.ndarray], list[str]]:
+    """The new biases here, whose tensors are taken out of `left`, and what is wrong.
+
+    **Arguments:**
+
+    - `adapted`: The factors of each adapted module by its path.
+    - `whole`: The modules that are saved whole, with their biases.
+    """
+    option = config.get("bias") or "none"
+    here = dict(_homes(places, names))
+    parts: dict[Place, dict[Index, np.ndarray]] = {}
+    problems: list[str] = []
+    taken = dict(_taken(left, option))
+    for path, (place, index) in here.items():
+        if path in whole:
+            continue
+        wanted = torch_shape(place, place.node.shape[len(index) :])
+        now = np.asarray(place.node[index]).reshape(wanted)
+        new = now
+        if path in taken:
+            new = np.asarray(left.pop(taken.pop(path)))
+        elif option == "all" or (option == "lora_only" and path in adapted):
+            problems.append(f"`bias={option!r}`, and there is no bias of {path}")
+        if new.shape != wanted:
+            problems.append(f"the bias of {path} has shape {new.shape}, not {wanted}")
+            continue
+        if path in adapted and f"{path}.lora_B.bias" in left:
+            added = np.asarray(left.pop(f"{path}.lora_B.bias"), np.float64)
+            total = new.astype(np.float64) + adapted[path].scale * added
+            new = total.astype(new.dtype)
+        if new is not now:
+            parts.setdefault(place, {})[index] = new
+    without = [x for x in adapted if x not in here and f"{x}.lora_B.bias" in left]
+    for path in without:
+        left.pop(f"{path}.lora_B.bias")
+        problems.append(
+            f"{path} has a bias of its adapter (`lora_bias`), and the layer here has "
+            "none to which it could be added. Make it with a bias of zeros"
+        )
+    return {
+        place.path: _joined(place, of_stack) for place, of_stack in parts.items()
+    }, problems
+
+
+def _joined(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
+    """The bias of a whole stack: what has nothing new remains as it is."""
+    dtype = next(iter(parts.values())).dtype
+    joined = np.array(place.node, dtype)
+    for index, part in parts.items():
+        joined[index] = part.reshape(joined[index].shape)
+    return joined
+
+
+def _taken(left: dict[str, Array], option: str) -> Iterator[tuple[str, str]]:
+    """The names of the tensors of biases, by the paths of their modules. Those that
+    PEFT has inside what is saved whole are there twice more, and are dropped."""
+    if option == "none":
+        return
+    for name in list(left):
+        module, _, array = name.rpartition(".")
+        parts = module.split(".")
+        if array != "bias" or parts[-1] == "lora_B":
+            continue
+        if "original_module" in parts or "modules_to_save" in parts:
+            del left[name]
+        else:
+            yield ".".join(x for x in parts if x != "base_layer"), name
+
+
+def _homes(places: Places, names: Names) -> Iterator[tuple[str, tuple[Place, Index]]]:
+    for place in places.all:
+        if not _is_bias(place):
+            continue
+        torch = template(names, place.path[:-1])
+        if torch is not None:
+            for index, path in expanded(torch, place.node.shape):
+                yield path, (place, index)
+
+
+def _is_bias(place: Place) -> bool:
+    owner = place.owner
+    return (
+        place.path[-1:] == ("bias",)
+        and owner is not None
+        and is_module(owner)
+        and owner.path == place.path[:-1]
+        and is_inexact(place.node)
+    )
+
+
+def _is_trained_whole(bias: Place, adapter: Adapter, places: Places) -> bool:
+    assert bias.owner is not None
+    arrays = [x for x in places.beneath(bias.owner) if x.owner is bias.owner]
+    others = [x for x in arrays if x is not bias and x.is_array]
+    return any(x.path in adapter.others for x in others)
+
+
+def _is_of_layer(bias: Place, places: Places, names: Names) -> bool:
+    """Whether it is the bias of a module that PEFT adapts as a whole."""
+    assert bias.owner is not None
+    weights = [
+        x
+        for x in places.beneath(bias.owner)
+        if x.owner is bias.owner and is_weight(x.node)
+    ]
+    if len(weights) != 1 or weights[0].path[-1] != "weight":
+        return False
+    (place,) = weights
+    weight = place.node.as_lora()
+    batch = [weight.shape[axis] for axis in weight.batch_axes()]
+    torch = template_for(place, names)
+    return not layout_for(place, torch, batch, False).is_parameter
