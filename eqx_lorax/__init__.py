@@ -7,6 +7,7 @@ from ._attach import attach as attach
 from ._bank import AdapterBank as AdapterBank
 from ._checkpoint import Checkpoints as Checkpoints
 from ._combine import combine as combine
+from ._dropout import dropout_key as dropout_key
 from ._forward import merged_forward as merged_forward
 from ._function import lora as lora
 from ._layer import AbstractLoraLayer as AbstractLoraLayer

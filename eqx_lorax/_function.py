@@ -1,6 +1,7 @@
 """The function door: LoRA for any JAX function."""
 
 import abc
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -77,8 +78,10 @@ def lora(
             "gives a function, which is then called with the parameters."
         )
 
+    door = Door(on_materialise, _ADVICE, _TRACED)
+
     def with_weights(*args: Any, **kwargs: Any) -> Any:
-        return _call(fn, args, kwargs, on_materialise)
+        return call(fn, args, kwargs, door)
 
     try:
         return functools.wraps(fn)(with_weights)
@@ -106,8 +109,22 @@ class _Standing:
         self.weight = weight
 
 
-def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any:
-    call, held = _opened(fn)
+@dataclasses.dataclass(frozen=True)
+class Door:
+    """By whom a function is called with weights, and what a user is told there."""
+
+    on_materialise: OnMaterialise
+    advice: str
+    """What to do where a weight was materialised."""
+    traced: str
+    """What to do where code needs the values of arrays."""
+    keeps_weights: bool = False
+    """Whether a weight that is returned as it came in is no array for the caller."""
+
+
+def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
+    """`fn(*args, **kwargs)`, in which weights are arrays."""
+    opened, held = _opened(fn)
     marked = jax.tree.map(
         lambda x: _Standing(x) if is_weight(x) else x,
         (held, args, kwargs),
@@ -121,30 +138,36 @@ def _call(fn: Any, args: Any, kwargs: Any, on_materialise: OnMaterialise) -> Any
     for value in values:
         if is_weight(value):
             _check_whole(value)
-    static_result: Any = None
+    returned: Any = None
 
     def flat(*arrays: Array) -> Any:
-        nonlocal static_result
+        nonlocal returned
         filled = list(leaves)
         for i, array in zip(dynamic, arrays):
             filled[i] = array
         held, args, kwargs = treedef.unflatten(filled)
-        result = call(held, *args, **kwargs)
-        arrays_out, static_result = eqx.partition(result, eqx.is_array)
-        return arrays_out
+        returned = jax.tree.flatten(opened(held, *args, **kwargs))
+        return [leaf for leaf in returned[0] if isinstance(leaf, jax.Array)]
 
     try:
-        jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*map(_shaped, values))
-    except jax.errors.JAXTypeError as error:
-        error.add_note(_TRACED)
+        jaxpr = jax.make_jaxpr(flat)(*map(_shaped, values))
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        error.add_note(door.traced)
         raise
-    report = Report(on_materialise)
+    report = Report(door.on_materialise, door.advice)
     outputs = evaluate(jaxpr, values, report)
-    outputs = [_returned(x, report) for x in outputs]
-    return eqx.combine(
-        jax.tree.unflatten(jax.tree.structure(shapes), outputs), static_result
+    came_in = {id(x): _value(leaves[i]) for i, x in zip(dynamic, values)}
+    kept = came_in if door.keeps_weights else {}
+    outputs = iter(
+        [kept[id(x)] if id(x) in kept else _returned(x, report) for x in outputs]
+    )
+    leaves_out, structure = returned
+    return structure.unflatten(
+        [next(outputs) if isinstance(x, jax.Array) else x for x in leaves_out]
     )
 
+
+_ADVICE = "If that is meant, say `lorax.lora(fn, on_materialise='allow')`."
 
 _TRACED = (
     "`lorax.lora` traces its function as `jax.jit` does: Python's own control flow "

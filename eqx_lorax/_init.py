@@ -3,12 +3,13 @@ adds exactly nothing; what is chosen here is `a`."""
 
 import hashlib
 import math
-from collections.abc import Callable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
@@ -68,7 +69,40 @@ def _width(dtype: DTypeLike) -> int:
 def key_for(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """A key that depends on `key` and on `path` alone, so that another target does not
     change the factors of this one."""
+    return key_for_words(key, words_of(path))
+
+
+def key_for_words(key: PRNGKeyArray, words: Sequence[Any] | Array) -> PRNGKeyArray:
+    """As `key_for`, by the two `words_of` a path."""
+    return jr.fold_in(jr.fold_in(key, words[0]), words[1])
+
+
+def words_of(path: str) -> tuple[int, int]:
+    """Two numbers of 32 bits that stand for a path."""
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
-    for word in (digest[:4], digest[4:]):
-        key = jr.fold_in(key, int.from_bytes(word))
-    return key
+    return int.from_bytes(digest[:4]), int.from_bytes(digest[4:])
+
+
+def check_key(key: Any) -> None:
+    """**Raises:**
+
+    `TypeError` if `key` is none, `ValueError` if it is several.
+    """
+    if not isinstance(key, jax.Array | np.ndarray) or not (
+        _is_typed(key) or key.dtype == jnp.uint32
+    ):
+        raise TypeError(f"`key={key!r}` is not a key. Pass `key=jax.random.key(seed)`.")
+    if not is_one_key(key):
+        raise ValueError(
+            f"`key` has shape {key.shape}: one key is needed, not several. Pass one of "
+            "those that `jax.random.split` gave, or use `jax.vmap` over them."
+        )
+
+
+def is_one_key(key: Array | np.ndarray) -> bool:
+    """Whether an array of keys, typed or not, is a single one."""
+    return key.ndim == (0 if _is_typed(key) else 1)
+
+
+def _is_typed(key: Array | np.ndarray) -> bool:
+    return jnp.issubdtype(key.dtype, jax.dtypes.prng_key)

@@ -1,11 +1,11 @@
 """What all layers that stand in the place of adapted ones have in common."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import equinox as eqx
 
-from ._function import AbstractOpaque, lora
+from ._forwarding import ARRAY_PROTOCOLS, attribute, SPECIAL, Special, values_of
+from ._function import AbstractOpaque
 
 
 class AbstractLoraLayer(AbstractOpaque):
@@ -21,25 +21,23 @@ class AbstractLoraLayer(AbstractOpaque):
     """Whether a filter that only names what is around such a module selects it."""
 
     has_dropout: ClassVar[bool]
-    """Whether it has a field `dropout`, for the input of the low-rank branch."""
+    """Whether it has the fields `dropout`, for the input of the low-rank branch, and
+    `key`, for where it is called without one."""
 
     is_lookup: ClassVar[bool]
     """Whether its weight is looked up in rather than multiplied with."""
 
     def __getattr__(self, name: str) -> Any:
         # `wrapped` is missing only while Python builds or copies the object.
-        if name == "wrapped" or name.startswith("__"):
+        is_special = name.startswith("__") and name not in ARRAY_PROTOCOLS
+        if name == "wrapped" or is_special:
             raise AttributeError(name)
-        value = getattr(self.wrapped, name)
-        # A method of the module computes with the module's weights.
-        is_own = getattr(value, "__self__", None) is self.wrapped
-        return lora(value) if is_own else value
+        return attribute(self, name)
 
     @property
     def is_opaque(self) -> bool:
         # Only the layer knows which branch its dropout is for.
-        dropout = self.dropout if self.has_dropout else None
-        return dropout is not None and not dropout.inference
+        return drops(self)
 
     # Models ask `isinstance(layer, eqx.nn.Linear)` and would take another branch.
     # `type(layer)` remains the truth.
@@ -49,10 +47,20 @@ class AbstractLoraLayer(AbstractOpaque):
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # The default is refused by `pickle`, because of `__class__`.
-        fields = dataclasses.fields(type(self))
-        return type(self), tuple(getattr(self, field.name) for field in fields)
+        return type(self), values_of(self)
+
+
+for _name in SPECIAL:
+    setattr(AbstractLoraLayer, _name, Special(_name))
 
 
 def is_layer(node: Any) -> bool:
     """Whether `node` is one of the layers here, which pass for other modules."""
     return issubclass(type(node), AbstractLoraLayer)
+
+
+# Functions, because every attribute of a layer's own hides one of its module.
+def drops(layer: AbstractLoraLayer) -> bool:
+    """Whether it has active dropout."""
+    dropout: Any = layer.dropout if layer.has_dropout else None
+    return dropout is not None and not dropout.inference

@@ -4,19 +4,26 @@ Each keeps the module it stands for inside, with nothing changed but its weight,
 passes for it: attributes and `isinstance` answer as that module does.
 """
 
-from typing import Any
+import operator
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Int, Key, PRNGKeyArray, UInt32
 
+from ._arrays import is_array
 from ._convolution import channels_first, convolve
-from ._function import lora
+from ._forwarding import run
 from ._geometry import conv_geometry
-from ._layer import AbstractLoraLayer
+from ._init import is_one_key
+from ._layer import AbstractLoraLayer, drops
 from ._operators import matmul
 from ._weight import AbstractLoraWeight
+
+
+# One key, or one for each layer of a stack.
+Keys: TypeAlias = Key[Array, "*layers"] | UInt32[Array, "*layers words"]
 
 
 class LoraLinear(AbstractLoraLayer):
@@ -24,6 +31,7 @@ class LoraLinear(AbstractLoraLayer):
 
     wrapped: eqx.nn.Linear
     dropout: eqx.nn.Dropout | None = None
+    key: Keys | None = None
 
     adapts = (eqx.nn.Linear,)
     by_default = True
@@ -35,7 +43,8 @@ class LoraLinear(AbstractLoraLayer):
 
         - `x`: The input, of shape `(in_features,)`, or `()` if `in_features` is
             `"scalar"`. Use `jax.vmap` for a batch.
-        - `key`: For the dropout on the low-rank branch, if there is any.
+        - `key`: For the dropout on the low-rank branch, if there is any. Defaults to
+            the one that `lorax.dropout_key` gave.
 
         **Returns:**
 
@@ -56,7 +65,7 @@ class LoraLinear(AbstractLoraLayer):
                 if x.shape != ():
                     raise ValueError(f"`x` must have shape (), not {x.shape}.")
                 x = x[None]
-            low_rank_x = _dropped(self.dropout, x, key)
+            low_rank_x = _dropped(self, x, key)
             y = matmul(linear.weight, x, low_rank_x=low_rank_x)
             y = _add_bias(y, jnp.result_type(x, linear.weight.dtype), linear.bias)
             return y.reshape(()) if linear.out_features == "scalar" else y
@@ -72,6 +81,7 @@ class LoraConv(AbstractLoraLayer):
 
     wrapped: eqx.nn.Conv | eqx.nn.ConvTranspose
     dropout: eqx.nn.Dropout | None = None
+    key: Keys | None = None
 
     adapts = (
         eqx.nn.Conv,
@@ -92,7 +102,8 @@ class LoraConv(AbstractLoraLayer):
 
         - `x`: The image, of shape `(in_channels, *spatial)`. Use `jax.vmap` for a
             batch.
-        - `key`: For the dropout on the low-rank branch, if there is any.
+        - `key`: For the dropout on the low-rank branch, if there is any. Defaults to
+            the one that `lorax.dropout_key` gave.
 
         **Returns:**
 
@@ -117,7 +128,7 @@ class LoraConv(AbstractLoraLayer):
             dtype = jnp.result_type(x, conv.weight.dtype)
             x = x.astype(dtype)
             pad, geometry = conv_geometry(conv, x.shape[1:])
-            low_rank_x = _dropped(self.dropout, x, key)
+            low_rank_x = _dropped(self, x, key)
             y = convolve(
                 conv.weight,
                 pad(x)[None],
@@ -166,9 +177,10 @@ class LoraEmbedding(AbstractLoraLayer):
 class LoraModule(AbstractLoraLayer):
     """Any other module with factored weights in the place of some of its arrays.
 
-    It runs the module's own code, and its other methods, through `lorax.lora`: whatever
-    that does with the arrays, they stay factored where they can, and are materialised
-    with a `lorax.MaterialiseWarning` where not. The reparameterisations
+    It runs the module's own code through `lorax.lora`: calls, other methods, properties
+    and operators such as `len`, `[]` and `@`. Whatever that does with the arrays, they
+    stay factored where they can, and are materialised with a
+    `lorax.MaterialiseWarning` where not. The reparameterisations
     `equinox.nn.WeightNorm` and `equinox.nn.SpectralNorm` take the norm of their weight
     and so always form it.
     """
@@ -182,15 +194,8 @@ class LoraModule(AbstractLoraLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself: same arguments, same result."""
-        module: Any = self.wrapped
-        always_forms = isinstance(module, NORMS)
         with jax.named_scope("lorax.LoraModule"):
-            call = lora(module, on_materialise="allow" if always_forms else "warn")
-            return call(*args, **kwargs)
-
-
-NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
-"""The modules that rewrite a weight of the layer they hold whenever they are called."""
+            return run(self, operator.call, *args, **kwargs)
 
 
 def layer_for(module: Any) -> type[AbstractLoraLayer]:
@@ -221,18 +226,32 @@ def _check_unstacked(module: Any, weight: AbstractLoraWeight, ndim: int) -> None
 
 
 def _dropped(
-    dropout: eqx.nn.Dropout | None, x: Array, key: PRNGKeyArray | None
+    layer: LoraLinear | LoraConv, x: Array, key: PRNGKeyArray | None
 ) -> Array | None:
     """The input of the low-rank branch where it is not that of the base."""
+    dropout = layer.dropout
     if dropout is None:
         return None
-    if key is None and not dropout.inference:
+    key = layer.key if key is None else key
+    if drops(layer):
+        _check_key(key, dropout.p)
+    return dropout(x, key=key)
+
+
+def _check_key(key: Any, rate: float) -> None:
+    if key is None:
         raise ValueError(
-            f"`key=None`, but this layer was adapted with `dropout={dropout.p}`. Pass "
+            f"`key=None`, but this layer was adapted with `dropout={rate}`. Give the "
+            "model its keys once a step, `lorax.dropout_key(model, key)`, or pass "
             "`key=...` where the model calls the layer, or switch dropout off with "
             "`eqx.nn.inference_mode(model)`."
         )
-    return dropout(x, key=key)
+    if is_array(key) and not is_one_key(key):
+        raise ValueError(
+            f"The key of this layer has shape {key.shape}, that of a stack of layers, "
+            "of which this is one. Slice keys with the weights: "
+            "`eqx.partition(layers, eqx.is_array)` has both in its first part."
+        )
 
 
 def _add_bias(y: Array, dtype: jnp.dtype, bias: Array | None) -> Array:

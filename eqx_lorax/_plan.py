@@ -21,6 +21,7 @@ from ._devices import (
     optimizer_state,
     plain,
 )
+from ._dropout import without_keys
 from ._select import Filter
 from ._summary import in_bytes
 from ._train import partition
@@ -176,7 +177,7 @@ def plan(
     read, gathered = weight_reads(local)
     return Plan(
         devices=device_count((model, batch)),
-        base=device_nbytes(frozen),
+        base=device_nbytes(without_keys(frozen)),
         adapters=device_nbytes(params),
         gradients=device_nbytes(params),
         optimizer=device_nbytes(optimizer_state(optimizer, params)),

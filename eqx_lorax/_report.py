@@ -33,8 +33,7 @@ class Materialised:
         return (
             f"`{self.primitive}`{where} forms the dense {self.shape} weight, base plus "
             f"update, in each call, because {self.reason}. The result is right, and "
-            "takes the memory of a dense weight. If that is meant, say "
-            "`lorax.lora(fn, on_materialise='allow')`."
+            "takes the memory of a dense weight."
         )
 
 
@@ -45,9 +44,10 @@ _registry: dict[Any, Any] = {}
 class Report:
     """What was materialised, each place once."""
 
-    def __init__(self, on_materialise: OnMaterialise):
+    def __init__(self, on_materialise: OnMaterialise, advice: str = ""):
         self.found: dict[Materialised, None] = {}
         self._on_materialise = on_materialise
+        self._advice = advice
 
     @property
     def raises(self) -> bool:
@@ -58,10 +58,11 @@ class Report:
         if new in self.found:
             return
         self.found[new] = None
+        message = f"{new} {self._advice}"
         if self.raises:
-            raise MaterialiseWarning(str(new))
+            raise MaterialiseWarning(message)
         if self._on_materialise == "warn":
             file, line = new.at or ("<unknown>", 0)
             warnings.warn_explicit(
-                str(new), MaterialiseWarning, file, line, registry=_registry
+                message, MaterialiseWarning, file, line, registry=_registry
             )

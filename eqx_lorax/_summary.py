@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ._arrays import is_inexact
 from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
+from ._dropout import without_keys
 from ._select import Filter
 from ._train import adapter_spec, trainable
 from ._tree import Places
@@ -118,6 +119,7 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
 
     `ValueError` if any part of `also` names nothing.
     """
+    model = without_keys(model)
     spec = adapter_spec(model) if also is None else trainable(model, also)
     params, frozen = eqx.partition(model, spec)
     base = jax.tree.map(base_of, model, is_leaf=is_weight)

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from ._fresh import adapted, axes_of
-from ._init import Init, key_for
+from ._init import check_key, Init, key_for
 from ._layer import is_layer
 from ._layers import layer_for
 from ._merging import merged
@@ -109,7 +107,7 @@ def loraify(
 
         [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685)
     """
-    _check_key(key)
+    check_key(key)
     _check_init(init)
     places = Places(model)
     targets = find_targets(model, places, filter)
@@ -230,20 +228,6 @@ def _key_paths(targets: Sequence[Target]) -> dict[Place, str]:
             stacklevel=3,
         )
     return paths
-
-
-def _check_key(key: Any) -> None:
-    is_array = isinstance(key, jax.Array | np.ndarray)
-    is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    is_legacy = is_array and key.dtype == jnp.uint32
-    if is_typed and key.ndim == 0 or is_legacy and key.ndim == 1:
-        return
-    if is_typed or is_legacy:
-        raise ValueError(
-            f"`key` has shape {key.shape}: one key is needed, not several. Pass one of "
-            "those that `jax.random.split` gave."
-        )
-    raise TypeError(f"`key={key!r}` is not a key. Pass `key=jax.random.key(seed)`.")
 
 
 def _check_init(init: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from ._layers import layer_for, LoraModule, NORMS
+from ._forwarding import NORMS
+from ._layers import layer_for, LoraModule
 from ._select import (
     available,
     Filter,

@@ -88,8 +88,10 @@ def _walk(model: Any) -> Iterator[Place]:
             below = (*steps, step)
             if child is None:
                 continue
-            if is_layer(node) and child is node.wrapped:
-                yield from beneath(place, child, below)
+            if is_layer(node):
+                # What it has of its own, such as dropout, is no part of the model.
+                if child is node.wrapped:
+                    yield from beneath(place, child, below)
             else:
                 yield from visit(Place((*place.path, name), below, child, owner))
 

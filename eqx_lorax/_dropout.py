@@ -1,0 +1,133 @@
+"""Keys for dropout that the model holds, for modules that call their layers without
+one."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, UInt32
+
+from ._forwarding import replaced
+from ._init import check_key, key_for_words, words_of
+from ._layer import drops, is_layer
+from ._layers import kernel_axes
+from ._tree import joined, Places, rebuild
+from ._weight import base_of, is_weight
+
+
+_Model = TypeVar("_Model")
+
+
+def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
+    """Gives every adapted layer with active dropout a key of its own.
+
+    Layers then need none when they are called: this is for models that pass no keys to
+    their layers, such as `equinox.nn.MLP` and `equinox.nn.MultiheadAttention`. A key
+    that is passed in a call all the same is the one that counts. Call it once a step,
+    and once an example below `jax.vmap`:
+
+    !!! example
+
+        ```python
+        def loss(model, xs, key):
+            def predict(x, key):
+                return lorax.dropout_key(model, key)(x)
+
+            ys = jax.vmap(predict)(xs, jax.random.split(key, len(xs)))
+            ...
+        ```
+
+    The keys are no adapter: they are not trained, not saved with one, not in `params`,
+    and gone after `lorax.unloraify`.
+
+    **Arguments:**
+
+    - `model`: A model with adapters, or the `frozen` part of one.
+    - `key`: A `jax.random.key`, also a traced one. The key of a layer depends on it and
+        on the layer's path alone. A stack of layers gets as many keys, along its
+        leading axes, for `jax.lax.scan` and `jax.vmap` to slice. `None` takes the keys
+        out again.
+
+    **Returns:**
+
+    The model with keys. `model` itself is not changed, and comes back as it is where no
+    dropout is active, so that the same code evaluates in
+    `equinox.nn.inference_mode(model)`.
+
+    **Raises:**
+
+    `ValueError` if the model has no adapters or no base. `TypeError` or `ValueError` if
+    `key` is not one key.
+    """
+    places = Places(model)
+    _check_model(places)
+    layers = [place for place in places.all if is_layer(place.node)]
+    if key is None:
+        layers = [place for place in layers if place.node.has_dropout]
+        keys = [None] * len(layers)
+    else:
+        check_key(key)
+        layers = [place for place in layers if drops(place.node)]
+        words = [words_of(joined(place.path)) for place in layers]
+        shapes = [_stack_shape(place.node) for place in layers]
+        keys = _keys(key, words, shapes) if layers else []
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        place.steps: lambda layer, key=key: replaced(layer, key=key)
+        for place, key in zip(layers, keys, strict=True)
+    }
+    return rebuild(model, edits)
+
+
+def without_keys(model: _Model) -> _Model:
+    """`model`, which may be anything, without keys for dropout."""
+    layers = [place for place in Places(model).all if is_layer(place.node)]
+    keyed = [x for x in layers if x.node.has_dropout and x.node.key is not None]
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        place.steps: lambda layer: replaced(layer, key=None) for place in keyed
+    }
+    return rebuild(model, edits)
+
+
+def _stack_shape(layer: Any) -> tuple[int, ...]:
+    """The leading axes of the weight, which no single layer has."""
+    shape = layer.weight.shape
+    own = sum(map(len, kernel_axes(layer.wrapped, len(shape))))
+    return tuple(shape[: len(shape) - own])
+
+
+def _keys(
+    key: PRNGKeyArray,
+    words: Sequence[tuple[int, int]],
+    shapes: Sequence[tuple[int, ...]],
+) -> list[Array]:
+    # One program for all of them: each `fold_in` on its own takes long to compile.
+    return _derived(key, jax.device_put(np.array(words, np.uint32)), tuple(shapes))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _derived(
+    key: PRNGKeyArray,
+    words: UInt32[Array, "layers 2"],
+    shapes: tuple[tuple[int, ...], ...],
+) -> list[Array]:
+    keys = jax.vmap(key_for_words, in_axes=(None, 0))(key, words)
+    each = [keys[i] for i in range(len(shapes))]
+    return [jr.split(x, shape) if shape else x for x, shape in zip(each, shapes)]
+
+
+def _check_model(places: Places) -> None:
+    bases = [base_of(place.node) for place in places.all if is_weight(place.node)]
+    if not bases:
+        raise ValueError(
+            "`model` has no adapters, so there is nothing to drop. Call "
+            "`lorax.loraify(model, dropout=...)` first."
+        )
+    if any(base is None for base in bases):
+        raise ValueError(
+            "`model` has no base: it is the `params` of `lorax.partition`, which hold "
+            "no keys. Pass the whole model, `lorax.combine(params, frozen)`, or "
+            "`frozen`."
+        )

@@ -1,0 +1,221 @@
+"""An adapted layer answers as its module does: what that computes in its methods, its
+properties and its operators, it computes through the function door.
+
+What is returned of the module itself, such as a layer that it holds, comes back with
+its adapters.
+"""
+
+import dataclasses
+import functools
+import inspect
+import operator
+import types
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+
+from ._function import call, Door
+from ._weight import is_weight
+
+
+NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
+"""The modules that rewrite a weight of the layer they hold whenever they are called."""
+
+ARRAY_PROTOCOLS = ("__array__", "__jax_array__")
+"""What NumPy and JAX look for in an object itself, and not in its type."""
+
+
+def run(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """`fn(module, *args, **kwargs)` for the module that `layer` stands for, whose
+    factored weights `fn` sees as arrays."""
+    module = layer.wrapped
+    result = call(_settled(fn), (module, *args), kwargs, _door(module))
+    match result:
+        case _Itself():
+            return layer
+        case _Items(items=items):
+            return iter(items)
+        case _Function():
+            # It was made while `fn` was traced, so it has to be made anew.
+            return lambda *more, **named: run(
+                layer,
+                lambda module, *more, **named: fn(module, *args, **kwargs)(
+                    *more, **named
+                ),
+                *more,
+                **named,
+            )
+    is_changed = type(result) is type(module) and any(
+        map(is_weight, jax.tree.leaves(result, is_leaf=is_weight))
+    )
+    return replaced(layer, wrapped=result) if is_changed else result
+
+
+def attribute(layer: Any, name: str) -> Any:
+    """What `name` is of the module that `layer` stands for."""
+    module = layer.wrapped
+    if name in vars(module):
+        return getattr(module, name)
+    kind = type(module)
+    of_class = inspect.getattr_static(kind, name, None)
+    if isinstance(of_class, staticmethod | classmethod):
+        return getattr(module, name)
+    if isinstance(of_class, _METHODS) or callable(of_class) and _binds(of_class):
+        return eqx.module_update_wrapper(_Method(layer, name))
+    if _binds(of_class) or of_class is None and hasattr(kind, "__getattr__"):
+        return run(layer, lambda module: getattr(module, name))
+    return getattr(module, name)
+
+
+def replaced(layer: Any, **changes: Any) -> Any:
+    """`layer` with other values in some of its fields."""
+    return type(layer)(*values_of(layer, **changes))
+
+
+def values_of(layer: Any, **changes: Any) -> tuple[Any, ...]:
+    """The values of its fields, or the `changes` of these."""
+    names = [field.name for field in dataclasses.fields(type(layer))]
+    return tuple(changes.get(name, getattr(layer, name)) for name in names)
+
+
+class Special:
+    """A special method, which Python looks up in the type of an object, for layers
+    whose type cannot know whether the module has it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __get__(self, layer: Any, owner: Any = None) -> Any:
+        if layer is None:
+            return self
+        kind = type(layer.wrapped)
+        own, inherited = (_in_class(x, self.name) for x in (kind, eqx.Module))
+        if own is not None and own is not inherited:
+            return functools.partial(
+                run, layer, lambda module, *args: getattr(module, self.name)(*args)
+            )
+        if inherited is not None:
+            return inherited.__get__(layer)
+        function, names = _BUILT_IN.get(self.name, (getattr, ()))
+        if any(_in_class(kind, name) is not None for name in names):
+            return functools.partial(run, layer, function)
+        if self.name == "__bool__":
+            return lambda: True
+        if self.name in _BINARY:
+            return lambda *_: NotImplemented
+        raise _Missing(f"'{kind.__name__}' object has no `{self.name}`")
+
+
+class _Missing(AttributeError, TypeError):
+    """`hasattr` wants the one, `len` and the like the other."""
+
+
+# What Python makes of other special methods, and of which ones.
+_BUILT_IN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "__bool__": (bool, ("__len__",)),
+    "__contains__": (operator.contains, ("__iter__", "__getitem__")),
+    "__iter__": (iter, ("__getitem__",)),
+    "__reversed__": (reversed, ("__getitem__",)),
+}
+
+_BINARY = [
+    f"__{side}{name}__"
+    for name in (
+        *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod"),
+        *("pow", "lshift", "rshift", "and", "xor", "or"),
+    )
+    for side in ("", "r")
+]
+
+# Not those that turn into a number of Python's own: a type that has them passes for a
+# number, and a traced array cannot.
+SPECIAL = (
+    *("__len__", "__getitem__", *_BUILT_IN, "__enter__", "__exit__"),
+    *("__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__neg__", "__pos__", "__abs__", "__invert__", *_BINARY),
+)
+
+
+class _Method(eqx.Module):
+    """A method of the module, bound to its layer: a pytree, as Equinox's own are."""
+
+    layer: Any
+    name: str = eqx.field(static=True)
+
+    @property
+    def __wrapped__(self) -> Any:
+        return getattr(self.layer.wrapped, self.name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+            return getattr(module, self.name)(*args, **kwargs)
+
+        return run(self.layer, method, *args, **kwargs)
+
+
+_METHODS = (functools.partialmethod, functools.singledispatchmethod)
+
+
+def _binds(of_class: Any) -> bool:
+    return hasattr(type(of_class), "__get__")
+
+
+def _in_class(kind: type, name: str) -> Any:
+    """As Python looks up special methods: not in the type of the type."""
+    return next((vars(x)[name] for x in kind.__mro__ if name in vars(x)), None)
+
+
+class _Itself(NamedTuple):
+    """The module was returned."""
+
+
+class _Items(NamedTuple):
+    """What an iterator gave, which outlives the trace in which it was made."""
+
+    items: tuple[Any, ...]
+
+
+class _Function(NamedTuple):
+    """Something was returned that is going to compute with the module."""
+
+
+def _settled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, but what it returns holds nothing that was traced, except in its leaves."""
+
+    def settled(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        result = fn(module, *args, **kwargs)
+        if result is module:
+            return _Itself()
+        if isinstance(result, Iterator):
+            return _Items(tuple(result))
+        if isinstance(result, KeysView | ValuesView | ItemsView):
+            return tuple(result)
+        return _Function() if _is_function(result) else result
+
+    return settled
+
+
+def _is_function(x: Any) -> bool:
+    if isinstance(x, types.FunctionType):
+        return x.__closure__ is not None
+    if isinstance(x, eqx.Module):
+        return isinstance(x, eqx.Partial) or hasattr(type(x), "__wrapped__")
+    return isinstance(x, types.MethodType | functools.partial)
+
+
+def _door(module: Any) -> Door:
+    name = type(module).__name__
+    return Door(
+        on_materialise="allow" if isinstance(module, NORMS) else "warn",
+        advice=f"It is done by a {name}, which `lorax.loraify` adapted: leave that "
+        "array out with `exclude`, or, if it is meant, ignore the warning: "
+        "`warnings.filterwarnings('ignore', category=lorax.MaterialiseWarning)`.",
+        traced=f"An adapted {name} is traced, as by `jax.jit`, also where nothing else "
+        "is, because it runs through `lorax.lora`: Python's own control flow cannot "
+        "depend in it on the values of arrays. Use `jax.lax.cond`, `jax.numpy.where` "
+        "and the like there, or leave its arrays out with `exclude` in "
+        "`lorax.loraify`.",
+        keeps_weights=True,
+    )
