@@ -202,7 +202,10 @@ def _is_function(x: Any) -> bool:
         return x.__closure__ is not None
     if isinstance(x, eqx.Module):
         return isinstance(x, eqx.Partial) or hasattr(type(x), "__wrapped__")
-    return isinstance(x, types.MethodType | functools.partial)
+    if isinstance(x, types.MethodType | functools.partial):
+        return True
+    inner = inspect.unwrap(x) if callable(x) else x
+    return inner is not x and _is_function(inner)
 
 
 def _door(module: Any) -> Door:

@@ -6,6 +6,7 @@ import equinox as eqx
 
 from ._forwarding import ARRAY_PROTOCOLS, attribute, SPECIAL, Special, values_of
 from ._function import AbstractOpaque
+from ._printing import layer_document
 
 
 class AbstractLoraLayer(AbstractOpaque):
@@ -44,6 +45,10 @@ class AbstractLoraLayer(AbstractOpaque):
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self.wrapped)
+
+    def __pdoc__(self, **options: Any) -> Any:
+        # Not as what it passes for.
+        return layer_document(self, **options)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # The default is refused by `pickle`, because of `__class__`.

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from ._arrays import multiply
 from ._contract import Label, Labels, RANK
+from ._printing import weight_document
 from ._sharding import chosen, follow, Placement, sharding_of
 from ._weight import AbstractLoraWeight, Factor, Weight
 
@@ -160,6 +161,9 @@ class LoraWeight(AbstractLoraWeight):
     @property
     def dtype(self) -> jnp.dtype:
         return self.w.dtype
+
+    def __pdoc__(self, **options: Any) -> Any:
+        return weight_document(self, **options)
 
     def replace(self, **changes: Any) -> "LoraWeight":
         """This weight with other values in some fields, unchecked."""

@@ -1,5 +1,6 @@
 """What an adapted model trains, and what that costs."""
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -58,30 +59,41 @@ class Summary:
     """Each moment is where its parameter is."""
 
     def __str__(self) -> str:
-        rows = [
-            (
-                target.path,
-                target.kind,
-                "×".join(map(str, target.shape)),
-                target.dtype,
-                str(target.rank),
-                f"{target.scale:g}",
-                f"{target.trained:,}",
-                f"{target.frozen:,}",
-            )
-            for target in self.targets
-        ]
+        return self.table()
+
+    def table(self, *, full: bool = False) -> str:
+        """As a string.
+
+        **Arguments:**
+
+        - `full`: Whether each target has a line of its own. Otherwise targets whose
+            paths differ only in numbers, and that agree in all columns, are one line,
+            `blocks.*.query.weight × 12`, with the sums of what they train and freeze.
+        """
+        rows = _rows([(x.path, [x]) for x in self.targets] if full else self._groups())
         share = self.trained / max(self.trained + self.frozen, 1)
-        full = in_bytes(self.full_adam_bytes)
+        of_all = in_bytes(self.full_adam_bytes)
         trained = self._sizes(self.trained_bytes, self.device_trained_bytes)
         frozen = self._sizes(self.frozen_bytes, self.device_frozen_bytes)
         adam = self._sizes(self.adam_bytes, self.device_adam_bytes)
         lines = [
             f"trained     {self.trained:>15,}  {trained}  ({share:.2%} of all)",
             f"frozen      {self.frozen:>15,}  {frozen}",
-            f"Adam state  {'':>15}  {adam}  ({full} for full fine-tuning)",
+            f"Adam state  {'':>15}  {adam}  ({of_all} for full fine-tuning)",
         ]
         return "\n".join([_table(rows), *lines])
+
+    def _groups(self) -> list[tuple[str, list[TargetSummary]]]:
+        """Targets that are one line, and what it is called."""
+        alike: dict[Any, list[TargetSummary]] = {}
+        for target in self.targets:
+            columns = dataclasses.replace(target, path=_starred(target.path))
+            alike.setdefault(columns, []).append(target)
+        lines = collections.Counter(columns.path for columns in alike)
+        return [
+            (_name([x.path for x in group], is_only=lines[columns.path] == 1), group)
+            for columns, group in alike.items()
+        ]
 
     def _sizes(self, all_bytes: int, device_bytes: int) -> str:
         size = f"{in_bytes(all_bytes):>8}"
@@ -113,7 +125,8 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
 
     **Returns:**
 
-    A `lorax.Summary`. As a string it is a table, drawn by `rich` if that is installed.
+    A `lorax.Summary`. As a string it is a table, in which numbered siblings that agree
+    are one line; `summary.table(full=True)` has a line for each.
 
     **Raises:**
 
@@ -173,27 +186,38 @@ def in_bytes(count: int | float) -> str:
     return f"{count:.3g} TB"
 
 
+def _starred(path: str) -> str:
+    return ".".join("*" if name.isdecimal() else name for name in path.split("."))
+
+
+def _name(paths: list[str], is_only: bool) -> str:
+    """What a group is called; `is_only` if no other has paths like these."""
+    if len(paths) == 1:
+        return paths[0]
+    if not is_only:
+        return f"{paths[0]} and {len(paths) - 1} like it"
+    names = [set(column) for column in zip(*(path.split(".") for path in paths))]
+    common = ".".join("*" if len(column) > 1 else column.pop() for column in names)
+    return f"{common} × {len(paths)}"
+
+
+def _rows(groups: list[tuple[str, list[TargetSummary]]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name,
+            group[0].kind,
+            "×".join(map(str, group[0].shape)),
+            group[0].dtype,
+            str(group[0].rank),
+            f"{group[0].scale:g}",
+            f"{sum(target.trained for target in group):,}",
+            f"{sum(target.frozen for target in group):,}",
+        )
+        for name, group in groups
+    ]
+
+
 def _table(rows: list[tuple[str, ...]]) -> str:
-    try:
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return _plain_table(rows)
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in _COLUMNS:
-        justify = "right" if name in _RIGHT else "left"
-        table.add_column(name, justify=justify, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # As wide as it gets: a table that is cut to the terminal hides the paths.
-    console = Console(width=10_000)
-    with console.capture() as capture:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().splitlines() if line)
-
-
-def _plain_table(rows: list[tuple[str, ...]]) -> str:
     lines = [_COLUMNS, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
     aligned = [

@@ -128,6 +128,9 @@ class Everything(eqx.Module):
     def closure(self):
         return lambda x: jnp.matmul(self.kernel, x)
 
+    def jitted_closure(self):
+        return jax.jit(lambda x: jnp.matmul(self.kernel, x))
+
     def biased(self, x):
         return eqx.tree_at(lambda m: m.factor, self, x)
 
@@ -154,6 +157,10 @@ class Everything(eqx.Module):
     @property
     def jitted_alias(self):
         return self.jitted
+
+    @property
+    def activation(self):
+        return jax.nn.relu
 
     @property
     def nothing(self):
@@ -256,6 +263,7 @@ ASKS = {
         "generator": lambda m: list(m.generated()),
         "view": lambda m: list(m.named()),
         "closure": lambda m: m.closure()(X),
+        "jitted closure": lambda m: m.jitted_closure()(X),
         "changed": lambda m: m.biased(3.0) @ X,
         "changed field": lambda m: m.biased(3.0).factor,
         "classmethod": lambda m: m.name(),
@@ -264,6 +272,7 @@ ASKS = {
         "property of a size": lambda m: m.size,
         "property of a method": lambda m: m.alias(X),
         "property of filter_jit": lambda m: m.jitted_alias(X),
+        "property of a function": lambda m: m.activation is jax.nn.relu,
         "property of None": lambda m: m.nothing,
         "cached_property": lambda m: (m.cached, m.cached),
         "fields": lambda m: (m.width, m.factor, m.sign),
@@ -299,6 +308,7 @@ ASKS = {
         "bool": lambda m: bool(m),
         "fields": lambda m: (m.in_features, m.use_bias),
         "call": lambda m: m(X),
+        "np": lambda m: (np.asarray(m).dtype.kind, np.array([m, m], object).shape),
         "has": lambda m: [hasattr(m, x) for x in ("__len__", "__iter__", "absent")],
     },
 }

@@ -1,5 +1,3 @@
-import sys
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -47,10 +45,7 @@ def _lines(summary):
     return [line.split() for line in str(summary).splitlines() if line.strip()]
 
 
-@pytest.mark.parametrize("rich", (True, False))
-def test_table(rich, model, monkeypatch):
-    if not rich:
-        monkeypatch.setitem(sys.modules, "rich.box", None)
+def test_table(model):
     lines = _lines(lorax.summary(model))
     row = ["0.weight", "Linear", "20×10", "bfloat16", "2", "2", "60", "200"]
     assert lines[0][:3] == ["target", "module", "shape"]
@@ -62,6 +57,44 @@ def test_table_of_long_paths_is_not_cut(getkey):
     model = {"a" * 150: eqx.nn.Linear(4, 4, key=getkey())}
     text = str(lorax.summary(lorax.loraify(model, rank=2, key=getkey())))
     assert "a" * 150 + ".weight" in text
+
+
+def _targets(text):
+    """The first column, and the last two."""
+    lines = text.splitlines()
+    table = lines[2 : next(i for i, x in enumerate(lines) if x.startswith("trained "))]
+    return [(line[:40].split("  ")[0], *line.split()[-2:]) for line in table]
+
+
+def test_numbered_siblings_are_one_line(getkey):
+    """If they agree in all columns; the numbers are their sums."""
+    blocks = [eqx.nn.MLP(4, 4, 4, 1, key=getkey()) for _ in range(4)]
+    model = {"blocks": blocks, "head": eqx.nn.Linear(4, 4, key=getkey())}
+    summary = lorax.summary(lorax.loraify(model, rank=2, key=getkey()))
+    assert _targets(str(summary)) == [
+        ("blocks.*.layers.*.weight × 8", "128", "128"),
+        ("head.weight", "16", "16"),
+    ]
+    full = _targets(summary.table(full=True))
+    assert [line[0] for line in full] == [target.path for target in summary.targets]
+    assert full[0] == ("blocks.0.layers.0.weight", "16", "16") and len(full) == 9
+    assert summary.table() == str(summary)
+
+
+def test_numbers_that_all_share_are_shown(getkey):
+    blocks = [[eqx.nn.Linear(4, 4, key=getkey()) for _ in range(2)] for _ in range(2)]
+    summary = lorax.summary(lorax.loraify(blocks, "1.*", rank=2, key=getkey()))
+    assert _targets(str(summary))[0][0] == "1.*.weight × 2"
+
+
+def test_siblings_that_differ_are_told_apart(getkey):
+    blocks = [eqx.nn.Linear(4, 4, key=getkey()) for _ in range(5)]
+    rank = {"0": 1, "3": 1, "*": 2}
+    summary = lorax.summary(lorax.loraify(blocks, rank=rank, key=getkey()))
+    assert _targets(str(summary)) == [
+        ("0.weight and 1 like it", "16", "32"),
+        ("1.weight and 2 like it", "48", "48"),
+    ]
 
 
 def test_abstract_and_plain_models(model, getkey):
