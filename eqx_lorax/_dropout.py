@@ -49,7 +49,8 @@ def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
     - `key`: A `jax.random.key`, also a traced one. The key of a layer depends on it and
         on the layer's path alone. A stack of layers gets as many keys, along its
         leading axes, for `jax.lax.scan` and `jax.vmap` to slice. `None` takes the keys
-        out again.
+        out again, as before `equinox.tree_serialise_leaves`, which writes none of
+        them unless they are raw ones (`jax.random.PRNGKey`).
 
     **Returns:**
 

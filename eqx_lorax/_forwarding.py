@@ -98,9 +98,10 @@ class Special:
             )
         if inherited is not None:
             return inherited.__get__(layer)
-        function, names = _BUILT_IN.get(self.name, (getattr, ()))
-        if any(_in_class(kind, name) is not None for name in names):
-            return functools.partial(run, layer, function)
+        if self.name in _BUILT_IN:
+            function, names = _BUILT_IN[self.name]
+            if any(_in_class(kind, name) is not None for name in names):
+                return functools.partial(run, layer, function)
         if self.name == "__bool__":
             return lambda: True
         if self.name in _BINARY:

@@ -75,7 +75,7 @@ def loraify(
     - `alpha`: The numerator of `scale = alpha / rank`. Defaults to the rank, so that
         the scale is 1.
     - `dropout`: The probability with which inputs of the low-rank branch are dropped in
-        linear layers and convolutions.
+        linear layers and convolutions. That takes keys: see `lorax.dropout_key`.
     - `init`: How `a` starts: `"uniform"`, that is `U(±1 / sqrt(fan_in))`;
         `"gaussian"`, that is `N(0, 1 / rank²)`; or a function
         `(key, shape, dtype) -> array` as in `jax.nn.initializers`. For embeddings both

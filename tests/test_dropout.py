@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_close, assert_identical, filled, trained, weights
+from safetensors import safe_open
 
 import eqx_lorax as lorax
 
@@ -249,7 +250,11 @@ def test_keys_are_no_adapter(adapted, tmp_path):
 
     for name, model in (("keyed", keyed), ("adapted", adapted)):
         lorax.save_adapter(tmp_path / name, model, also="up")
-    written = [(tmp_path / name).read_bytes() for name in ("keyed", "adapted")]
+    written = []
+    for name in ("keyed", "adapted"):
+        with safe_open(tmp_path / name, "numpy") as file:
+            arrays = {key: file.get_tensor(key).tolist() for key in file.keys()}
+            written.append((arrays, file.metadata()))  # with the digests of the base
     assert written[0] == written[1]
     # Of the same base, and put where keys are.
     lorax.load_adapter(tmp_path / "adapted", keyed)
@@ -414,11 +419,11 @@ def test_errors(adapted):
     params, _ = lorax.partition(adapted)
     with pytest.raises(ValueError, match="`params`.*`lorax.combine"):
         lorax.dropout_key(params, jr.key(0))
-    with pytest.raises(ValueError, match=r"shape \(4,\).*jax.vmap"):
-        lorax.dropout_key(adapted, jr.split(jr.key(0), 4))
 
 
 @pytest.mark.own_errors
-def test_no_key_at_all(adapted):
+def test_not_one_key(adapted):
+    with pytest.raises(ValueError, match=r"shape \(4,\).*jax.vmap"):
+        lorax.dropout_key(adapted, jr.split(jr.key(0), 4))
     with pytest.raises(TypeError, match="`key=0` is not a key"):
         lorax.dropout_key(adapted, 0)
