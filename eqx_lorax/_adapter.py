@@ -15,7 +15,7 @@ from ._processes import on_hand
 from ._select import Filter
 from ._sharding import follow, placed, sharding_of
 from ._surgery import wrapping
-from ._targets import target_of
+from ._targets import merged_targets, Target, target_of
 from ._train import trained_places
 from ._tree import Place, Places, rebuild
 from ._weight import AbstractLoraWeight, base_of, is_weight
@@ -170,13 +170,18 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
         lines = "".join(f"\n  {line}" for line in wrong[:12])
         raise ValueError(f"The adapter does not fit `model`:{lines}{more}")
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
+    fresh: list[Target] = []
+    rates: dict[Place, float] = {}
     for adapted in adapter.adapted:
         place = by_path[adapted.path]
         weight = adapted.on(place.node)
         edits[place.steps] = lambda _, weight=weight: weight
         target = target_of(place)
         if target is not None and not is_weight(place.node):
-            edits[target.module.steps] = wrapping(target.module, adapted.dropout or 0.0)
+            fresh.append(target)
+            rates[target.module] = rates.get(target.module) or adapted.dropout or 0.0
+    for target in merged_targets(fresh):
+        edits[target.module.steps] = wrapping(target, rates[target.module])
     for path, array in adapter.others.items():
         edits[by_path[path].steps] = lambda old, new=array: placed(
             new, sharding_of(old)

@@ -3,8 +3,8 @@
 from typing import Any, TypeVar
 
 from ._arrays import wide
-from ._select import available, Filter, named_places
-from ._tree import Places, rebuild
+from ._select import available, Filter, named_places, without
+from ._tree import Place, Places, rebuild
 from ._weight import is_weight
 
 
@@ -12,7 +12,11 @@ _Model = TypeVar("_Model")
 
 
 def merged_forward(
-    model: _Model, filter: Filter = None, *, enabled: bool = True
+    model: _Model,
+    filter: Filter = None,
+    *,
+    exclude: Filter = None,
+    enabled: bool = True,
 ) -> _Model:
     """Makes adapted weights form `w + scale * (b · a)` once in each forward pass.
 
@@ -36,6 +40,7 @@ def merged_forward(
 
     - `model`: A model with adapters, or any pytree with weights in it.
     - `filter`: Which of them, as of `lorax.loraify`; `None` for all.
+    - `exclude`: Which of these not: again a filter.
     - `enabled`: `False` for the default, base and branch apart.
 
     **Returns:**
@@ -44,31 +49,30 @@ def merged_forward(
 
     **Raises:**
 
-    `ValueError` if any part of `filter` names no adapter, or if a weight's dtype is
-    narrower than float32: rounded to it, the sum would lose a small update.
+    `ValueError` if any part of `filter` or `exclude` names no adapter, or if a weight's
+    dtype is narrower than float32: rounded to it, the sum would lose a small update.
     """
     places = Places(model)
-    weights = [place for place in places.all if is_weight(place.node)]
+    weights = [place for place in places.all if _is_adapter(place)]
     if not weights:
         raise ValueError("`model` has no adapters. Call `lorax.loraify` first.")
     if filter is not None:
-        named = named_places(model, places, filter, "filter")
         weights = []
-        for part in named:
-            beneath = [place for root in part.places for place in places.beneath(root)]
-            of_part = [place for place in beneath if is_weight(place.node)]
+        for part in named_places(model, places, filter, "filter", _is_adapter):
+            of_part = [place for place in part.covered(places) if _is_adapter(place)]
             if not of_part:
                 raise ValueError(
                     f"{part.label} names no adapter. Available: "
-                    f"{available(places.all)}."
+                    f"{available(places, _is_adapter)}."
                 )
             weights += of_part
+    weights = without(model, places, exclude, weights, _is_adapter)
     narrow = [place for place in weights if _is_narrow(place.node)]
     if narrow and enabled:
         raise ValueError(
             f"{narrow[0].dotted} is of dtype {narrow[0].node.dtype.name}: `w + scale * "
-            "(b · a)` rounded to that loses small updates. Leave it out of `filter`, "
-            "or keep base weights in float32."
+            "(b · a)` rounded to that loses small updates. Leave it out with "
+            "`exclude`, or keep base weights in float32."
         )
     return rebuild(
         model,
@@ -77,6 +81,10 @@ def merged_forward(
             for place in weights
         },
     )
+
+
+def _is_adapter(place: Place) -> bool:
+    return is_weight(place.node)
 
 
 def _is_narrow(weight: Any) -> bool:

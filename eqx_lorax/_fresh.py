@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from ._arrays import promote
+from ._form import Form
 from ._init import Init, initial_factor
-from ._layers import kernel_axes, layer_for
 from ._lora import factor_shapes, factor_shardings, LoraWeight
-from ._sharding import created, Placement
+from ._sharding import created
 from ._targets import Target
 from ._tree import Place
 from ._weight import base_of, is_weight
@@ -22,45 +22,34 @@ from ._weight import base_of, is_weight
 def adapted(
     target: Target,
     array: Place,
+    form: Form,
     *,
-    rank: int,
-    alpha: float,
     init: Init,
     dtype: DTypeLike | None,
-    rank_stabilised: bool,
-    sharding: Placement,
     key: PRNGKeyArray,
 ) -> LoraWeight:
     """The array of a target with a fresh adapter."""
-    w = array.node
-    rows, columns = axes_of(array)
+    w, rank, rows, columns = array.node, form.rank, form.rows, form.columns
     shape = tuple(w.shape)
     b_shape, a_shape = factor_shapes(shape, rows, columns, rank)
     base = base_of(w)
     b_sharding, a_sharding = factor_shardings(
-        array.dotted, base, rows, columns, rank, sharding
+        array.dotted, base, rows, columns, rank, form.sharding
     )
     dtype = _factor_dtype(dtype, array)
     fan_in = math.prod(shape[axis] for axis in columns)
-    is_lookup = layer_for(target.module.module).is_lookup
     a = created(
         initial_factor,
-        (key, init, a_shape, dtype, rank, fan_in, is_lookup),
+        (key, init, a_shape, dtype, rank, fan_in, target.layer.is_lookup),
         base,
         a_sharding,
     )
     if is_weight(w):
         _check_fresh_key(array, a)
     b = created(jnp.zeros, (b_shape, dtype), base, b_sharding)
-    return LoraWeight(w, b, a, alpha, rows, columns, rank_stabilised=rank_stabilised)
-
-
-def axes_of(array: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The row and the column axes of an array of a module, counted from the end."""
-    assert array.owner is not None
-    if array.path[-1] != "weight":
-        return (-2,), (-1,)
-    return kernel_axes(array.owner.module, len(array.node.shape))
+    return LoraWeight(
+        w, b, a, form.alpha, rows, columns, rank_stabilised=form.rank_stabilised
+    )
 
 
 def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:

@@ -85,7 +85,7 @@ def lora(
 
     try:
         return functools.wraps(fn)(with_weights)
-    except AttributeError:  # Not every callable has a name.
+    except (AttributeError, TypeError):  # Not every callable has a name.
         return with_weights
 
 

@@ -16,7 +16,7 @@ class AbstractLoraLayer(AbstractOpaque):
     """The module as it was, but with each adapted weight an `AbstractLoraWeight`."""
 
     adapts: ClassVar[tuple[type, ...]]
-    """The types, exactly these, that it stands for."""
+    """The types that it stands for: these, and subclasses that compute as they do."""
 
     by_default: ClassVar[bool]
     """Whether a filter that only names what is around such a module selects it."""

@@ -4,6 +4,7 @@ Each keeps the module it stands for inside, with nothing changed but its weight,
 passes for it: attributes and `isinstance` answer as that module does.
 """
 
+import dataclasses
 import operator
 from typing import Any, TypeAlias
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, ArrayLike, Int, Key, PRNGKeyArray, UInt32
 
 from ._arrays import is_array
 from ._convolution import channels_first, convolve
-from ._forwarding import run
+from ._forwarding import NORMS, run
 from ._geometry import conv_geometry
 from ._init import is_one_key
 from ._layer import AbstractLoraLayer, drops
@@ -57,7 +58,7 @@ class LoraLinear(AbstractLoraLayer):
         """
         linear = self.wrapped
         if not isinstance(linear.weight, AbstractLoraWeight):
-            return linear(jnp.asarray(x), key=key)
+            return run(self, operator.call, jnp.asarray(x), key=key)
         _check_unstacked(linear, linear.weight, 2)
         with jax.named_scope("lorax.LoraLinear"):
             x = jnp.asarray(x)
@@ -65,6 +66,7 @@ class LoraLinear(AbstractLoraLayer):
                 if x.shape != ():
                     raise ValueError(f"`x` must have shape (), not {x.shape}.")
                 x = x[None]
+            _check_single(linear, x)
             low_rank_x = _dropped(self, x, key)
             y = matmul(linear.weight, x, low_rank_x=low_rank_x)
             y = _add_bias(y, jnp.result_type(x, linear.weight.dtype), linear.bias)
@@ -83,16 +85,7 @@ class LoraConv(AbstractLoraLayer):
     dropout: eqx.nn.Dropout | None = None
     key: Keys | None = None
 
-    adapts = (
-        eqx.nn.Conv,
-        eqx.nn.Conv1d,
-        eqx.nn.Conv2d,
-        eqx.nn.Conv3d,
-        eqx.nn.ConvTranspose,
-        eqx.nn.ConvTranspose1d,
-        eqx.nn.ConvTranspose2d,
-        eqx.nn.ConvTranspose3d,
-    )
+    adapts = (eqx.nn.Conv, eqx.nn.ConvTranspose)
     by_default = True
     has_dropout = True
     is_lookup = False
@@ -117,7 +110,7 @@ class LoraConv(AbstractLoraLayer):
         """
         conv = self.wrapped
         if not isinstance(conv.weight, AbstractLoraWeight):
-            return conv(x, key=key)
+            return run(self, operator.call, x, key=key)
         _check_unstacked(conv, conv.weight, conv.num_spatial_dims + 2)
         if x.ndim != conv.num_spatial_dims + 1:
             raise ValueError(
@@ -198,12 +191,60 @@ class LoraModule(AbstractLoraLayer):
             return run(self, operator.call, *args, **kwargs)
 
 
+_STANDARD = (LoraLinear, LoraConv, LoraEmbedding)
+
+
 def layer_for(module: Any) -> type[AbstractLoraLayer]:
-    """The layer that stands for `module`."""
-    for layer in (LoraLinear, LoraConv, LoraEmbedding):
-        if type(module) in layer.adapts:
-            return layer
-    return LoraModule
+    """The layer that stands for `module`: the one for its kind if it computes as all
+    of that kind do, and else the one that runs any module's own code."""
+    kind, layer = _kind_of(module)
+    is_plain = kind is not None and _computes_as(module, kind, layer)
+    return layer if is_plain else LoraModule
+
+
+def is_known(module: Any) -> bool:
+    """Whether `module` is a layer of a kind that can be adapted by its name alone."""
+    return _kind_of(module)[0] is not None or type(module) in NORMS
+
+
+def is_default(module: Any) -> bool:
+    """Whether `module` is adapted where only what is around it is named."""
+    return _kind_of(module)[1].by_default
+
+
+def is_part_of_kind(module: Any, field: str) -> bool:
+    """Whether `module` has its field `field` as all of its kind have it, rather than as
+    the subclass that it is an instance of."""
+    kind, _ = _kind_of(module)
+    return kind is not None and field in _names_in(kind)
+
+
+def _kind_of(module: Any) -> tuple[type | None, type[AbstractLoraLayer]]:
+    for layer in _STANDARD:
+        for kind in layer.adapts:
+            if issubclass(type(module), kind):
+                return kind, layer
+    return None, LoraModule
+
+
+def _computes_as(module: Any, kind: type, layer: type[AbstractLoraLayer]) -> bool:
+    """Whether `module` inherits all that the code of `kind` is and reads, and has no
+    attribute that the layer would hide."""
+    ancestors = type(module).__mro__
+    overridden = {
+        name
+        for ancestor in ancestors[: ancestors.index(kind)]
+        for name, value in vars(ancestor).items()
+        if hasattr(value, "__get__")
+    }
+    hidden = {field.name for field in dataclasses.fields(layer)} - {"wrapped"}
+    is_hidden = any(hasattr(module, name) for name in hidden)
+    return not is_hidden and overridden.isdisjoint({"__call__", *_names_in(kind)})
+
+
+def _names_in(kind: type) -> set[str]:
+    own = {name for name in vars(kind) if not name.startswith("__")}
+    return own | {field.name for field in dataclasses.fields(kind)}
 
 
 def kernel_axes(module: Any, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -222,6 +263,15 @@ def _check_unstacked(module: Any, weight: AbstractLoraWeight, ndim: int) -> None
             f"This {type(module).__name__} is a stack of layers: its `weight` has "
             f"shape {weight.shape}, {ndim} axes of which belong to one layer. Call it "
             "below `eqx.filter_vmap` or `jax.lax.scan` over the leading axes."
+        )
+
+
+def _check_single(linear: eqx.nn.Linear, x: Array) -> None:
+    size = linear.weight.shape[-1]
+    if x.ndim > 1 and x.shape[-2] != size:
+        raise ValueError(
+            f"`x` has shape {x.shape}, but a {type(linear).__name__} takes one vector "
+            f"at a time, here of shape ({size},). For a batch use `jax.vmap`."
         )
 
 

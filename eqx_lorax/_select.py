@@ -4,13 +4,14 @@ import dataclasses
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
+from ._layers import is_known
 from ._tree import children, Place, Places
 from ._weight import is_weight
 
@@ -21,6 +22,9 @@ _JIT_WRAPPER = type(eqx.filter_jit(lambda: None))
 Filter: TypeAlias = Any
 """`None`, a pattern or a list of patterns, a predicate on modules, or a filter spec: a
 pytree prefix of the model with bools or predicates at its leaves."""
+
+Eligible: TypeAlias = Callable[[Place], bool]
+"""Whether a place is one of those arrays among which a filter chooses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +41,24 @@ class Named:
     """Whether it marks leaf by leaf, as a filter spec does, and not by a rule that may
     well name more than is meant."""
 
+    is_shallow: bool = False
+    """Whether it never means what is inside a container, but of a module that is none
+    of the known layers its own arrays only: so it is with regular expressions."""
+
+    def covered(self, places: Places) -> Iterator[Place]:
+        """All that it means, at and beneath what it names."""
+        for root in self.places:
+            for place in places.beneath(root):
+                is_own = place is root or place.owner is root
+                if is_own or not self.is_shallow or is_known(root.module):
+                    yield place
+
 
 def named_places(
-    model: Any, places: Places, filter: Filter, argument: str
+    model: Any, places: Places, filter: Filter, argument: str, is_eligible: Eligible
 ) -> list[Named]:
-    """What `filter` names in `model`, whose places are `places`.
+    """What `filter` names in `model`, whose places are `places`. The arrays among which
+    it may choose are those that are eligible.
 
     **Raises:**
 
@@ -49,24 +66,58 @@ def named_places(
     fit the model. `TypeError` if it is none of the things that a filter can be.
     """
     if _is_rule(filter, model):
-        return [_named_by_rule(places, filter, argument)]
+        return [_named_by_rule(places, filter, argument, is_eligible)]
     if isinstance(filter, list | tuple | set | frozenset):
         if not filter:
             raise ValueError(
                 f"`{argument}={filter!r}` names nothing: it is empty. Available: "
-                f"{available(places.all)}."
+                f"{available(places, is_eligible)}."
             )
         if all(_is_rule(x, model) for x in filter):
-            return [_named_by_rule(places, x, argument) for x in filter]
+            return [_named_by_rule(places, x, argument, is_eligible) for x in filter]
     if type(filter) is type(model) or isinstance(
         filter, bool | np.bool_ | dict | list | tuple
     ):
-        return [_named_by_spec(places, filter, argument)]
+        return [_named_by_spec(places, filter, argument, is_eligible)]
     raise TypeError(
         f"`{argument}={filter!r}` is not a filter. Pass a path pattern such as "
         "'blocks.*.attention.query' or a list of them, a predicate on modules such as "
         "`lambda node: isinstance(node, eqx.nn.Linear)`, or a pytree of bools."
     )
+
+
+def without(
+    model: Any,
+    places: Places,
+    exclude: Filter,
+    among: Sequence[Place],
+    is_eligible: Eligible,
+) -> list[Place]:
+    """`among` but for what `exclude` names and what is beneath that.
+
+    **Raises:**
+
+    `ValueError` if any part of `exclude` takes nothing away, or if nothing is left.
+    """
+    if exclude is None:
+        return list(among)
+    gone: set[Place] = set()
+    for part in named_places(model, places, exclude, "exclude", is_eligible):
+        covered = set(part.covered(places))
+        if covered.isdisjoint(among):
+            raise ValueError(
+                f"{part.label} excludes nothing: what it names, "
+                f"{in_short(part.places)}, was not chosen in the first place. Chosen "
+                f"are {in_short(among) or 'none'}."
+            )
+        gone |= covered
+    left = [place for place in among if place not in gone]
+    if not left:
+        raise ValueError(
+            f"`exclude={exclude!r}` leaves nothing of what was chosen: "
+            f"{in_short(among)}."
+        )
+    return left
 
 
 def matches(pattern: Pattern, path: Sequence[str]) -> bool:
@@ -86,7 +137,10 @@ def matches(pattern: Pattern, path: Sequence[str]) -> bool:
 
 
 def matches_around(pattern: Pattern, path: Sequence[str]) -> bool:
-    """Whether `pattern` names the place at `path` or anything around it."""
+    """Whether `pattern` names the place at `path` or, unless it is a regular
+    expression, anything around it."""
+    if isinstance(pattern, re.Pattern):
+        return matches(pattern, path)
     return any(matches(pattern, path[:i]) for i in range(len(path) + 1))
 
 
@@ -104,16 +158,16 @@ def no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
     return f"`{argument}={label!r}` matched nothing.{hint}"
 
 
-def available(places: Iterable[Place]) -> str:
-    """A short list of the arrays that could be adapted, numbered siblings as one."""
+def available(places: Places, is_eligible: Eligible) -> str:
+    """A short list of the arrays that are eligible, numbered siblings as one."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
-    for place in places:
+    for place in places.all:
         if type(place.node) is _JIT_WRAPPER:
             return (
                 f"nothing inside the `eqx.filter_jit` at {place.dotted}, which hides "
                 "its modules; adapt the model first and jit it after"
             )
-        if place.is_array and len(place.node.shape) >= 2:
+        if is_eligible(place):
             path = re.sub(r"(?<![^.])\d+(?![^.])", "*", place.dotted)
             shapes.setdefault(path, []).append(tuple(place.node.shape))
     listed = []
@@ -122,23 +176,66 @@ def available(places: Iterable[Place]) -> str:
         several = f" × {len(found)}" if len(found) > 1 else ""
         listed.append(f"{path} {' or '.join(kinds[:3])}{several}")
     if not listed:
-        return "no array with two axes or more in this model"
+        return "no array in this model that could be"
     more = f", and {len(listed) - 20} more" if len(listed) > 20 else ""
     return ", ".join(listed[:20]) + more
 
 
+def in_short(places: Sequence[Place]) -> str:
+    """The paths of a few of these places."""
+    more = f", and {len(places) - 8} more" if len(places) > 8 else ""
+    return ", ".join(place.dotted for place in places[:8]) + more
+
+
 def _named_by_pattern(
-    places: Sequence[Place], pattern: Pattern, argument: str
+    places: Places, pattern: str, argument: str, is_eligible: Eligible
 ) -> Named:
-    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    found = [place for place in places if matches(pattern, place.path)]
+    found = [place for place in places.all if matches(pattern, place.path)]
+    if not found:
+        raise _unmatched(places, pattern, places.all, argument, is_eligible)
     # Modules come first: `"*"` means every layer, not also every array in one.
     modules = [place for place in found if not place.is_array]
-    arrays = [place for place in found if place.is_array]
+    return Named(f"`{argument}={pattern!r}`", modules or found)
+
+
+def _named_by_regex(
+    places: Places, pattern: re.Pattern[str], argument: str, is_eligible: Eligible
+) -> Named:
+    # Otherwise what is meant to leave something out, `(?!head).+`, would match all that
+    # is around it.
+    owners = {place.owner for place in places.all if place.is_array}
+    layers = [x for x in places.all if x in owners or is_known(x.module)]
+    arrays = [x for x in places.all if x.is_array]
+    known = [x for x in layers if is_known(x.module) and matches(pattern, x.path)]
+    inside = {below for layer in known for below in places.beneath(layer)}
+    found = [x for x in arrays if matches(pattern, x.path) and x not in inside]
+    chosen = {array.owner for array in found if is_eligible(array)}
+    for layer in layers:
+        if matches(pattern, layer.path) and layer not in inside | chosen:
+            found.append(layer)
+    found = sorted([*known, *found], key=lambda place: place.steps)
     if not found:
-        message = no_match(argument, text, [place.path for place in places])
-        raise ValueError(f"{message} Available: {available(places)}.")
-    return Named(f"`{argument}={text!r}`", modules or arrays)
+        raise _unmatched(places, pattern, [*layers, *arrays], argument, is_eligible)
+    return Named(f"`{argument}={pattern.pattern!r}`", found, is_shallow=True)
+
+
+def _unmatched(
+    places: Places,
+    pattern: Pattern,
+    candidates: Iterable[Place],
+    argument: str,
+    is_eligible: Eligible,
+) -> ValueError:
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    message = no_match(argument, text, [place.path for place in candidates])
+    if text == "all-linear" and argument == "filter":
+        message += " That is PEFT's word: here `filter=None` adapts all layers."
+    elif any(matches(pattern, place.path) for place in places.all):
+        message += (
+            " A regular expression has to match the full path of a layer or of an "
+            rf"array, not that of a container. '{text}\..*' has what is beneath."
+        )
+    return ValueError(f"{message} Available: {available(places, is_eligible)}.")
 
 
 def _named_by_predicate(
@@ -161,7 +258,9 @@ def _named_by_predicate(
     return Named(label, found)
 
 
-def _named_by_spec(places: Places, spec: Any, argument: str) -> Named:
+def _named_by_spec(
+    places: Places, spec: Any, argument: str, is_eligible: Eligible
+) -> Named:
     by_steps = {place.steps: place for place in places.all}
     marked: list[Place] = []
 
@@ -198,7 +297,7 @@ def _named_by_spec(places: Places, spec: Any, argument: str) -> Named:
     if not found:
         raise ValueError(
             f"`{argument}` is a filter spec that marks nothing as `True`. Available: "
-            f"{available(places.all)}."
+            f"{available(places, is_eligible)}."
         )
     return Named(f"the filter spec `{argument}`", found, one_by_one=True)
 
@@ -226,7 +325,11 @@ def _is_rule(filter: Any, model: Any) -> bool:
     return is_pattern or callable(filter) and type(filter) is not type(model)
 
 
-def _named_by_rule(places: Places, rule: Any, argument: str) -> Named:
-    if isinstance(rule, str | re.Pattern):
-        return _named_by_pattern(places.all, rule, argument)
+def _named_by_rule(
+    places: Places, rule: Any, argument: str, is_eligible: Eligible
+) -> Named:
+    if isinstance(rule, re.Pattern):
+        return _named_by_regex(places, rule, argument, is_eligible)
+    if isinstance(rule, str):
+        return _named_by_pattern(places, rule, argument, is_eligible)
     return _named_by_predicate(places.all, rule, argument)

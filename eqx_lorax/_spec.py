@@ -22,7 +22,17 @@ LORA_FULL = -1
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """How one parameter is adapted, where its rank alone does not say it.
+    """How one parameter is adapted, where its rank alone does not say it: in the spec
+    of `lorax.init_lora`, and as `rank` of `lorax.loraify`.
+
+    !!! example
+
+        A kernel `(model, heads, size)` that is used in an `einsum` has one axis on one
+        side and two on the other:
+
+        ```python
+        spec = lorax.LoraSpec(8, rows=(0,), columns=(1, 2))
+        ```
 
     **Arguments:**
 
@@ -31,11 +41,13 @@ class LoraSpec:
     - `columns`: The axes that the factor `a` owns.
     - `batch`: The axes along which there are as many adapters, such as the layers of a
         stack. Of `rows` and `columns`, one may be left out: it then has all other axes.
-        If both are, `columns` is the last axis.
-    - `alpha`: The numerator of the scale, if not that of `lorax.init_lora`.
+        If both are, `columns` is the last axis; in `lorax.loraify`, if `batch` is left
+        out too, the axes are those of the layer.
+    - `alpha`: The numerator of the scale, if not that of `lorax.init_lora` or
+        `lorax.loraify`.
     - `rank_stabilised`: Whether the scale is `alpha / sqrt(rank)`.
-    - `sharding`: Where the factors lie, as of `lorax.loraify`, if not where that of
-        `lorax.init_lora` says.
+    - `sharding`: Where the factors lie, as of `lorax.loraify`, if not where its
+        `sharding` or that of `lorax.init_lora` says.
     """
 
     rank: int

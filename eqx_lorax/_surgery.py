@@ -1,39 +1,50 @@
 """The module door: putting adapters into a model, and taking them out again."""
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._fresh import adapted, axes_of
+from ._form import forms_of
+from ._fresh import adapted
 from ._init import check_key, Init, key_for
+from ._keywords import suggests
 from ._layer import is_layer
-from ._layers import layer_for
 from ._merging import merged
-from ._select import Filter, Pattern
+from ._options import per_module, PerTarget
+from ._select import Filter
 from ._sharding import Placement
-from ._targets import find_targets, per_target, summarised, Target
+from ._spec import LoraSpec
+from ._targets import find_targets, summarised, Target
 from ._tree import Place, Places, rebuild
 from ._weight import base_of, is_weight
 
 
 _Model = TypeVar("_Model")
-_Value = TypeVar("_Value")
-PerTarget: TypeAlias = _Value | Mapping[Pattern, _Value]
-
-_DEFAULT_RANK = 8
 
 
+@suggests(
+    r="`rank`",
+    rank_pattern="a mapping as `rank`",
+    lora_alpha="`alpha`",
+    alpha_pattern="a mapping as `alpha`",
+    lora_dropout="`dropout`",
+    target_modules="`filter`",
+    exclude_modules="`exclude`",
+    use_rslora="`rank_stabilised`",
+    init_lora_weights="`init`",
+    modules_to_save="`also` of `lorax.partition`",
+)
 def loraify(
     model: _Model,
     filter: Filter = None,
     *,
-    rank: PerTarget[int] = _DEFAULT_RANK,
+    exclude: Filter = None,
+    rank: PerTarget[int | LoraSpec | None] = None,
     alpha: PerTarget[int | float | None] = None,
     dropout: PerTarget[int | float] = 0.0,
     init: Init = "uniform",
@@ -59,19 +70,27 @@ def loraify(
 
     - `model`: Any pytree with Equinox modules in it.
     - `filter`: What to adapt.
-        - `None`: every `equinox.nn.Linear` and convolution.
+        - `None`: every `equinox.nn.Linear` and convolution, and every instance of a
+            subclass.
         - A path pattern or a list of them. `"query"` names whatever is called that,
             anywhere; `"blocks.*.attention.query"` is matched name by name from the root
-            (`**` for any number of names); a compiled regular expression must match
-            the full path. Naming a container selects the layers beneath it; naming an
-            array of any other module, such as `"cell.weight_hh"`, adapts that array.
+            (`**` for any number of names). Naming a container selects the layers
+            beneath it; naming an array of any other module, such as
+            `"cell.weight_hh"`, adapts that array. A compiled regular expression must
+            match the full path of a layer or an array; those of containers it does not
+            see.
         - A predicate, called on every module in the model, or a type.
         - A filter spec: a pytree prefix of the model with bools or predicates at its
             leaves.
-    - `rank`: The rank of the updates, from 1 to the smaller side of the weight. For
-        this, `alpha` and `dropout` a mapping from patterns to values gives each target
-        the value of the first pattern that matches it or a container around it, and
-        the default where none does.
+    - `exclude`: What of that is not adapted after all: again a filter. What it names,
+        and all that is beneath that, is left out.
+    - `rank`: The rank of the updates, from 1 to the smaller side of the weight. By
+        default 8, or the smaller side where that is less. A `lorax.LoraSpec` also says
+        which axes are rows, columns and batch, and may have its own `alpha`,
+        `rank_stabilised` and `sharding`; if it says no axes, they are those of the
+        layer. For this, `alpha`, `dropout` and `sharding` a mapping from patterns to
+        values gives each target the value of the first pattern that matches it or a
+        container around it, and the default where none does.
     - `alpha`: The numerator of `scale = alpha / rank`. Defaults to the rank, so that
         the scale is 1.
     - `dropout`: The probability with which inputs of the low-rank branch are dropped in
@@ -100,50 +119,52 @@ def loraify(
 
     **Raises:**
 
-    `ValueError` or `TypeError`, before anything is done, if any part of `filter` or of
-    a mapping matches nothing, and if an option is out of range for any target.
+    `ValueError` or `TypeError`, before anything is done, if any part of `filter`, of
+    `exclude` or of a mapping matches nothing, and if an option is out of range for any
+    target. Of an array of three axes or more that belongs to no known layer the last
+    two are taken for matrices, of which the others number several; where such an
+    adapter would have as many elements as the array, the axes have to be said.
+
+    A warning if a layer that nobody named cannot be adapted, because it has no weight,
+    or something else in its place.
 
     ??? cite
 
         [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685)
     """
+    _check_model(model)
     check_key(key)
     _check_init(init)
     places = Places(model)
-    targets = find_targets(model, places, filter)
+    targets, passed_over = find_targets(model, places, filter, exclude)
     before = [target for target in targets if target.is_adapted]
     if before and not nested:
         raise ValueError(
             f"`model` already has adapters at {summarised(before)}. Pass `nested=True` "
             "to put second ones on top of them, take them out with `lorax.unloraify`, "
-            "or leave them out of `filter`."
+            "or leave them out with `exclude`."
         )
-    ranks = per_target(rank, targets, "rank", _DEFAULT_RANK)
-    alphas = per_target(alpha, targets, "alpha", None)
-    dropouts = per_target(dropout, targets, "dropout", 0.0)
-    shardings = per_target(sharding, targets, "sharding", None)
-    _check_ranks(targets, ranks)
-    _check_alphas(targets, alphas)
+    forms = forms_of(
+        targets,
+        rank=rank,
+        alpha=alpha,
+        rank_stabilised=rank_stabilised,
+        sharding=sharding,
+    )
+    dropouts = per_module(dropout, targets, "dropout", 0.0)
     _check_dropouts(targets, dropouts)
+    _warn_of_passed_over(passed_over)
 
     key_paths = _key_paths(targets)
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
-    options = zip(targets, ranks, alphas, dropouts, shardings)
-    for target, rank_, alpha_, rate, placement in options:
+    for target, rate in zip(targets, dropouts):
         for array in target.arrays:
+            key_ = key_for(key, key_paths[array])
             weight = adapted(
-                target,
-                array,
-                rank=rank_,
-                alpha=float(rank_ if alpha_ is None else alpha_),
-                init=init,
-                dtype=dtype,
-                rank_stabilised=rank_stabilised,
-                sharding=placement,
-                key=key_for(key, key_paths[array]),
+                target, array, forms[array], init=init, dtype=dtype, key=key_
             )
             edits[array.steps] = lambda _, weight=weight: weight
-        edits[target.module.steps] = wrapping(target.module, rate)
+        edits[target.module.steps] = wrapping(target, rate)
     return rebuild(model, edits)
 
 
@@ -196,9 +217,9 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
     return rebuild(model, edits)
 
 
-def wrapping(place: Place, rate: int | float) -> Callable[[Any], Any]:
-    """What puts the layer for the module at `place` around it."""
-    layer: Any = layer_for(place.module)
+def wrapping(target: Target, rate: int | float) -> Callable[[Any], Any]:
+    """What puts the layer for the module of `target` around it."""
+    layer: Any = target.layer
 
     def wrap(node: Any) -> Any:
         module = node.wrapped if is_layer(node) else node
@@ -225,9 +246,31 @@ def _key_paths(targets: Sequence[Target]) -> dict[Place, str]:
             f"One array in several places: {', '.join(twice)}. To Equinox these are "
             "separate weights: their adapters start equal and are trained apart, over "
             "one base. If they are meant to be tied, say so with `eqx.nn.Shared`.",
-            stacklevel=3,
+            stacklevel=_CALLER,
         )
     return paths
+
+
+# From a function that `loraify` calls: past it, and past what names its keywords.
+_CALLER = 4
+
+
+def _warn_of_passed_over(reasons: Sequence[str]) -> None:
+    if reasons:
+        more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        warnings.warn(
+            f"Not adapted: {'; '.join(reasons[:5])}{more}. Name them in `exclude` if "
+            "that is meant.",
+            stacklevel=_CALLER,
+        )
+
+
+def _check_model(model: Any) -> None:
+    if isinstance(model, type):
+        raise TypeError(
+            f"`model` is the class {model.__name__} itself. Pass a model, such as "
+            f"`{model.__name__}(...)`."
+        )
 
 
 def _check_init(init: Any) -> None:
@@ -238,59 +281,16 @@ def _check_init(init: Any) -> None:
         )
 
 
-def _check_ranks(targets: Sequence[Target], ranks: Sequence[Any]) -> None:
-    too_large = {}
-    for target, rank in zip(targets, ranks):
-        if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
-            raise TypeError(f"`rank={rank!r}` must be an integer.")
-        if rank < 1:
-            raise ValueError(f"`rank={rank}` must be at least 1.")
-        for array in target.arrays:
-            shape = array.node.shape
-            limit = min(
-                math.prod(shape[axis] for axis in axes) for axes in axes_of(array)
-            )
-            if rank > limit:
-                too_large[array.dotted] = (rank, limit, tuple(shape))
-    if too_large:
-        listed = "; ".join(
-            f"`rank={rank}` exceeds the smaller side, {limit}, of {path} {shape}"
-            for path, (rank, limit, shape) in list(too_large.items())[:5]
-        )
-        more = f"; and {len(too_large) - 5} more" if len(too_large) > 5 else ""
-        fix: dict[str, Any] = {path: x[1] for path, x in list(too_large.items())[:5]}
-        fix["*"] = next(iter(too_large.values()))[0]
-        raise ValueError(
-            f"{listed}{more}. Give these a rank of their own, `rank={fix}`, or leave "
-            "them out of `filter`."
-        )
-
-
-def _check_alphas(targets: Sequence[Target], alphas: Sequence[Any]) -> None:
-    for target, alpha in zip(targets, alphas):
-        if alpha is None:
-            continue
-        if not isinstance(alpha, int | float | np.number) or isinstance(alpha, bool):
-            raise TypeError(
-                f"`alpha={alpha!r}` must be a Python number: it is static, not trained."
-            )
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(
-                f"`alpha={alpha}` for {target.module.dotted} must be positive and "
-                "finite; `alpha=None` makes the scale 1."
-            )
-
-
 def _check_dropouts(targets: Sequence[Target], dropouts: Sequence[Any]) -> None:
     for target, rate in zip(targets, dropouts):
         if not isinstance(rate, int | float | np.number) or not 0 <= rate < 1:
             raise ValueError(
                 f"`dropout={rate!r}` must be a probability from 0 to below 1."
             )
-        if rate and not layer_for(target.module.module).has_dropout:
+        if rate and not target.layer.has_dropout:
             raise ValueError(
                 f"`dropout={rate}` cannot be applied in {target.module.dotted}, a "
                 f"{type(target.module.module).__name__}: only linear layers and "
-                "convolutions have it. Give the others alone a rate: "
-                "`dropout={'<pattern>': ...}`."
+                "convolutions have it. Give the others alone a rate, "
+                "`dropout={'<pattern>': ...}`, or leave it out with `exclude`."
             )

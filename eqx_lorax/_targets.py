@@ -1,23 +1,16 @@
 """Targets: which arrays of which modules are to be adapted."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax.numpy as jnp
 
 from ._forwarding import NORMS
-from ._layers import layer_for, LoraModule
-from ._select import (
-    available,
-    Filter,
-    matches_around,
-    Named,
-    named_places,
-    no_match,
-    Pattern,
-)
+from ._layer import AbstractLoraLayer
+from ._layers import is_default, is_known, is_part_of_kind, layer_for, LoraModule
+from ._select import available, Filter, in_short, Named, named_places, without
 from ._tree import Place, Places
 from ._weight import is_weight
 
@@ -37,162 +30,91 @@ class Target:
         """Whether any of the arrays has an adapter already."""
         return any(is_weight(array.node) for array in self.arrays)
 
+    @property
+    def layer(self) -> type[AbstractLoraLayer]:
+        """The layer that is to stand for the module."""
+        weight = (*self.module.path, "weight")
+        is_standard = any(array.path == weight for array in self.arrays)
+        return layer_for(self.module.module) if is_standard else LoraModule
 
-def find_targets(model: Any, places: Places, filter: Filter) -> list[Target]:
-    """The targets that `filter` names, in the order of the model.
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Unfit:
+    """What was named, or is a layer, and yet cannot be adapted."""
+
+    place: Place
+    reason: str
+    how: Literal["silent", "warning", "error"]
+    """How the user hears of it."""
+
+
+_Item: TypeAlias = Target | Unfit
+
+
+def find_targets(
+    model: Any, places: Places, filter: Filter, exclude: Filter = None
+) -> tuple[list[Target], list[str]]:
+    """The targets that `filter` names but for what `exclude` names, in the order of the
+    model; and why layers that nobody excluded are passed over.
 
     **Raises:**
 
-    `ValueError` if the filter, or any part of it, names nothing that can be adapted.
+    `ValueError` if either of the two, or any part of it, names nothing that can be
+    adapted.
     """
     if filter is None:
         found = _layers_beneath(places.root, places)
-        if not found:
-            raise ValueError(
-                "`filter=None` adapts every `eqx.nn.Linear` and convolution, and this "
-                f"model has none. Name what to adapt: {available(places.all)}."
-            )
     else:
-        named = named_places(model, places, filter, "filter")
-        found = [target for part in named for target in _resolve(part, places)]
-    return _merged(found)
-
-
-def per_target(
-    option: Any, targets: Sequence[Target], argument: str, default: Any
-) -> list[Any]:
-    """The value of `option` for each target: `option` itself or, if it is a mapping
-    from patterns, the value of the first that matches, or else `default`.
-
-    **Raises:**
-
-    `ValueError` if a pattern decides for no target.
-    """
-    if not isinstance(option, Mapping):
-        return [option] * len(targets)
-    used: set[Pattern] = set()
-    values = []
-    for target in targets:
-        paths = [target.module.path, *(array.path for array in target.arrays)]
-        matching = [
-            pattern
-            for pattern in option
-            if any(matches_around(pattern, path) for path in paths)
+        named = named_places(model, places, filter, "filter", is_target)
+        found = [item for part in named for item in _resolve(part, places)]
+    targets = merged_targets(item for item in found if isinstance(item, Target))
+    unfit = [item for item in found if isinstance(item, Unfit)]
+    if exclude is not None:
+        among = [array for target in targets for array in target.arrays]
+        among += [item.place for item in unfit]
+        left = set(without(model, places, exclude, among, is_target))
+        unfit = [item for item in unfit if item.place in left]
+        kept = [
+            Target(target.module, tuple(x for x in target.arrays if x in left))
+            for target in targets
         ]
-        used.update(matching[:1])
-        values.append(option[matching[0]] if matching else default)
-    for pattern in option:
-        if pattern in used:
-            continue
-        paths = [target.module.path for target in targets]
-        if any(matches_around(pattern, path) for path in paths):
-            raise ValueError(
-                f"`{argument}` has a pattern {pattern!r} that decides nothing: another "
-                "before it matches all the same targets. The first that matches "
-                "counts, so put the general ones last."
-            )
-        text = getattr(pattern, "pattern", pattern)
+        targets = [target for target in kept if target.arrays]
+    reasons = {
+        how: list(dict.fromkeys(item.reason for item in unfit if item.how == how))
+        for how in ("warning", "error")
+    }
+    if wrong := reasons["error"]:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"{no_match(argument, text, paths)} It has to match a target of `filter`: "
-            f"{summarised(targets)}."
+            f"{'; '.join(wrong[:5])}{more}. Or leave it out, with `exclude`."
         )
-    return values
-
-
-def summarised(targets: Iterable[Target]) -> str:
-    """The targets in a few words."""
-    paths = [target.module.dotted for target in targets]
-    more = f", and {len(paths) - 8} more" if len(paths) > 8 else ""
-    return ", ".join(paths[:8]) + more
-
-
-def _resolve(part: Named, places: Places) -> list[Target]:
-    """The targets that one part of a filter means by what it names."""
-    found: list[Target] = []
-    left: list[Place] = []
-    for place in part.places:
-        targets = _targets_at(place, places, part.label)
-        found += targets
-        if not targets:
-            left.append(place)
-    if part.one_by_one:
-        # Marking a bias together with its weight is how specs usually look.
-        owners = {target.module for target in found}
-        left = [place for place in left if place.owner not in owners]
-    if left and (part.one_by_one or not found):
-        reasons = "; ".join(
-            f"{place.dotted} is {_what_it_is(place)}" for place in left[:3]
-        )
+    if not targets:
+        listed = "".join(f" {reason}." for reason in reasons["warning"][:5])
         raise ValueError(
-            f"{part.label} names what cannot be adapted: {reasons}. To train it as it "
-            "is, name it in `also` of `lorax.partition`. Available: "
-            f"{available(places.all)}."
+            "There is nothing to adapt. `filter=None`, or naming a container, adapts "
+            f"every `eqx.nn.Linear` and convolution in it, and there is none.{listed} "
+            f"Name what to adapt: {available(places, is_target)}."
         )
-    return found
+    return targets, reasons["warning"]
 
 
-def _targets_at(place: Place, places: Places, label: str) -> list[Target]:
-    if place.is_array:
-        target = target_of(place)
-        return [] if target is None else [target]
-    if layer_for(place.module) is not LoraModule:
-        return [_target_of_layer(place, places, label)]
-    found = _layers_beneath(place, places)
-    own = [array for array in places.beneath(place) if array.owner is place]
-    weight = [array for array in own if array.path[-1] == "weight"]
-    targets = [target_of(array) for array in weight if array.is_array]
-    found += [target for target in targets if target is not None]
-    candidates = [array for array in own if target_of(array) is not None]
-    if not found and candidates:
-        listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in candidates)
-        raise ValueError(
-            f"{label} names {place.dotted}, a {type(place.module).__name__}. Which of "
-            f"its arrays is to be adapted? Name them: {listed}."
-        )
-    return found
-
-
-def _layers_beneath(place: Place, places: Places) -> list[Target]:
-    """The layers of the kinds that need not be named, at or beneath `place`."""
-    return [
-        _target_of_layer(layer, places, None)
-        for layer in places.beneath(place)
-        if layer_for(layer.module).by_default and _weight_of(layer, places).is_array
-    ]
-
-
-def _target_of_layer(layer: Place, places: Places, label: str | None) -> Target:
-    weight = _weight_of(layer, places)
-    if not weight.is_array:
-        raise ValueError(
-            f"{label} names {layer.dotted}, whose weight `eqx.nn.Shared` takes from "
-            f"elsewhere. Name its owner: {_owner_of_shared(weight, places)!r}."
-        )
-    target = target_of(weight)
-    if target is None:
-        raise ValueError(
-            f"{weight.dotted} has dtype {weight.node.dtype}, which cannot carry an "
-            "adapter. Cast it to a floating dtype, or leave it out of `filter`."
-        )
-    return target
-
-
-def _weight_of(layer: Place, places: Places) -> Place:
-    return next(
-        place
-        for place in places.beneath(layer)
-        if place.path == (*layer.path, "weight")
-    )
+def is_target(array: Place) -> bool:
+    """Whether `array` can be adapted."""
+    return target_of(array) is not None
 
 
 def target_of(array: Place) -> Target | None:
     """The target that adapting `array` makes; `None` if it cannot be adapted."""
     owner = array.owner
+    while owner is not None and _makes_an_array(owner.module):
+        # Only what is around it computes with it.
+        owner = owner.owner
     if owner is None or not array.is_array or len(array.node.shape) < 2:
         return None
-    if not jnp.issubdtype(array.node.dtype, jnp.inexact):
+    if not jnp.issubdtype(array.node.dtype, jnp.inexact) or 0 in array.node.shape:
         return None
-    if layer_for(owner.module) is not LoraModule and array.path[-1] != "weight":
+    field = array.path[len(owner.path)]
+    if field != "weight" and is_part_of_kind(owner.module, field):
         # A stacked bias looks like a matrix.
         return None
     norm = owner.owner
@@ -206,33 +128,7 @@ def target_of(array: Place) -> Target | None:
     return Target(owner, (array,))
 
 
-def _what_it_is(place: Place) -> str:
-    if not place.is_array:
-        return f"a {type(place.module).__name__} without a matrix"
-    shape = tuple(place.node.shape)
-    if len(shape) < 2:
-        return f"a vector {shape}" if shape else "a scalar"
-    if not jnp.issubdtype(place.node.dtype, jnp.inexact):
-        return f"of dtype {place.node.dtype}"
-    if place.owner is None:
-        return "not an array of an `eqx.Module`"
-    return f"not the weight of its {type(place.owner.module).__name__}"
-
-
-def _owner_of_shared(placeholder: Place, places: Places) -> str:
-    for place in places.all:
-        if type(place.node) is eqx.nn.Shared and place.holds(placeholder):
-            shared = place.node
-            sources, holes = shared.get(shared.pytree), shared.where(shared.pytree)
-            if not isinstance(holes, list | tuple):
-                sources, holes = [sources], [holes]
-            for source, hole in zip(sources, holes):
-                if hole is placeholder.node:
-                    return next(x.dotted for x in places.all if x.node is source)
-    return "the layer that holds the array"
-
-
-def _merged(targets: Iterable[Target]) -> list[Target]:
+def merged_targets(targets: Iterable[Target]) -> list[Target]:
     """Each module once, with all of its arrays, in the order of the model."""
     modules: dict[Place, dict[Place, None]] = {}
     for target in targets:
@@ -242,3 +138,141 @@ def _merged(targets: Iterable[Target]) -> list[Target]:
         Target(module, tuple(sorted(modules[module], key=lambda place: place.steps)))
         for module in in_order
     ]
+
+
+def summarised(targets: Sequence[Target]) -> str:
+    """The targets in a few words."""
+    return in_short([target.module for target in targets])
+
+
+def _resolve(part: Named, places: Places) -> list[_Item]:
+    """What one part of a filter means by what it names."""
+    found: list[_Item] = []
+    left: list[Place] = []
+    for place in part.places:
+        items = _items_at(place, places, part)
+        found += items
+        if not items:
+            left.append(place)
+    if part.one_by_one:
+        # Marking a bias together with its weight is how specs usually look.
+        owners = {item.module for item in found if isinstance(item, Target)}
+        left = [place for place in left if place.owner not in owners]
+    if left and (part.one_by_one or not found):
+        reasons = "; ".join(
+            f"{place.dotted} is {_what_it_is(place)}" for place in left[:3]
+        )
+        raise ValueError(
+            f"{part.label} names what cannot be adapted: {reasons}. To train it as it "
+            "is, name it in `also` of `lorax.partition`. Available: "
+            f"{available(places, is_target)}."
+        )
+    return found
+
+
+def _items_at(place: Place, places: Places, part: Named) -> list[_Item]:
+    if place.is_array:
+        target = target_of(place)
+        return [] if target is None else [target]
+    if is_known(place.module) and type(place.module) not in NORMS:
+        return [_layer(place, places, is_named=True)]
+    own = [x for x in places.beneath(place) if x.owner is place and is_target(x)]
+    is_shallow = part.is_shallow and not is_known(place.module)
+    found = [] if is_shallow else _layers_beneath(place, places)
+    found += [x for y in own if y.path[-1] == "weight" and (x := target_of(y))]
+    if not found and own:
+        listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in own)
+        reason = (
+            f"{part.label} names {place.dotted}, a {type(place.module).__name__}. "
+            f"Which of its arrays is to be adapted? Name them: {listed}"
+        )
+        found.append(Unfit(place, reason, "error"))
+    return found
+
+
+def _layers_beneath(place: Place, places: Places) -> list[_Item]:
+    """The layers of the kinds that need not be named, at or beneath `place`."""
+    return [
+        _layer(layer, places, is_named=False)
+        for layer in places.beneath(place)
+        if is_default(layer.module)
+    ]
+
+
+def _layer(layer: Place, places: Places, is_named: bool) -> _Item:
+    """The target that a layer of a known kind is, or why it is none."""
+    inside = list(places.beneath(layer))
+    weight = next((x for x in inside if x.path == (*layer.path, "weight")), None)
+    if weight is None or weight.node is not getattr(layer.module, "weight", None):
+        others = [x.dotted for x in inside if x.owner is layer and is_target(x)]
+        hint = f"; it has {', '.join(others)}, to be named" if others else ""
+        reason = f"{layer.dotted} has no `weight`: that is `None`, or computed{hint}"
+        return Unfit(layer, reason, "error" if is_named else "warning")
+    if not weight.is_array:
+        return _without_array(layer, weight, places, is_named)
+    if 0 in weight.node.shape:
+        reason = (
+            f"{weight.dotted} has shape {tuple(weight.node.shape)}: a layer without "
+            "inputs or without outputs has nothing to adapt"
+        )
+        return Unfit(weight, reason, "error" if is_named else "warning")
+    target = target_of(weight)
+    if target is None:
+        reason = (
+            f"{weight.dotted} has dtype {weight.node.dtype}, which cannot carry an "
+            "adapter. Cast it to a floating dtype"
+        )
+        return Unfit(weight, reason, "error")
+    return target
+
+
+def _without_array(
+    layer: Place, weight: Place, places: Places, is_named: bool
+) -> Unfit:
+    shared = _owner_of_shared(weight, places)
+    if shared is not None:
+        reason = (
+            f"{layer.dotted} was named, whose weight `eqx.nn.Shared` takes from "
+            f"elsewhere. Name its owner: {shared!r}"
+        )
+        return Unfit(weight, reason, "error" if is_named else "silent")
+    inside = [x.dotted for x in places.beneath(weight) if is_target(x)]
+    hint = f"it holds {', '.join(inside)}, to be named" if inside else "not adaptable"
+    kind = type(weight.node).__name__
+    reason = f"{weight.dotted} is not an array but a {kind}: {hint}"
+    return Unfit(weight, reason, "error" if is_named else "warning")
+
+
+def _makes_an_array(module: Any) -> bool:
+    return hasattr(type(module), "__jax_array__")
+
+
+def _what_it_is(place: Place) -> str:
+    if not place.is_array:
+        return f"a {type(place.module).__name__} without a matrix"
+    shape = tuple(place.node.shape)
+    if len(shape) < 2:
+        return f"a vector {shape}" if shape else "a scalar"
+    if 0 in shape:
+        return f"empty, of shape {shape}"
+    if not jnp.issubdtype(place.node.dtype, jnp.inexact):
+        return f"of dtype {place.node.dtype}"
+    if place.owner is None:
+        return "not an array of an `eqx.Module`"
+    return f"not the weight of its {type(place.owner.module).__name__}"
+
+
+def _owner_of_shared(placeholder: Place, places: Places) -> str | None:
+    around = [
+        place.node
+        for place in places.all
+        if type(place.node) is eqx.nn.Shared and place.holds(placeholder)
+    ]
+    for shared in around:
+        sources, holes = shared.get(shared.pytree), shared.where(shared.pytree)
+        if not isinstance(holes, list | tuple):
+            sources, holes = [sources], [holes]
+        for source, hole in zip(sources, holes):
+            if hole is placeholder.node:
+                return next(x.dotted for x in places.all if x.node is source)
+    return "the layer that holds the array" if around else None

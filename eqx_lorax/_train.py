@@ -9,7 +9,8 @@ import jax
 from jaxtyping import PyTree
 
 from ._arrays import is_inexact
-from ._select import available, Filter, named_places
+from ._layer import is_layer
+from ._select import available, Filter, Named, named_places, without
 from ._tree import Place, Places, rebuild
 from ._weight import is_weight
 
@@ -17,7 +18,9 @@ from ._weight import is_weight
 _Model = TypeVar("_Model")
 
 
-def trainable(model: PyTree, also: Filter = None) -> PyTree[bool]:
+def trainable(
+    model: PyTree, also: Filter = None, *, exclude: Filter = None
+) -> PyTree[bool]:
     """Which leaves of a model are trained: a filter spec for `equinox.partition`.
 
     **Arguments:**
@@ -25,7 +28,12 @@ def trainable(model: PyTree, also: Filter = None) -> PyTree[bool]:
     - `model`: A model with adapters, or any model if `also` is given.
     - `also`: What is trained besides the factors: a new head, norms, biases. A filter
         as of `lorax.loraify`, of which every inexact array at or beneath the named
-        places is meant. Base weights that have an adapter stay frozen all the same.
+        places is meant. Base weights that have an adapter stay frozen all the same; to
+        train such a layer whole, leave it out of the adapters, by `exclude` of
+        `lorax.loraify`.
+    - `exclude`: What of all that stays frozen after all, again a filter: the factors of
+        every adapter, and every array that `also` names, at or beneath the places that
+        it names.
 
     **Returns:**
 
@@ -33,22 +41,34 @@ def trainable(model: PyTree, also: Filter = None) -> PyTree[bool]:
 
     **Raises:**
 
-    `ValueError` if nothing would be trained, or if any part of `also` names no array
-    that could be.
+    `ValueError` if nothing would be trained, if any part of `also` names no array that
+    could be, or an adapted layer itself, or if any part of `exclude` excludes nothing.
     """
     spec = adapter_spec(model)
-    if also is None:
-        if not any(jax.tree.leaves(spec)):
-            raise ValueError(
-                "`model` has no adapters, so nothing would be trained. Call "
-                "`lorax.loraify` first, or name what to train with `also`."
-            )
+    if also is None and not any(jax.tree.leaves(spec)):
+        raise ValueError(
+            "`model` has no adapters, so nothing would be trained. Call "
+            "`lorax.loraify` first, or name what to train with `also`."
+        )
+    if also is None and exclude is None:
         return spec
-    also_trained = trained_places(model, Places(model), also)
-    return rebuild(spec, {place.steps: lambda _: True for place in also_trained})
+    places = Places(model)
+    also_trained = trained_places(model, places, also)
+    adapters = [place for place in places.all if is_weight(place.node)]
+    chosen = [*adapters, *also_trained]
+    left = set(without(model, places, exclude, chosen, set(chosen).__contains__))
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        place.steps: lambda _: True for place in also_trained if place in left
+    }
+    for place in adapters:
+        if place not in left:
+            edits[place.steps] = lambda flags: jax.tree.map(lambda _: False, flags)
+    return rebuild(spec, edits)
 
 
-def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
+def partition(
+    model: _Model, also: Filter = None, *, exclude: Filter = None
+) -> tuple[_Model, _Model]:
     """Splits a model into what is trained and what is frozen.
 
     `params` *is* the adapter: make the optimizer state from it, save it, or combine
@@ -56,7 +76,7 @@ def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
 
     **Arguments:**
 
-    - `model`, `also`: As of `lorax.trainable`.
+    - `model`, `also`, `exclude`: As of `lorax.trainable`.
 
     **Returns:**
 
@@ -67,13 +87,14 @@ def partition(model: _Model, also: Filter = None) -> tuple[_Model, _Model]:
 
     As `lorax.trainable`.
     """
-    return eqx.partition(model, trainable(model, also))
+    return eqx.partition(model, trainable(model, also, exclude=exclude))
 
 
 def filter_value_and_grad(
     fun: Callable[..., Any] | None = None,
     *,
     also: Filter = None,
+    exclude: Filter = None,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
     """As `equinox.filter_value_and_grad`, but differentiates only what is trained in
@@ -83,25 +104,28 @@ def filter_value_and_grad(
 
     - `fun`: A function whose first argument is a model with adapters and which returns
         a scalar, or a scalar and something else if `has_aux`.
-    - `also`: As of `lorax.trainable`.
+    - `also`, `exclude`: As of `lorax.trainable`.
     - `has_aux`: Whether `fun` returns a pair.
 
     **Returns:**
 
     A function with the arguments of `fun` that returns the value of `fun` and a
-    gradient of the structure of `params` in `lorax.partition(model, also)`.
+    gradient of the structure of `params` in `lorax.partition` with the same `also` and
+    `exclude`.
 
     **Raises:**
 
     As `lorax.trainable`, when it is called.
     """
     if fun is None:
-        return functools.partial(filter_value_and_grad, also=also, has_aux=has_aux)
+        return functools.partial(
+            filter_value_and_grad, also=also, exclude=exclude, has_aux=has_aux
+        )
     function = fun
 
     @functools.wraps(function)
     def value_and_grad(model: Any, *args: Any, **kwargs: Any) -> Any:
-        params, frozen = partition(model, also)
+        params, frozen = partition(model, also, exclude=exclude)
 
         def of_params(params: Any, *args: Any, **kwargs: Any) -> Any:
             return function(eqx.combine(params, frozen), *args, **kwargs)
@@ -116,13 +140,18 @@ def filter_grad(
     fun: Callable[..., Any] | None = None,
     *,
     also: Filter = None,
+    exclude: Filter = None,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
     """As `lorax.filter_value_and_grad`, but returns the gradient alone, or the gradient
     and the second result if `has_aux`: the signature of `equinox.filter_grad`."""
     if fun is None:
-        return functools.partial(filter_grad, also=also, has_aux=has_aux)
-    value_and_grad = filter_value_and_grad(fun, also=also, has_aux=has_aux)
+        return functools.partial(
+            filter_grad, also=also, exclude=exclude, has_aux=has_aux
+        )
+    value_and_grad = filter_value_and_grad(
+        fun, also=also, exclude=exclude, has_aux=has_aux
+    )
 
     @functools.wraps(fun)
     def grad(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,22 +171,44 @@ def adapter_spec(model: PyTree) -> PyTree[bool]:
 
 
 def trained_places(model: PyTree, places: Places, also: Filter) -> list[Place]:
-    """The arrays that `also` names, each once."""
+    """The arrays that `also` names, each once.
+
+    **Raises:**
+
+    `ValueError` if any part of it names none, or an adapted layer itself: of that, only
+    the bias would be trained.
+    """
     if also is None:
         return []
     found: dict[Place, None] = {}
-    for named in named_places(model, places, also, "also"):
-        arrays = [
-            array
-            for place in named.places
-            for array in places.beneath(place)
-            if is_inexact(array.node)
-        ]
+    for named in named_places(model, places, also, "also", _could_be_trained):
+        _check_not_adapted(named, places)
+        arrays = [x for x in named.covered(places) if _could_be_trained(x)]
         if not arrays:
             raise ValueError(
                 f"{named.label} names no array that could be trained: there are only "
                 "adapters, which are trained anyway, their frozen bases, or none. "
-                f"Available: {available(places.all)}."
+                f"Available: {available(places, _could_be_trained)}."
             )
         found.update(dict.fromkeys(arrays))
     return list(found)
+
+
+def _could_be_trained(place: Place) -> bool:
+    return is_inexact(place.node)
+
+
+def _check_not_adapted(named: Named, places: Places) -> None:
+    for place in named.places:
+        if not is_layer(place.node):
+            continue
+        arrays = [x for x in places.beneath(place) if x.is_array]
+        if any(array.owner is not place for array in arrays):
+            continue  # a container, some of whose own arrays are adapted
+        rest = [x.dotted for x in arrays if _could_be_trained(x)]
+        hint = f" To train only what else is in it, name {rest!r}." if rest else ""
+        raise ValueError(
+            f"{named.label} names {place.dotted}, which has an adapter, so that its "
+            "base stays frozen. To train it whole leave it out of the adapters: "
+            f"`lorax.loraify(..., exclude={place.dotted!r})`.{hint}"
+        )

@@ -34,6 +34,29 @@ class SubLinear(eqx.nn.Linear):
         return 2 * (self.weight @ x) + self.bias
 
 
+class WideLinear(eqx.nn.Linear):
+    """A subclass that computes as its parent does, with more to it than that has."""
+
+    width: int
+    extra: Array
+
+    def __init__(self, width, dtype, *, key):
+        super().__init__(width, width + 2, dtype=dtype, key=key)
+        self.width = width
+        self.extra = jnp.ones((width, width), dtype)
+
+    @property
+    def double(self):
+        return 2 * self.width
+
+    def expanded(self, x):
+        return self.weight @ (self.extra @ x)
+
+
+class SubConv(eqx.nn.Conv2d):
+    """A subclass with another name."""
+
+
 class TiedHead(eqx.Module):
     """An embedding whose table also makes the logits."""
 
@@ -210,9 +233,10 @@ LAYERS = [
         "subclass",
         lambda d, k: SubLinear(5, 7, dtype=d, key=k),
         ((5,),),
-        SubLinear,
         layer="LoraModule",
     ),
+    Case("wide linear", lambda d, k: WideLinear(5, d, key=k), ((5,),)),
+    _conv("subclass of Conv2d", 2, 3, 5, 3, shape=(3, 9, 8), cls=SubConv),
     Case(
         "gru",
         lambda d, k: eqx.nn.GRUCell(5, 7, dtype=d, key=k),

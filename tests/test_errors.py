@@ -1,13 +1,17 @@
 """Bad input: an error that names the argument, shows what came in, and says the fix,
 with the model untouched."""
 
+import inspect
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import trained, weights
+from cases import WideLinear
+from helpers import assert_close, trained, weights
 
 import eqx_lorax as lorax
 
@@ -26,12 +30,12 @@ ARGUMENTS = {
     "rank too large": (
         dict(rank=8),
         r"`rank=8` exceeds the smaller side, 4, of layers.0.weight \(16, 4\).*"
-        r"rank=\{'layers.0.weight': 4, 'layers.1.weight': 3, '\*': 8\}",
+        r"rank=\{'layers.0.weight': 4, 'layers.1.weight': 3\}",
     ),
     "rank too large for one": (dict(rank={"layers.1": 4, "*": 2}), "side, 3, of layer"),
     "rank a float": (dict(rank=2.0), "`rank=2.0` must be an integer"),
     "rank a bool": (dict(rank=True), "must be an integer"),
-    "alpha 0": (dict(alpha=0), "`alpha=0` for layers.0 must be positive"),
+    "alpha 0": (dict(alpha=0), "`alpha=0` for layers.0.weight must be positive"),
     "alpha negative": (dict(alpha=-1.0), "must be positive"),
     "alpha nan": (dict(alpha=float("nan")), "must be positive and finite"),
     "alpha an array": (dict(alpha=jnp.ones(())), "must be a Python number"),
@@ -55,6 +59,38 @@ def test_arguments(name, model, getkey):
     with pytest.raises((ValueError, TypeError), match=message):
         lorax.loraify(model, **{"rank": 2, "key": getkey(), **arguments})
     assert all(x is y for x, y in zip(before, jax.tree.leaves(model)))
+
+
+KEYWORDS = {
+    "r": "`rank`",
+    "rank_stabilized": "`rank_stabilised`",
+    "ranks": "`rank`",
+    "lora_alpha": "`alpha`",
+    "target_modules": "`filter`",
+    "exclude_modules": "`exclude`",
+    "lora_dropout": "`dropout`",
+    "use_rslora": "`rank_stabilised`",
+    "rank_pattern": "a mapping as `rank`",
+    "modules_to_save": "`also` of `lorax.partition`",
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_keywords_of_others(name, model, getkey):
+    message = f"`lorax.loraify` has no argument `{name}`: here it is {KEYWORDS[name]}."
+    with pytest.raises(TypeError, match=re.escape(message)):
+        lorax.loraify(model, key=getkey(), **{name: 2})
+
+
+def test_keywords_of_nobody(model, getkey):
+    with pytest.raises(TypeError, match="no argument `xyz`: there are model, filter, "):
+        lorax.loraify(model, key=getkey(), **{"xyz": 2})
+    assert "rank" in inspect.signature(lorax.loraify).parameters
+
+
+def test_a_class_is_no_model(getkey):
+    with pytest.raises(TypeError, match=r"is the class Linear itself.*`Linear\(...\)`"):
+        lorax.loraify(eqx.nn.Linear, rank=2, key=getkey())
 
 
 def test_key_is_required(model):
@@ -112,6 +148,20 @@ def test_stacks_called_as_one_layer(make, x, getkey):
         adapted(x)
 
 
+def test_a_batch_without_vmap(model, getkey):
+    adapted = lorax.loraify(model, rank=2, key=getkey())
+    message = r"`x` has shape \(7, 4\), but a Linear takes one.*shape \(4,\).*jax.vmap"
+    with pytest.raises(ValueError, match=message):
+        adapted(jnp.ones((7, 4)))
+    layer = lorax.loraify(WideLinear(4, None, key=getkey()), rank=2, key=getkey())
+    with pytest.raises(ValueError, match=r"shape \(2, 7, 5\), but a WideLinear takes"):
+        layer(jnp.ones((2, 7, 5)))
+    # What the plain layer computes, the adapted one does.
+    plain = eqx.nn.Linear(4, 3, use_bias=False, key=getkey())
+    layer = lorax.loraify(plain, rank=2, key=getkey())
+    assert_close(layer(jnp.ones((4, 7))), plain(jnp.ones((4, 7))))
+
+
 def test_wrong_inputs(getkey):
     linear = lorax.loraify(eqx.nn.Linear(4, 5, key=getkey()), rank=2, key=getkey())
     with pytest.raises(ValueError, match=r"shapes \(5, 4\) @ \(3,\)"):
@@ -156,8 +206,8 @@ def test_merging_what_has_no_adapters(model):
 
 def test_messages_stay_short(getkey):
     many = [eqx.nn.Linear(3, 3, key=jr.key(i)) for i in range(50)]
-    with pytest.raises(ValueError) as error:
-        lorax.loraify(many, key=getkey())
+    with pytest.raises(ValueError, match=r"\*\.weight \(3, 3\) × 50") as error:
+        lorax.loraify(many, rank=8, key=getkey())
     assert len(str(error.value)) < 1000
     adapted = trained(lorax.loraify(many, rank=1, key=getkey()))
     nan = jax.tree.map(lambda x: np.nan * x if eqx.is_inexact_array(x) else x, adapted)

@@ -61,6 +61,7 @@ BLOCK = [
 ]
 BLOCK0 = BLOCK[: len(BLOCK) // 2]
 HEADS = ["heads.a", "heads.b.c"]
+REST = [*BLOCK[len(BLOCK) // 2 :], "sub", *HEADS]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +69,9 @@ def model():
     return Model(jax.random.key(0))
 
 
-def adapted(model, filter):
-    model = lorax.loraify(model, filter, rank=2, key=jax.random.key(1))
+def adapted(model, filter, **options):
+    options = {"rank": 2, "key": jax.random.key(1), **options}
+    model = lorax.loraify(model, filter, **options)
     paths = [target.path for target in lorax.summary(model).targets]
     return [path.removesuffix(".weight") for path in paths]
 
@@ -82,7 +84,7 @@ def _spec(model, *wheres):
 
 
 FILTERS = {
-    "none": (None, BLOCK + HEADS),
+    "none": (None, [*BLOCK, "sub", *HEADS]),
     "bare name": ("query_proj", [x for x in BLOCK if x.endswith("query_proj")]),
     "bare glob": ("*_proj", [x for x in BLOCK if x.endswith("_proj")]),
     "list": (
@@ -99,6 +101,17 @@ FILTERS = {
     "container by name": ("attention", [x for x in BLOCK if "attention" in x]),
     "regex": (re.compile(r"blocks\.\d\.mlp\.2"), ["blocks.0.mlp.2", "blocks.1.mlp.2"]),
     "regex is full": (re.compile(r"heads\.."), HEADS[:1]),
+    "regex on an array": (re.compile("cell.*_hh"), ["cell.weight_hh"]),
+    "regex on arrays and layers": (
+        re.compile("(heads|own).*"),
+        ["own.kernel", *HEADS],
+    ),
+    # Containers match these too, and are not meant.
+    "regex but a container": (re.compile(r"(?!blocks\.0|cell|own|embed).+"), REST),
+    "regex but layers": (
+        re.compile(r"blocks\.(?!.*(attention|mlp\.0)).+"),
+        ["blocks.0.mlp.2", "blocks.1.mlp.2"],
+    ),
     "key with a dot": ("heads.b.c", HEADS[1:]),
     "embedding": ("embed", ["embed"]),
     "weight of a layer": ("heads.a.weight", HEADS[:1]),
@@ -113,7 +126,7 @@ FILTERS = {
         lambda x: type(x) is eqx.nn.Linear and x.out_features == 8,
         ["blocks.0.mlp.0", "blocks.1.mlp.0"],
     ),
-    "true": (True, BLOCK + HEADS),
+    "true": (True, [*BLOCK, "sub", *HEADS]),
     "spec of a leaf": (
         lambda m: _spec(m, lambda m: m.heads["a"].weight),
         HEADS[:1],
@@ -163,6 +176,16 @@ UNMATCHED = {
     "typo in a path": ("blocks.0.mpl.2", "Did you mean 'blocks.0.mlp.2'"),
     "index": ("blocks.2", r"Available: .*blocks\.\*\.mlp\.\*\.weight \(8, 4\) or"),
     "regex of a part": (re.compile("query"), "matched nothing"),
+    "regex of a container": (
+        re.compile(r"blocks\.0"),
+        r"not that of a container. 'blocks\\.0\\..\*' has what is beneath",
+    ),
+    "regex of a module of arrays": (
+        re.compile("cell"),
+        r"Name them: 'cell.weight_ih' \(12, 4\)",
+    ),
+    "PEFT's word": ("all-linear", "PEFT's word: here `filter=None` adapts all"),
+    "PEFT's word in a list": (["all-linear"], "PEFT's word"),
     "empty string": ("", "matched nothing"),
     "empty list": ([], "empty"),
     "vector": ("norm", "LayerNorm without a matrix"),
@@ -206,6 +229,136 @@ def test_says_what_did_not_match(name, model):
         adapted(model, filter)
 
 
+EXCLUDED = {
+    "name": (None, "sub", BLOCK + HEADS),
+    "container": (None, "blocks", ["sub", *HEADS]),
+    "list": (None, ["blocks.0", "heads", "mlp"], [*BLOCK[6:10], "sub"]),
+    "regex": (None, re.compile(r".*_proj|sub"), [*BLOCK[4:6], *BLOCK[10:], *HEADS]),
+    "array": (None, "heads.a.weight", [*BLOCK, "sub", *HEADS[1:]]),
+    "array of a module": ("cell.*", "weight_ih", ["cell.weight_hh"]),
+    "array of a module of arrays": (["cell.*", "sub"], re.compile("cell"), ["sub"]),
+    "type": (None, SubLinear, BLOCK + HEADS),
+    "types": (
+        None,
+        [SubLinear, eqx.nn.MultiheadAttention],
+        [*BLOCK[4:6], *BLOCK[10:], *HEADS],
+    ),
+    "predicate": (
+        "blocks.1",
+        lambda x: isinstance(x, eqx.nn.Linear) and x.out_features == 8,
+        [x for x in BLOCK[6:] if x != "blocks.1.mlp.0"],
+    ),
+    "spec": (None, lambda m: _spec(m, lambda m: m.blocks), ["sub", *HEADS]),
+    "of what no name covers": (["embed", "heads"], "embed", HEADS),
+    # Of a container, what could not be told apart.
+    "the module whose arrays were not said": ([eqx.nn.GRUCell, "sub"], "cell", ["sub"]),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_excludes(name, model):
+    filter, exclude, expected = EXCLUDED[name]
+    if name == "spec":
+        exclude = exclude(model)
+    assert adapted(model, filter, exclude=exclude) == expected
+
+
+NOT_EXCLUDED = {
+    "typo": (None, "subb", "`exclude='subb'` matched nothing. Did you mean 'sub'"),
+    "not chosen": ("heads", "sub", "excludes nothing: what it names, sub, was not.*a"),
+    "one of a list": (None, ["sub", "embed"], "`exclude='embed'` excludes nothing"),
+    "a vector": (None, "heads.a.bias", "excludes nothing"),
+    "a container, by regex": (None, re.compile("blocks"), "not that of a container"),
+    "empty": (None, [], "names nothing: it is empty"),
+    "no place": (None, eqx.nn.Conv2d, "Conv2d` matched nothing"),
+    "all": ("heads", "heads", "leaves nothing of what was chosen: heads.a.weight"),
+}
+
+
+@pytest.mark.own_errors
+@pytest.mark.parametrize("name", NOT_EXCLUDED)
+def test_says_what_was_not_excluded(name, model):
+    filter, exclude, message = NOT_EXCLUDED[name]
+    with pytest.raises(ValueError, match=message):
+        adapted(model, filter, exclude=exclude)
+
+
+def test_only_what_can_be_adapted_is_available(model):
+    with pytest.raises(ValueError, match="Available") as error:
+        adapted(model, "nothing")
+    listed = str(error.value).split("Available: ")[1]
+    assert "cell.weight_hh (12, 4)" in listed and "embed.weight" in listed
+    assert "position_ids" not in listed and "bias" not in listed
+
+
+class Computed(eqx.Module):
+    """Stands for an array, which it makes when it is asked for."""
+
+    held: jax.Array
+
+    def __jax_array__(self):
+        return 2 * self.held
+
+
+def _without_weights():
+    keys = jax.random.split(jax.random.key(0), 6)
+    linear = lambda i, *shape: eqx.nn.Linear(*(shape or (4, 4)), key=keys[i])  # noqa: E731
+    where = lambda linear: linear.weight  # noqa: E731
+    return {
+        "plain": linear(0),
+        "none": eqx.tree_at(where, linear(1), None),
+        "computed": eqx.tree_at(where, linear(2), replace_fn=Computed),
+        "inputs": linear(3, 0, 4),
+        "outputs": linear(4, 4, 0),
+        "text": eqx.tree_at(where, linear(5), "not an array"),
+    }
+
+
+UNFIT = {
+    "none": "none has no `weight`",
+    "computed": "computed.weight is not an array but a Computed: it holds compu.*held",
+    "inputs": r"inputs.weight has shape \(4, 0\): a layer without inputs",
+    "outputs": r"outputs.weight has shape \(0, 4\): a layer without",
+    "text": "text.weight is not an array but a str: not adaptable",
+}
+
+
+def test_passes_over_what_has_no_weight():
+    model = _without_weights()
+    with pytest.warns(UserWarning, match="Not adapted: ") as caught:
+        assert adapted(model, None) == ["plain"]
+    assert caught[0].filename == __file__
+    for message in UNFIT.values():
+        assert re.search(message, str(caught[0].message))
+    # Said, it is not warned of.
+    assert adapted(model, None, exclude=list(UNFIT)) == ["plain"]
+
+
+@pytest.mark.own_errors
+@pytest.mark.parametrize("name", UNFIT)
+def test_naming_what_has_no_weight(name):
+    model = _without_weights()
+    with pytest.raises(ValueError, match=UNFIT[name]):
+        adapted(model, ["plain", name])
+    del model["plain"]
+    with pytest.raises(ValueError, match=f"nothing to adapt.*{UNFIT[name]}"):
+        adapted({name: model[name]}, None)
+
+
+def test_the_array_that_a_weight_is_computed_from(getkey):
+    linear = _without_weights()["computed"]
+    layer = lorax.loraify(
+        {"a": linear}, "a.weight.held", rank=2, alpha=6, key=jax.random.key(0)
+    )["a"]
+    assert type(layer) is lorax.LoraModule and isinstance(layer, eqx.nn.Linear)
+    (weight,) = weights(layer)
+    layer = eqx.tree_at(lambda x: x.weight.held.b, layer, jnp.ones((4, 2)))
+    x = jnp.arange(4.0)
+    dense = 2 * (weight.w + 3 * jnp.ones((4, 2)) @ weight.a)
+    assert jnp.allclose(layer(x), dense @ x + linear.bias, atol=1e-5)
+    assert jax.tree.structure(lorax.unloraify(layer)) == jax.tree.structure(linear)
+
+
 @pytest.mark.own_errors
 @pytest.mark.parametrize("filter", (3, 1.5, object()))
 def test_not_a_filter(filter, model):
@@ -218,7 +371,7 @@ def test_nothing_to_adapt_by_default():
         lorax.loraify(
             eqx.nn.GRUCell(2, 3, key=jax.random.key(0)), key=jax.random.key(0)
         )
-    with pytest.raises(ValueError, match="no array with two axes"):
+    with pytest.raises(ValueError, match="no array in this model that could be"):
         lorax.loraify(eqx.nn.LayerNorm(3), key=jax.random.key(0))
 
 
@@ -243,6 +396,8 @@ OPTIONS = {
     "mapping": ({"query_proj": 1, "attention": 2}, [1, 2, 2, 2]),
     "first counts": ({"query_proj": 1, "*": 3}, [1, 3, 3, 3]),
     "regex": ({re.compile(".*(key|value)_proj"): 1, "*": 2}, [2, 1, 1, 2]),
+    "regex on the array": ({re.compile(".*key_proj.weight"): 1, "*": 2}, [2, 1, 2, 2]),
+    "regex but one": ({re.compile("(?!.*key_proj).+"): 1, "*": 2}, [1, 2, 1, 1]),
     "path": ({"blocks.0.attention.key_proj": 1, "blocks": 4}, [4, 1, 4, 4]),
 }
 
@@ -281,6 +436,10 @@ def test_options_that_match_nothing(model):
             lorax.loraify(model, "heads", **{name: {"queryy": 0.5, "*": 2}}, key=key)
         with pytest.raises(ValueError, match="put the general ones last"):
             lorax.loraify(model, "heads", **{name: {"*": 1, "a": 1}}, key=key)
+        # Around the targets.
+        regex = {re.compile("heads"): 0.5, "*": 2}
+        with pytest.raises(ValueError, match="'heads'` matched nothing"):
+            lorax.loraify(model, "heads", **{name: regex}, key=key)
         # In the model, but not a target.
         with pytest.raises(ValueError, match="It has to match a target"):
             lorax.loraify(model, "heads", **{name: {"mlp": 1}}, key=key)

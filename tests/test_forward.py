@@ -106,6 +106,10 @@ def test_some_layers_alone(getkey):
         lorax.merged_forward(adapted, ["1", "third"])
     with pytest.raises(ValueError, match="'bias'.* names no adapter"):
         lorax.merged_forward(adapted, "bias")
+    but_second = lorax.merged_forward(adapted, exclude="1")
+    assert [weight.is_merged for weight in weights(but_second)] == [True, False]
+    with pytest.raises(ValueError, match="`exclude='bias'` excludes nothing"):
+        lorax.merged_forward(adapted, exclude="bias")
 
 
 def test_by_the_function_door(getkey):

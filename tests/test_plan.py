@@ -78,7 +78,9 @@ def test_abstract_or_not(mlp):
 
 
 def test_also(mlp):
-    plan, more = (lorax.plan(mean_square, mlp, X, also=x) for x in (None, "layers.0"))
+    plan, more = (
+        lorax.plan(mean_square, mlp, X, also=x) for x in (None, "layers.0.bias")
+    )
     assert more.adapters == plan.adapters + 2 * 16
     assert more.base == plan.base - 2 * 16
     assert more.optimizer == plan.optimizer + 2 * 2 * 16

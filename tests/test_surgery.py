@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import Attention, OwnLinear, SubLinear
+from cases import Attention, OwnLinear, SubLinear, WideLinear
 from helpers import assert_close, assert_identical, run, trained, weights
 
 import eqx_lorax as lorax
@@ -264,7 +264,7 @@ def test_naming_a_placeholder_names_its_owner(getkey):
     model = Tied(getkey())
     with pytest.raises(ValueError, match="owner: 'shared.pytree.0.weight'"):
         lorax.loraify(model, eqx.nn.Linear, rank=2, key=getkey())
-    with pytest.raises(ValueError, match="this model has none"):
+    with pytest.raises(ValueError, match="and there is none"):
         lorax.loraify(model, rank=2, key=getkey())
 
 
@@ -321,6 +321,138 @@ def test_spectral_norm(getkey):
     assert adapted.inference is False
 
 
+class Named(eqx.nn.Linear):
+    name: str = "layer"
+
+
+class Doubled(eqx.nn.Linear):
+    """Where the parent reads its weight, it finds another."""
+
+    half: jax.Array
+
+    def __init__(self, *, key):
+        plain = eqx.nn.Linear(4, 3, key=key)
+        self.half = plain.weight
+        self.bias = plain.bias
+        self.in_features, self.out_features, self.use_bias = 4, 3, True
+
+    @property
+    def weight(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 2 * self.half
+
+
+class WithDropout(eqx.nn.Linear):
+    dropout: eqx.nn.Dropout
+
+    def __init__(self, *, key):
+        super().__init__(4, 3, key=key)
+        self.dropout = eqx.nn.Dropout(0.5, inference=True)
+
+
+class Padded(eqx.nn.Conv1d):
+    """Where the parent calls a method of its own, it finds another."""
+
+    def _nonzero_pad(self, x):
+        return jnp.pad(x, ((0, 0), (1, 1)), constant_values=1.0)
+
+
+class Shouting(eqx.nn.Embedding):
+    pass
+
+
+class Scaled(eqx.nn.Embedding):
+    def __call__(self, x, *, key=None):
+        return 3 * self.weight[x]
+
+
+SUBCLASSES = {
+    "with a field": (lambda key: Named(4, 3, key=key), None, lorax.LoraLinear),
+    "with arrays": (lambda key: WideLinear(4, None, key=key), None, lorax.LoraLinear),
+    "its own arrays": (
+        lambda key: WideLinear(4, None, key=key),
+        "layer.extra",
+        lorax.LoraModule,
+    ),
+    "arrays of both": (
+        lambda key: WideLinear(4, None, key=key),
+        ["weight", "extra"],
+        lorax.LoraLinear,
+    ),
+    "with a weight that is computed": (
+        lambda key: Doubled(key=key),
+        "layer.half",
+        lorax.LoraModule,
+    ),
+    "with dropout of its own": (
+        lambda key: WithDropout(key=key),
+        None,
+        lorax.LoraModule,
+    ),
+    "with its own call": (lambda key: SubLinear(4, 3, key=key), None, lorax.LoraModule),
+    "with its own padding": (
+        lambda key: Padded(4, 3, 3, padding_mode="REFLECT", key=key),
+        None,
+        lorax.LoraModule,
+    ),
+    "of a transposed convolution": (
+        lambda key: type("Up", (eqx.nn.ConvTranspose1d,), {})(4, 3, 3, key=key),
+        None,
+        lorax.LoraConv,
+    ),
+    "of an embedding": (
+        lambda key: Shouting(5, 4, key=key),
+        "layer",
+        lorax.LoraEmbedding,
+    ),
+    "of an embedding, with its own call": (
+        lambda key: Scaled(5, 4, key=key),
+        "layer",
+        lorax.LoraModule,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUBCLASSES)
+def test_subclasses(name, getkey, tmp_path):
+    make, filter, layer = SUBCLASSES[name]
+    model = {"layer": make(getkey())}
+    adapted = lorax.loraify(model, filter, rank=2, key=getkey())
+    assert type(adapted["layer"]) is layer
+    assert isinstance(adapted["layer"], type(model["layer"]))
+    x = jnp.ones(4)
+    if isinstance(model["layer"], eqx.nn.Embedding):
+        x = jnp.array(3)
+    elif not isinstance(model["layer"], eqx.nn.Linear):
+        x = jnp.arange(20.0).reshape(4, 5)
+    assert_close(run(adapted["layer"], x), run(model["layer"], x))
+    assert_identical(lorax.unloraify(adapted, merge=False), model)
+
+    adapted = trained(adapted)
+    merged = lorax.unloraify(adapted)
+    assert jax.tree.structure(merged) == jax.tree.structure(model)
+    assert type(merged["layer"]) is type(model["layer"])
+    assert_close(run(adapted["layer"], x), run(merged["layer"], x))
+    if "weight" in (filter or "weight"):
+        assert abs(run(adapted["layer"], x) - run(model["layer"], x)).max() > 1e-3
+    if hasattr(model["layer"], "expanded"):
+        assert adapted["layer"].double == 8 and adapted["layer"].width == 4
+        assert_close(adapted["layer"].expanded(x), merged["layer"].expanded(x))
+    if name == "with dropout of its own":
+        assert adapted["layer"].dropout.p == 0.5
+    lorax.save_adapter(tmp_path / "a", adapted)
+    loaded = lorax.load_adapter(tmp_path / "a", model)
+    assert_identical(loaded, adapted)
+
+
+@pytest.mark.own_errors
+def test_a_weight_that_is_computed_is_passed_over(getkey):
+    model = [Doubled(key=getkey()), eqx.nn.Linear(4, 4, key=getkey())]
+    with pytest.warns(UserWarning, match="0 has no `weight`.*it has 0.half, to be n"):
+        assert len(weights(lorax.loraify(model, rank=2, key=getkey()))) == 1
+    with pytest.raises(ValueError, match="0 has no `weight`.*it has 0.half"):
+        lorax.loraify(model, "0", rank=2, key=getkey())
+
+
 class Rectified(eqx.Module):
     """Does with its weight what a factored one cannot."""
 
@@ -361,7 +493,9 @@ def test_scan_over_stacked_layers(getkey):
         return Layer(eqx.nn.Linear(4, 4, key=key), OwnLinear(4, 4, key=key))
 
     layers = eqx.filter_vmap(make)(jr.split(getkey(), 3))
-    adapted = trained(lorax.loraify(layers, ["linear", "kernel"], rank=2, key=getkey()))
+    rank = {"kernel": lorax.LoraSpec(2, (1,), (2,), (0,)), "*": 2}
+    adapted = lorax.loraify(layers, ["linear", "kernel"], rank=rank, key=getkey())
+    adapted = trained(adapted)
     assert adapted.linear.weight.a.shape == (3, 2, 4)
 
     def through(layers, x):

@@ -1,5 +1,7 @@
 """Frozen means: not in the tree that is differentiated."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -89,6 +91,95 @@ def test_also(name, model):
     params, frozen = lorax.partition(model, also)
     assert len(jax.tree.leaves(params)) == len(expected) + ADAPTERS
     assert_identical(eqx.combine(params, frozen), model)
+
+
+EXCLUDED = {
+    "an adapter": (None, "body.layers.0", [".body.layers[1]"]),
+    "an array": ("head", "head.bias", [".body.layers[0]", ".body.layers[1]", ".head"]),
+    "what is in both": (["head", "body"], "body", [".head"]),
+    "regex": ("norm", re.compile(r"norm\.bias|.*\.0"), [".body.layers[1]", ".norm"]),
+    "type": ("norm", eqx.nn.Linear, [".norm"]),
+    "list": (
+        ["norm", "head"],
+        ["head", "body.layers.1"],
+        [".body.layers[0]", ".norm"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+def test_exclude(name, model):
+    also, exclude, expected = EXCLUDED[name]
+    spec = lorax.trainable(model, also, exclude=exclude)
+    assert jax.tree.structure(spec) == jax.tree.structure(model)
+    found = dict.fromkeys(
+        re.split(r"\.(?=w|b(?!ody))", path)[0] for path in paths(spec)
+    )
+    assert list(found) == expected
+    if name == "an array":
+        assert ".head.weight" in paths(spec) and ".head.bias" not in paths(spec)
+    params, frozen = lorax.partition(model, also, exclude=exclude)
+    assert len(jax.tree.leaves(params)) == len(paths(spec))
+    assert_identical(lorax.combine(params, frozen), model)
+    gradient = lorax.filter_grad(loss, also=also, exclude=exclude)(model, jnp.ones(4))
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+    _, gradient = lorax.filter_value_and_grad(also=also, exclude=exclude)(loss)(
+        model, jnp.ones(4)
+    )
+    assert jax.tree.structure(gradient) == jax.tree.structure(params)
+
+
+@pytest.mark.own_errors
+def test_exclude_that_excludes_nothing(model):
+    with pytest.raises(ValueError, match="`exclude='head'` excludes nothing.*layers.0"):
+        lorax.partition(model, exclude="head")
+    with pytest.raises(ValueError, match="`exclude='hed'` matched.*mean 'head'"):
+        lorax.partition(model, exclude="hed")
+    with pytest.raises(ValueError, match="`exclude='norm'` excludes nothing"):
+        lorax.partition(model, "head", exclude=["head", "norm"])
+    with pytest.raises(ValueError, match="leaves nothing"):
+        lorax.partition(model, exclude="body")
+
+
+@pytest.mark.own_errors
+@pytest.mark.parametrize(
+    "also",
+    (
+        "head",
+        ["norm", "head"],
+        re.compile("head"),
+        lambda x: isinstance(x, eqx.nn.Linear),
+        lambda model: eqx.tree_at(
+            lambda m: m.head, jax.tree.map(lambda _: False, model), True
+        ),
+    ),
+)
+def test_also_that_names_an_adapted_layer(also, getkey):
+    """Of which only the bias would be trained."""
+    plain = Classifier(getkey())
+    model = lorax.loraify(plain, exclude="body", rank=2, key=getkey())
+    if callable(also) and not isinstance(also(model), bool):
+        also = also(model)
+    with pytest.raises(ValueError, match="names head, which.*exclude='head'") as error:
+        lorax.partition(model, also)
+    assert "name ['head.bias']" in str(error.value)
+    # The fixes that it has.
+    assert len(paths(lorax.trainable(model, ["head.bias"]))) == 3
+    model = lorax.loraify(plain, exclude="head", rank=2, key=getkey())
+    assert len(paths(lorax.trainable(model, "head"))) == ADAPTERS + 2
+
+
+def test_also_around_adapted_layers(getkey):
+    """Goes on meaning the rest of what is in there, of a module too some of whose own
+    arrays are adapted."""
+
+    class Body(eqx.Module):
+        gate: jax.Array
+        norm: eqx.nn.LayerNorm
+
+    model = {"body": Body(jnp.ones((4, 4)), eqx.nn.LayerNorm(4))}
+    model = lorax.loraify(model, "gate", rank=2, key=getkey())
+    assert len(paths(lorax.trainable(model, "body"))) == 2 + 2
 
 
 def test_also_as_spec(model):

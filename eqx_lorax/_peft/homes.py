@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .._fresh import axes_of
+from .._form import axes_of
 from .._lora import factor_shapes
 from .._targets import target_of
 from .._tree import Place, Places

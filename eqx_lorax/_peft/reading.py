@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._adapter import Adapted, Adapter
-from .._fresh import axes_of
+from .._form import axes_of
 from .._tree import Place, Places
 from .biases import read_biases
 from .config import alpha_of, rank_of

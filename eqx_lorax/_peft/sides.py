@@ -38,13 +38,8 @@ def stored_in_out(places: Places, transposed: Filter) -> InOut:
         return InOut(frozenset(), transposed is not None)
     found: set[Place] = set()
     model = places.root.node
-    for named in named_places(model, places, transposed, "transposed"):
-        arrays = [
-            array
-            for place in named.places
-            for array in places.beneath(place)
-            if _may_be_in_out(array)
-        ]
+    for named in named_places(model, places, transposed, "transposed", _may_be_in_out):
+        arrays = [array for array in named.covered(places) if _may_be_in_out(array)]
         if not arrays:
             raise ValueError(
                 f"{named.label} names no array that could be stored `(..., in, out)`: "

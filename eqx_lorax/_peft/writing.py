@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._adapter import Adapter
-from .._fresh import axes_of
+from .._form import axes_of
 from .._tree import Place, Places
 from .._weight import is_weight
 from .biases import trained_biases

@@ -1,0 +1,276 @@
+"""The form of a fresh adapter: its rank, its axes, its scale."""
+
+import dataclasses
+import glob
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ._layers import is_known, kernel_axes
+from ._options import deciding, per_array
+from ._select import Pattern
+from ._sharding import Placement
+from ._spec import LoraSpec
+from ._targets import Target
+from ._tree import Place
+
+
+Axes = tuple[int, ...]
+
+_DEFAULT_RANK = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What the fresh adapter of one array is like."""
+
+    rank: int
+    rows: Axes
+    columns: Axes
+    alpha: float
+    rank_stabilised: bool
+    sharding: Placement
+
+
+def forms_of(
+    targets: Sequence[Target],
+    *,
+    rank: Any,
+    alpha: Any,
+    rank_stabilised: bool,
+    sharding: Any,
+) -> dict[Place, Form]:
+    """The form for each array of each target. The options are those of `loraify`.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` if an option is out of range for any array, or if axes
+    that nobody said cannot be meant.
+    """
+    ranks = per_array(rank, targets, "rank", None)
+    alphas = per_array(alpha, targets, "alpha", None)
+    shardings = per_array(sharding, targets, "sharding", None)
+    asked = {array: _Asked(array, value) for array, value in ranks.items()}
+    _check_fit([x for x in asked.values() if x.is_wrong], rank, targets)
+    forms = {}
+    for array, one in asked.items():
+        alpha_ = alphas[array] if one.spec.alpha is None else one.spec.alpha
+        _check_alpha(array, alpha_)
+        own_sharding = one.spec.sharding
+        forms[array] = Form(
+            one.spec.rank,
+            one.rows,
+            one.columns,
+            float(one.spec.rank if alpha_ is None else alpha_),
+            rank_stabilised or one.spec.rank_stabilised,
+            shardings[array] if own_sharding is None else own_sharding,
+        )
+    return forms
+
+
+def axes_of(array: Place) -> tuple[Axes, Axes]:
+    """The row and the column axes of an array of a module, counted from the end, where
+    nobody says them."""
+    assert array.owner is not None
+    if array.path[-1] != "weight":
+        return (-2,), (-1,)
+    return kernel_axes(array.owner.module, len(array.node.shape))
+
+
+class _Asked:
+    """What `rank` asks for one array."""
+
+    def __init__(self, array: Place, value: Any):
+        _check_rank(value)
+        self.array = array
+        self.shape = tuple(array.node.shape)
+        spec = value if isinstance(value, LoraSpec) else LoraSpec(value or 0)
+        says_axes = not (spec.rows is None and spec.columns is None and not spec.batch)
+        try:
+            axes = spec.axes(len(self.shape)) if says_axes else axes_of(array)
+        except ValueError as error:
+            raise ValueError(f"{array.dotted} {self.shape}: {error}") from None
+        self.rows, self.columns = axes
+        # What layers and convolutions are is known; of other arrays of several axes the
+        # last two may or may not be a matrix.
+        is_matrix = len(self.shape) == 2
+        self.is_guess = not (says_axes or is_matrix or _has_known_axes(array))
+        self.wished = _DEFAULT_RANK if value is None else spec.rank
+        rank = min(self.wished, self.limit) if value is None else self.wished
+        self.spec = dataclasses.replace(spec, rank=rank)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        rows, columns = (
+            math.prod(self.shape[axis] for axis in axes)
+            for axes in (self.rows, self.columns)
+        )
+        return rows, columns
+
+    @property
+    def limit(self) -> int:
+        return min(self.sides)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The number of elements of the adapter, and of the base."""
+        base, matrix = math.prod(self.shape), math.prod(self.sides)
+        return self.spec.rank * sum(self.sides) * (base // matrix), base
+
+    @property
+    def is_wrong(self) -> bool:
+        is_large = self.is_guess and self.sizes[0] >= self.sizes[1]
+        return self.spec.rank > self.limit or is_large
+
+    @property
+    def remedy(self) -> Any:
+        """What could be asked in its place."""
+        if not self.is_guess:
+            spec = dataclasses.replace(self.spec, rank=self.limit)
+            return spec.rank if spec == LoraSpec(spec.rank) else spec
+        # The fewest numbers for one adapter of all of it: between the axes of heads and
+        # the axis of the model.
+        shape, ndim = self.shape, len(self.shape)
+        cut = min(
+            range(1, ndim), key=lambda i: math.prod(shape[:i]) + math.prod(shape[i:])
+        )
+        limit = min(math.prod(shape[:cut]), math.prod(shape[cut:]))
+        return dataclasses.replace(
+            self.spec,
+            rank=min(self.wished, limit),
+            rows=tuple(range(cut)),
+            columns=tuple(range(cut, ndim)),
+        )
+
+    @property
+    def confirmation(self) -> LoraSpec:
+        """The guess, said outright."""
+        ndim = len(self.shape)
+        return dataclasses.replace(
+            self.spec,
+            rank=min(self.spec.rank, self.limit),
+            rows=(ndim - 2,),
+            columns=(ndim - 1,),
+            batch=tuple(range(ndim - 2)),
+        )
+
+
+def _has_known_axes(array: Place) -> bool:
+    assert array.owner is not None
+    is_weight = array.path[-1] == "weight"
+    return is_weight and (
+        is_known(array.owner.module) or axes_of(array) != ((-2,), (-1,))
+    )
+
+
+def _check_fit(wrong: Sequence[_Asked], rank: Any, targets: Sequence[Target]) -> None:
+    if not wrong:
+        return
+    groups = _grouped(wrong, targets)
+    listed = [_what_is_wrong(pattern, found) for pattern, found in groups.items()]
+    more = f"; and {len(listed) - 5} more" if len(listed) > 5 else ""
+    fix: dict[Pattern, Any] = {
+        pattern: found[0].remedy for pattern, found in groups.items()
+    }
+    others = rank if isinstance(rank, Mapping) else {} if rank is None else {"*": rank}
+    fix |= {pattern: value for pattern, value in others.items() if pattern not in fix}
+    items = ", ".join(
+        f"{pattern!r}: {_written(fix[pattern])}" for pattern in deciding(fix, targets)
+    )
+    guesses = [x for x in wrong if x.is_guess]
+    if guesses:
+        hint = (
+            f"Say which axes are rows and which are columns: `rank={{{items}}}`. Where "
+            "leading axes do number layers or experts, they are `batch`: "
+            f"`{_written(guesses[0].confirmation)}`."
+        )
+    else:
+        hint = f"Give these a rank of their own, `rank={{{items}}}`, or no rank at all"
+        hint += ", which takes what fits; or leave them out, with `exclude`."
+    raise ValueError(f"{'; '.join(listed[:5])}{more}. {hint}")
+
+
+def _what_is_wrong(pattern: Pattern, found: Sequence[_Asked]) -> str:
+    first, count = found[0], len(found)
+    name = pattern if count > 1 else first.array.dotted
+    several = f" × {count}" if count > 1 else ""
+    what = f"{name} {first.shape}{several}"
+    if not first.is_guess:
+        return (
+            f"`rank={first.spec.rank}` exceeds the smaller side, {first.limit}, of "
+            f"{what}"
+        )
+    adapter, base = first.sizes
+    *batch, rows, columns = first.shape
+    return (
+        f"{what} was taken for {math.prod(batch)} matrices {(rows, columns)}, which "
+        f"`rank={first.spec.rank}` gives {adapter:,} trained numbers over {base:,} "
+        "frozen ones"
+    )
+
+
+def _grouped(
+    wrong: Sequence[_Asked], targets: Sequence[Target]
+) -> dict[Pattern, list[_Asked]]:
+    """What is wrong by patterns that match nothing else, numbered siblings as one where
+    the same helps them all."""
+    alike: dict[tuple[str, str], list[_Asked]] = {}
+    for one in wrong:
+        names = [glob.escape(name) for name in one.array.dotted.split(".")]
+        siblings = ".".join("*" if name.isdigit() else name for name in names)
+        alike.setdefault((siblings, repr(one.remedy)), []).append(one)
+    groups: dict[Pattern, list[_Asked]] = {}
+    for (siblings, _), found in alike.items():
+        arrays = {one.array for one in found}
+        if len(found) > 1 and set(_matched(siblings, targets)) == arrays:
+            groups[siblings] = found
+            continue
+        for one in found:
+            exact: Pattern = glob.escape(one.array.dotted)
+            if _matched(exact, targets) != [one.array]:
+                exact = re.compile(re.escape(one.array.dotted))
+            groups[exact] = [one]
+    return groups
+
+
+def _matched(pattern: Pattern, targets: Sequence[Target]) -> list[Place]:
+    return deciding([pattern], targets).get(pattern, [])
+
+
+def _written(value: Any) -> str:
+    """`value` as it is written in a program."""
+    if not isinstance(value, LoraSpec):
+        return repr(value)
+    others = [
+        f"{field.name}={getattr(value, field.name)!r}"
+        for field in dataclasses.fields(value)
+        if field.name != "rank" and getattr(value, field.name) != field.default
+    ]
+    return f"lorax.LoraSpec({', '.join([str(value.rank), *others])})"
+
+
+def _check_rank(value: Any) -> None:
+    rank = value.rank if isinstance(value, LoraSpec) else value
+    if rank is None and not isinstance(value, LoraSpec):
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int | np.integer):
+        raise TypeError(f"`rank={value!r}` must be an integer or a `lorax.LoraSpec`.")
+    if rank < 1:
+        raise ValueError(f"`rank={value}` must be at least 1.")
+
+
+def _check_alpha(array: Place, alpha: Any) -> None:
+    if alpha is None:
+        return
+    if not isinstance(alpha, int | float | np.number) or isinstance(alpha, bool):
+        raise TypeError(
+            f"`alpha={alpha!r}` must be a Python number: it is static, not trained."
+        )
+    if not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(
+            f"`alpha={alpha}` for {array.dotted} must be positive and finite; "
+            "`alpha=None` makes the scale 1."
+        )

@@ -1,0 +1,39 @@
+"""Keywords that people know from elsewhere."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
+
+
+def suggests(
+    **here: str,
+) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
+    """A decorator: a keyword that the function does not have is answered with what it
+    is called here, or else with the one that is nearest."""
+
+    def decorate(fn: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+        known = list(inspect.signature(fn).parameters)
+
+        @functools.wraps(fn)
+        def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
+            unknown = [name for name in kwargs if name not in known]
+            if unknown:
+                raise TypeError(" ".join(_answer(fn, x, here, known) for x in unknown))
+            return fn(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _answer(fn: Any, name: str, here: dict[str, str], known: list[str]) -> str:
+    close = [f"`{x}`" for x in difflib.get_close_matches(name, known, 1)]
+    near = [here[name]] if name in here else close
+    hint = f"here it is {near[0]}" if near else f"there are {', '.join(known)}"
+    return f"`lorax.{fn.__name__}` has no argument `{name}`: {hint}."
