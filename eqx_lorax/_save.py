@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from ._adapter import Adapted, Adapter, adapter_of, methods, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
+from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
 from ._processes import write_once
 from ._select import Filter
 from ._tree import joined, Places
@@ -34,7 +35,7 @@ _Model = TypeVar("_Model")
 _Value = TypeVar("_Value")
 
 FORMAT = 1
-_HEADER, _DIGEST = "eqx_lorax", "eqx_lorax_digest"
+_DIGEST = "eqx_lorax_digest"
 _DTYPES = {
     "BOOL": np.bool_,
     "BF16": jnp.bfloat16,
@@ -140,7 +141,7 @@ def save_adapter(
     def write() -> None:
         with replacing(Path(path)) as new:
             digest = digest_of(header)
-            save_file(tensors, new, {_HEADER: header, _DIGEST: digest})
+            save_file(tensors, new, {HEADER: header, _DIGEST: digest})
 
     write_once(write, jax.tree.leaves(model))
 
@@ -287,15 +288,17 @@ def read_tensors(
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """The header and the tensors, the bits of both being those that were written."""
+    if foreign := not_native(path):
+        raise AdapterFileError(f"{path} {foreign}")
     metadata, tensors, digests = read_tensors(path)
-    if _HEADER not in metadata:
+    if HEADER not in metadata:
+        what = foreign_tensors(tensors) or READ_BY_PEFT
         raise AdapterFileError(
-            f"{path} was not written by `lorax.save_adapter`. A folder of PEFT's is "
-            "read by `lorax.peft.load`."
+            f"{path} was not written by `lorax.save_adapter`: {what}"
         )
-    if metadata.get(_DIGEST) != digest_of(metadata[_HEADER]):
+    if metadata.get(_DIGEST) != digest_of(metadata[HEADER]):
         raise AdapterFileError(f"{path} is damaged: its header is not as written.")
-    header = well_formed(path, lambda: dict(json.loads(metadata[_HEADER])))
+    header = well_formed(path, lambda: dict(json.loads(metadata[HEADER])))
     found = well_formed(path, lambda: int(header["format"]))
     if found > FORMAT:
         raise AdapterFileError(

@@ -22,13 +22,14 @@ from safetensors.numpy import save_file
 from ._adapter import adapter_of, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
-from ._peft.config import check_config
+from ._foreign import PEFT_CONFIG, PEFT_WEIGHTS
+from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
 from ._peft.names import Names
 from ._peft.reading import adapter_from
 from ._peft.sides import stored_in_out
 from ._peft.writing import whole_modules, written
 from ._processes import on_hand, write_once
-from ._save import AdapterFileError, check_base, MALFORMED, read_tensors
+from ._save import AdapterFileError, check_base, MALFORMED
 from ._select import Filter
 from ._tree import Places
 
@@ -37,9 +38,11 @@ __all__ = ["load", "save"]
 
 _Model = TypeVar("_Model")
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 _BASE = "eqx_lorax_base"
+_WITHOUT_PREFIX = (
+    f"\nNone of its tensors begins with {PREFIX}, as PEFT's do; they were taken as "
+    "they are."
+)
 
 
 def save(
@@ -108,13 +111,13 @@ def save(
     digests = base_digests(places, whole.saved)
     folder = Path(directory)
     arrays = {
-        _PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
+        PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
     }
 
     def write() -> None:
-        with replacing(folder / _WEIGHTS) as new:
+        with replacing(folder / PEFT_WEIGHTS) as new:
             save_file(arrays, new, {"format": "pt", _BASE: json.dumps(digests)})
-        with replacing(folder / _CONFIG) as new:
+        with replacing(folder / PEFT_CONFIG) as new:
             new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     write_once(write, jax.tree.leaves(model))
@@ -150,31 +153,24 @@ def load(
     **Raises:**
 
     `lorax.AdapterFileError`, a `ValueError`, if any tensor has no place in the model,
-    or is missing or misshapen, and if the adapter uses anything but plain LoRA. PEFT
-    itself ignores most of these. `OSError` if a file cannot be read.
+    or is missing or misshapen, if the configuration promises more than there is, and if
+    the adapter uses anything but plain LoRA. PEFT itself ignores most of these. So it
+    is if there is something else: a pickle (`adapter_model.bin`), which is never
+    opened, parts, a whole model, files of diffusers or kohya's scripts. The message
+    says what it is and what to do. `OSError` if there is nothing that can be read.
     """
     folder = Path(directory)
-    try:
-        config = json.loads((folder / _CONFIG).read_bytes())
-        check_config(config)
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{folder / _CONFIG}: {error}.") from error
-    metadata, tensors, _ = read_tensors(folder / _WEIGHTS)
+    config, metadata, tensors = read_folder(folder)
     places = Places(model)
     in_out = stored_in_out(places, transposed)
     try:
-        unprefixed = {_without_prefix(name): x for name, x in tensors.items()}
-        adapter = adapter_from(config, unprefixed, places, names, in_out)
+        plain = plain_names(tensors)
+        adapter = adapter_from(config, plain, places, names, in_out)
         adapted = put_into(model, places, adapter)
         base = json.loads(metadata.get(_BASE, "null"))
     except MALFORMED as error:
-        raise AdapterFileError(f"{folder}: {error}") from error
+        note = "" if has_prefix(tensors) else _WITHOUT_PREFIX
+        raise AdapterFileError(f"{folder}: {error}{note}") from error
     if isinstance(base, dict) and not allow_other_base:
         check_base(folder, base, places, adapter.others)
     return adapted
-
-
-def _without_prefix(name: str) -> str:
-    if not name.startswith(_PREFIX):
-        raise ValueError(f"{name} does not begin with {_PREFIX}.")
-    return name.removeprefix(_PREFIX)

@@ -245,7 +245,7 @@ def misshapen(part):
         (renamed("lora_A", "lora_magnitude"), "there is only layer.0.self.q.lora_B"),
         (
             renamed("base_model.model.", "model."),
-            "does not begin with base_model.model.",
+            "leads nowhere(?s:.*)None of its tensors begins with base_model.model.",
         ),
         (without("layer.1.self.v.lora_B"), "of layer.1.self.v there is only"),
         (

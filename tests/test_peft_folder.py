@@ -240,6 +240,246 @@ def test_patterns_that_no_module_follows(saved, tmp_path):
     ]
 
 
+# Values of the configuration
+
+
+@pytest.mark.parametrize(
+    "option, messages",
+    [
+        ({"lora_alpha": None}, ["`lora_alpha` is null, where a number belongs"]),
+        ({"lora_alpha": "16"}, ['`lora_alpha` is "16", where a number belongs']),
+        ({"lora_alpha": float("nan")}, ["`lora_alpha` is NaN, where a number belongs"]),
+        ({"r": None}, ["`r` is null, where a rank belongs"]),
+        ({"r": "2"}, ['`r` is "2", where a rank belongs']),
+        ({"r": 0}, ["`r` is 0, where a rank belongs"]),
+        ({"r": True}, ["`r` is true, where a rank belongs"]),
+        (
+            {"r": 2.5, "lora_alpha": [1]},
+            ["`r` is 2.5, where", "`lora_alpha` is [1], where"],
+        ),
+        ({"lora_dropout": None}, ["`lora_dropout` is null, where a rate"]),
+        ({"lora_dropout": 1.0}, ["`lora_dropout` is 1.0, where a rate"]),
+        ({"rank_pattern": [2]}, ["`rank_pattern` is [2], where an object belongs"]),
+        ({"rank_pattern": {"q": None}}, ["`rank_pattern` has null for 'q'"]),
+        ({"alpha_pattern": {"q(": 2}}, ["`alpha_pattern` has 'q(', no regular expr"]),
+        ({"target_modules": "q["}, ["`target_modules` has 'q[', no regular expr"]),
+        ({"target_modules": {"q": 1}}, ["`target_modules` is {", "a list of names"]),
+        ({"modules_to_save": "score"}, ['`modules_to_save` is "score", where a list']),
+        ({"target_parameters": "up"}, ['`target_parameters` is "up", where a list']),
+        ({"peft_type": None}, ["`peft_type` is None; only 'LORA'", "which file"]),
+        ({"peft_type": "lora"}, ["`peft_type` is 'lora'; only 'LORA' can be read"]),
+        (
+            {"peft_type": "LOKR"},
+            ["`peft_type` is 'LOKR'; only", "`merge_and_unload()`"],
+        ),
+        ({"peft_type": "PREFIX_TUNING"}, ["trains inputs of a model"]),
+    ],
+    ids=str,
+)
+def test_values_of_the_configuration(saved, option, messages, tmp_path):
+    plain, config, tensors = saved
+    write(tmp_path / "new", config | option, tensors)
+    with pytest.raises(lorax.AdapterFileError) as error:
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    assert all(message in str(error.value) for message in messages), error.value
+    assert str(tmp_path / "new" / "adapter_config.json") in str(error.value)
+
+
+# Names of tensors
+
+
+def renamed(change):
+    return lambda tensors: {change(name): x for name, x in tensors.items()}
+
+
+def with_adapter_name(name):
+    """As in the state of a model of PEFT's."""
+    name = name.replace("lora_A.weight", "lora_A.default.weight")
+    name = name.replace("lora_B.weight", "lora_B.default.weight")
+    return name.replace("score.", "score.modules_to_save.default.")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renamed(lambda name: name.removeprefix(PREFIX)),
+        renamed(with_adapter_name),
+        renamed(lambda name: with_adapter_name(name).removeprefix(PREFIX)),
+        renamed(lambda name: PREFIX + "_orig_mod." + name.removeprefix(PREFIX)),
+        renamed(lambda name: "_orig_mod." + name),
+    ],
+)
+def test_names_that_can_be_told(saved, change, tmp_path):
+    plain, config, tensors = saved
+    write(tmp_path / "new", config, change(tensors))
+    loaded = lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    assert_identical(loaded, lorax.peft.load(tmp_path, plain, names=NAMES))
+
+
+def other_adapter(name):
+    part = "lora_A.other.weight" if ".0." in name else "lora_A.default.weight"
+    return name.replace("lora_A.weight", part)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            renamed(lambda name: name.replace(PREFIX, "module.")),
+            "leads nowhere .* for module.model.layers.*None of its tensors begins with "
+            "base_model.model.",
+        ),
+        (
+            renamed(lambda name: name.replace(PREFIX + "score", "score")),
+            "some of its tensors begin with base_model.model. and some do not: score",
+        ),
+        (renamed(other_adapter), "several adapters, (other|default), (other|default)."),
+        (
+            lambda t: t | renamed(with_adapter_name)(t),
+            "two of its tensors are the same but for names of adapters",
+        ),
+    ],
+)
+def test_names_that_cannot_be_told(saved, change, message, tmp_path):
+    plain, config, tensors = saved
+    write(tmp_path / "new", config, change(tensors))
+    with pytest.raises(lorax.AdapterFileError, match=f"(?s){message}"):
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+
+
+# Files of others
+
+X = np.ones((2, 2), np.float32)
+KOHYA = {
+    "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight": X,
+    "lora_unet_down_blocks_0_attn1_to_q.lora_up.weight": X,
+    "lora_unet_down_blocks_0_attn1_to_q.alpha": X,
+}
+DIFFUSERS = {
+    "unet.down_blocks.0.attn1.processor.to_q_lora.down.weight": X,
+    "unet.down_blocks.0.attn1.processor.to_q_lora.up.weight": X,
+}
+OLD_DIFFUSERS = {
+    "text_encoder.layers.0.q_proj.lora_linear_layer.down.weight": X,
+    "text_encoder.layers.0.q_proj.lora_linear_layer.up.weight": X,
+}
+WHOLE_MODEL = {"model.layers.0.attn.q_proj.weight": X, "model.norm.weight": X}
+
+
+@pytest.mark.parametrize(
+    "tensors, message",
+    [
+        (KOHYA, "in the style of kohya's scripts.*load_lora_weights"),
+        (DIFFUSERS, "in the style of diffusers.*get_peft_model_state_dict"),
+        (OLD_DIFFUSERS, "in the style of diffusers"),
+        (WHOLE_MODEL, "holds a whole model and no adapter. Load it as the base"),
+    ],
+)
+def test_files_in_the_style_of_others(saved, tensors, message, tmp_path):
+    plain, config, _ = saved
+    write(tmp_path / "new", config, tensors)
+    file = tmp_path / "new" / "adapter_model.safetensors"
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(tmp_path / "new", plain, names=NAMES)
+    file = file.rename(tmp_path / "something.safetensors")
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(file, plain, names=NAMES)
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.load_adapter(file, plain)
+
+
+BIN = b"PK\x03\x04" + b"0" * 40
+CONFIG = {"adapter_config.json": b"{}"}
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"adapter_model.bin": BIN} | CONFIG, r"\(adapter_model.bin\).*never is here"),
+        ({"adapter_model.safetensors": BIN} | CONFIG, "is a pickle of PyTorch's"),
+        (
+            {
+                "adapter_model-00001-of-00002.safetensors": b"",
+                "adapter_model-00002-of-00002.safetensors": b"",
+                "adapter_model.safetensors.index.json": b"{}",
+            }
+            | CONFIG,
+            r"\(adapter_model-00001-of-00002.*has an adapter in parts.*save_file",
+        ),
+        ({"model.safetensors": b"", "config.json": b"{}"}, "holds a whole model"),
+        ({"pytorch_model-00001-of-00002.bin": b""}, "holds a whole model"),
+        ({"pytorch_lora_weights.safetensors": b""}, "in the style of diffusers"),
+        (
+            {"default/adapter_config.json": b"{}", "other/adapter_config.json": b"{}"},
+            "has folders with adapters. Pass one of them: default, other",
+        ),
+        (
+            {"adapter_model.safetensors": b"version https://git-lfs.github.com/spec/v1"}
+            | CONFIG,
+            "`git lfs pull`",
+        ),
+    ],
+    ids=range(8),
+)
+def test_folders_of_others(files, message, tmp_path, getkey):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(tmp_path, Model(getkey()), names=NAMES)
+
+
+def test_what_is_not_there(saved, tmp_path):
+    plain, _, _ = saved
+    with pytest.raises(
+        FileNotFoundError, match="no folder user/adapter.*snapshot_down"
+    ):
+        lorax.peft.load("user/adapter", plain, names=NAMES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors in"):
+        lorax.peft.load(tmp_path / "empty", plain, names=NAMES)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json in.*write it"):
+        lorax.peft.load(tmp_path, plain, names=NAMES)
+
+
+def test_the_file_and_the_folder(saved, tmp_path):
+    plain, _, _ = saved
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        with pytest.raises(
+            lorax.AdapterFileError, match="one file of an adapter. Pass"
+        ):
+            lorax.peft.load(tmp_path / name, plain, names=NAMES)
+    with pytest.raises(lorax.AdapterFileError, match="read by `lorax.peft.load`"):
+        lorax.load_adapter(tmp_path, plain)
+    with pytest.raises(lorax.AdapterFileError, match="read by `lorax.peft.load`"):
+        lorax.load_adapter(tmp_path / "adapter_model.safetensors", plain)
+    native = tmp_path / "native" / "adapter.safetensors"
+    lorax.save_adapter(native, lorax.peft.load(tmp_path, plain, names=NAMES))
+    for path in (native, native.parent):
+        with pytest.raises(lorax.AdapterFileError, match="`lorax.load_adapter`"):
+            lorax.peft.load(path, plain, names=NAMES)
+    pickled = tmp_path / "adapter_model.bin"
+    pickled.write_bytes(BIN)
+    with pytest.raises(lorax.AdapterFileError, match="is a pickle of PyTorch's"):
+        lorax.load_adapter(pickled, plain)
+    with pytest.raises(lorax.AdapterFileError, match="is a pickle of PyTorch's"):
+        lorax.adapter_info(pickled)
+
+
+@pytest.mark.parametrize("start", [0x80, 0x4B50])
+def test_a_header_whose_length_looks_like_something_else(start, tmp_path, getkey):
+    model = lorax.loraify([eqx.nn.Linear(2, 2, key=getkey())], rank=1, key=getkey())
+    path = tmp_path / "a.safetensors"
+    note = ""
+    for _ in range(3):  # the length grows in steps of eight
+        lorax.save_adapter(path, model, metadata={"note": note})
+        length = int.from_bytes(path.read_bytes()[:8], "little")
+        note += "x" * ((start - length) % 0x10000)
+    assert length % 0x10000 == start
+    assert_identical(lorax.load_adapter(path, model), model)
+
+
 # Biases; `test_peft_biases.py` has them against PEFT
 
 

@@ -223,7 +223,9 @@ def test_nothing_to_save(tmp_path, getkey):
     with pytest.raises(TypeError, match=r"no array to save at layers\.0\.weight"):
         lorax.save_adapter(tmp_path / "a", abstract)
     adapted = lorax.loraify(plain, rank=1, key=getkey())
-    with pytest.raises(ValueError, match=r"has no base.*eqx\.combine\(params, frozen"):
+    with pytest.raises(
+        ValueError, match=r"has no base.*lorax\.combine\(params, frozen"
+    ):
         lorax.save_adapter(tmp_path / "a", lorax.partition(adapted)[0])
     with pytest.raises(TypeError, match="`metadata` is not what JSON can hold"):
         lorax.save_adapter(tmp_path / "a", adapted, metadata={"x": jnp.ones(2)})
@@ -304,7 +306,7 @@ def test_foreign_files(saved, tmp_path):
     ):
         lorax.load_adapter(path, plain)
     path.write_bytes(b"PK\x03\x04 a pickle, perhaps")
-    with pytest.raises(ERRORS, match="not a whole safetensors file"):
+    with pytest.raises(ERRORS, match="is a pickle of PyTorch's"):
         lorax.load_adapter(path, plain)
     path.write_bytes(b"")
     with pytest.raises(ERRORS, match="not a whole safetensors file"):

@@ -1,7 +1,10 @@
 """`adapter_config.json` of PEFT."""
 
 import collections
-from collections.abc import Iterable, Mapping, Sequence
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .matching import follows_pattern, pattern_for, targets_for
@@ -42,6 +45,24 @@ _UNDERSTOOD = {
     "rank_pattern",
     "target_parameters",
     "use_rslora",
+}
+# Methods that train inputs.
+_ON_INPUTS = {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "CPT",
+    "MULTITASK_PROMPT_TUNING",
+    "P_TUNING",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+}
+_BELONGS = {
+    "r": "where a rank belongs, a whole number above zero: that of `lora_A`",
+    "lora_alpha": (
+        "where a number belongs: that which the adapter was trained with, as of its "
+        "training script, and often `r` or twice that"
+    ),
+    "lora_dropout": "where a rate below 1 belongs: 0 will do",
 }
 # With these PEFT changes the base as well.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -98,7 +119,10 @@ def check_config(config: Any) -> None:
         raise ValueError("it is not a JSON object")
     method = config.get("peft_type")
     if method != "LORA":
-        raise ValueError(f"its `peft_type` is {method!r}; what can be read is 'LORA'")
+        raise ValueError(
+            f"its `peft_type` is {method!r}; only 'LORA' can be read. "
+            + _instead(method)
+        )
     if config.get("use_dora"):
         raise ValueError("it is DoRA (`use_dora`), which is not here yet")
     init = config.get("init_lora_weights", True)
@@ -117,6 +141,70 @@ def check_config(config: Any) -> None:
     }
     if others:
         raise ValueError(f"it uses {', '.join(sorted(others))}, which is not here")
+    if wrong := list(_wrong_values(config)):
+        raise ValueError("; ".join(wrong))
+
+
+def _instead(method: Any) -> str:
+    if method is None:
+        return "Without one it is no configuration of PEFT's: see which file this is"
+    if method in _ON_INPUTS:
+        return "This one trains inputs of a model, and none of its weights"
+    return (
+        "Merge it in PyTorch, by `merge_and_unload()`, and load the weights of the "
+        "merged model here"
+    )
+
+
+def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is not of the type that PEFT has, in JSON's words."""
+    for option, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
+        value = config.get(option, default)
+        if not _is_number(option, value):
+            yield f"`{option}` is {json.dumps(value)}, {_BELONGS[option]}"
+    for option, number in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        patterns = config.get(option) or {}
+        if not isinstance(patterns, dict):
+            yield f"`{option}` is {json.dumps(patterns)}, where an object belongs"
+            continue
+        for pattern, value in patterns.items():
+            if not _is_number(number, value):
+                yield (
+                    f"`{option}` has {json.dumps(value)} for {pattern!r}, "
+                    f"{_BELONGS[number]}"
+                )
+            yield from _wrong_expression(option, pattern)
+    for option in ("target_modules", "exclude_modules"):
+        if isinstance(value := config.get(option), str):
+            yield from _wrong_expression(option, value)
+        else:
+            yield from _wrong_list(option, value)
+    for option in ("target_parameters", "modules_to_save"):
+        yield from _wrong_list(option, config.get(option))
+    whole = config.get("modules_to_save")
+    for entry in whole if isinstance(whole, list) else []:
+        yield from _wrong_expression("modules_to_save", entry)
+
+
+def _is_number(option: str, value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if option == "r":
+        return isinstance(value, int) and value > 0
+    return math.isfinite(value) and (option != "lora_dropout" or 0 <= value < 1)
+
+
+def _wrong_list(option: str, value: Any) -> Iterator[str]:
+    is_list = isinstance(value, list) and all(isinstance(x, str) for x in value)
+    if value is not None and not is_list:
+        yield f"`{option}` is {json.dumps(value)}, where a list of names belongs"
+
+
+def _wrong_expression(option: str, pattern: Any) -> Iterator[str]:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        yield f"`{option}` has {pattern!r}, no regular expression: {error}"
 
 
 def rank_of(config: Mapping[str, Any], path: str) -> int:

@@ -1,0 +1,136 @@
+"""The two files of an adapter, and the names of its tensors."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .._foreign import (
+    foreign_file,
+    foreign_folder,
+    foreign_tensors,
+    is_native,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+)
+from .._save import AdapterFileError, read_tensors
+from .config import check_config
+from .names import few
+
+
+_T = TypeVar("_T")
+
+PREFIX = "base_model.model."
+# What wraps a model without being a part of its paths.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
+_WITH_ADAPTER_NAME = re.compile(
+    r"(.*\.(?:lora_[AB]|lora_embedding_[AB]|modules_to_save))"
+    r"\.((?!lora_|weight$|bias$)[^.]+)((?:\..*)?)"
+)
+
+
+def read_folder(
+    folder: Path,
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """The configuration, the metadata and the tensors.
+
+    **Raises:**
+
+    `AdapterFileError` if it is no adapter that can be read, with what it is instead;
+    `FileNotFoundError` if there is nothing.
+    """
+    _check_files(folder)
+    try:
+        config = json.loads((folder / PEFT_CONFIG).read_bytes())
+        check_config(config)
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{folder / PEFT_CONFIG}: {error}.") from error
+    metadata, tensors, _ = read_tensors(folder / PEFT_WEIGHTS)
+    if found := foreign_tensors(tensors):
+        raise AdapterFileError(f"{folder / PEFT_WEIGHTS} {found}")
+    return config, metadata, tensors
+
+
+def has_prefix(names: Iterable[str]) -> bool:
+    return any(_unwrapped(name).startswith(PREFIX) for name in names)
+
+
+def plain_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """The tensors by their names below the model, without what is not of them: PEFT's
+    prefix, where there is one, wrappers, and the name of the adapter.
+
+    **Raises:**
+
+    `ValueError` if that is not the same of all, so that there are several adapters.
+    """
+    others = [name for name in tensors if not has_prefix([name])]
+    if 0 < len(others) < len(tensors):
+        raise ValueError(
+            f"some of its tensors begin with {PREFIX} and some do not: {few(others)}. "
+            "Rename these in the file."
+        )
+    plain: dict[str, _T] = {}
+    adapters: dict[str, None] = {}
+    for name, x in tensors.items():
+        path = _unwrapped(name).removeprefix(PREFIX)
+        found = _WITH_ADAPTER_NAME.fullmatch(path)
+        if found is not None:
+            adapters[found[2]] = None
+            path = found[1].removesuffix(".modules_to_save") + found[3]
+        plain[path] = x
+    if len(adapters) > 1:
+        raise ValueError(
+            f"it holds several adapters, {few(adapters)}. Save one of them in PEFT: "
+            "`model.save_pretrained(folder, selected_adapters=[name])`."
+        )
+    if len(plain) < len(tensors):
+        raise ValueError("two of its tensors are the same but for names of adapters.")
+    return plain
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _check_files(folder: Path) -> None:
+    if folder.is_file():
+        raise AdapterFileError(f"`directory={str(folder)!r}` {_of_file(folder)}")
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"There is no folder {folder}. An adapter of the Hugging Face hub is to be "
+            "downloaded first: `huggingface_hub.snapshot_download(name)`."
+        )
+    if not (folder / PEFT_WEIGHTS).is_file():
+        if found := foreign_folder(folder):
+            raise AdapterFileError(f"{folder} {found}")
+        native = [x.name for x in folder.glob("*.safetensors") if is_native(x)]
+        if native:
+            raise AdapterFileError(
+                f"{folder} has {few(native)}, of `lorax.save_adapter`. That is read by "
+                "`lorax.load_adapter`."
+            )
+        raise FileNotFoundError(f"There is no {PEFT_WEIGHTS} in {folder}.")
+    if found := foreign_file(folder / PEFT_WEIGHTS):
+        raise AdapterFileError(f"{folder / PEFT_WEIGHTS} {found}")
+    if not (folder / PEFT_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"There is no {PEFT_CONFIG} in {folder}, which says how the tensors are "
+            "scaled. Copy it from where the adapter was saved or, if you know what it "
+            'was, write it: `{"peft_type": "LORA", "r": 8, "lora_alpha": 16, '
+            '"target_modules": ["q_proj"]}`.'
+        )
+
+
+def _of_file(file: Path) -> str:
+    if found := foreign_file(file):
+        return found
+    if file.name in (PEFT_CONFIG, PEFT_WEIGHTS):
+        return f"is one file of an adapter. Pass its folder, {str(file.parent)!r}."
+    if is_native(file):
+        return "is a file of `lorax.save_adapter`. It is read by `lorax.load_adapter`."
+    found = foreign_tensors(read_tensors(file)[1])
+    return found or (
+        f"is a file. Pass a folder which has `{PEFT_CONFIG}` and, by this name, "
+        f"`{PEFT_WEIGHTS}`."
+    )
