@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 
 from ._arrays import multiply
+from ._forwarding import replaced
 from ._layer import is_layer
 from ._lora import LoraWeight
 from ._tree import children, Place, Places, rebuild
@@ -77,8 +79,9 @@ def align(adapters: Sequence[Any], name: str) -> Aligned:
         nodes = [found.get(i, {}).get(place.path) for i in range(len(adapters))]
         if is_weight(place.node):
             nodes = [_as_update(place, node) for node in nodes]
-        _check_alike(place, nodes)
-        columns.append(Column(place, nodes))
+        if any(node is not None for node in nodes):
+            _check_alike(place, nodes)
+            columns.append(Column(place, nodes))
     return Aligned(union, columns)
 
 
@@ -92,7 +95,7 @@ def united(nodes: Sequence[Any], path: Path = ()) -> Any:
         return next(iter(weights or nodes), None)
     if layers:
         wrapped = [node.wrapped if is_layer(node) else node for node in nodes]
-        return with_wrapped(layers[0], united(wrapped, path))
+        return replaced(layers[0], wrapped=united(wrapped, path))
     levels = [level for level in map(children, nodes) if level is not None]
     if len(levels) < len(nodes):
         return nodes[0]
@@ -109,16 +112,6 @@ def united(nodes: Sequence[Any], path: Path = ()) -> Any:
         for i, name in enumerate(names[0])
     ]
     return levels[0][1].unflatten(below)
-
-
-def with_wrapped(layer: Any, module: Any) -> Any:
-    """The adapted layer around another module."""
-    level = children(layer)
-    assert level is not None
-    named, treedef = level
-    return treedef.unflatten(
-        [module if child is layer.wrapped else child for _, child in named]
-    )
 
 
 def _arrays_of(adapter: Any) -> dict[Path, Any]:
@@ -159,6 +152,9 @@ def _as_update(place: Place, node: Any) -> Any:
     if not is_weight(node):
         # Of a whole model, in which this is no target, it is the base.
         return None if place.node.w is not None else node
+    if not jax.tree.leaves(node):
+        # It was left out of the `params`.
+        return None
     if type(node) is not LoraWeight and node.w is None:
         raise ValueError(
             f"{place.dotted} is a {type(node).__name__}, which has its factors only "

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 
-from ._aligned import with_wrapped
 from ._arrays import is_array
+from ._forwarding import replaced
 from ._layer import is_layer
 from ._parts import lacks_arrays, misfits
-from ._tree import children, Place, Places, rebuild
+from ._tree import Place, Places, rebuild
 from ._weight import base_of, is_weight, upon
 
 
@@ -144,22 +144,15 @@ def _same(node: Any) -> Any:
 
 def _layer(node: Any, new: Any) -> Any:
     """The layer `new`, around the module in a model."""
-    if not is_layer(node):
-        return _with_dropout(with_wrapped(new, node), None)
-    dropout = node.dropout if node.has_dropout else None
-    return _with_dropout(with_wrapped(new, node.wrapped), dropout)
-
-
-def _with_dropout(layer: Any, dropout: Any) -> Any:
-    if not layer.has_dropout or layer.dropout is None or layer.dropout.p is not None:
-        return layer
+    is_adapted = is_layer(node)
+    changes = {"wrapped": node.wrapped if is_adapted else node}
     # Its numbers are not trained, and so not in `params`. That there is one remains,
     # for the sake of the structure.
-    dropout = eqx.nn.Dropout(0.0, inference=True) if dropout is None else dropout
-    level = children(layer)
-    assert level is not None
-    named, treedef = level
-    return treedef.unflatten([dropout if c is layer.dropout else c for _, c in named])
+    if new.has_dropout and new.dropout is not None and new.dropout.p is None:
+        changes["dropout"] = eqx.nn.Dropout(0.0, inference=True)
+        if is_adapted and node.has_dropout and node.dropout is not None:
+            changes |= {"dropout": node.dropout, "key": node.key}
+    return replaced(new, **changes)
 
 
 def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:

@@ -14,6 +14,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._fingerprint import base_digests, digest
+from ._parts import check_frozen
 from ._save import AdapterFileError, differences, digest_of, listed
 from ._state import (
     check_agreement,
@@ -94,6 +95,7 @@ class Checkpoints:
                 "`lorax.Checkpoints` writes with Orbax, which cannot be imported: "
                 f"{error}. Install it with: pip install orbax-checkpoint"
             ) from error
+        check_frozen(frozen, "lorax.Checkpoints(folder, {})")
         folder = os.fspath(folder)
         self._folder = folder if "://" in folder else os.path.abspath(folder)
         if os.path.isfile(self._folder):

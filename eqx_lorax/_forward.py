@@ -3,6 +3,7 @@
 from typing import Any, TypeVar
 
 from ._arrays import wide
+from ._parts import check_whole
 from ._select import available, Filter, named_places, without
 from ._tree import Place, Places, rebuild
 from ._weight import is_weight
@@ -52,6 +53,7 @@ def merged_forward(
     `ValueError` if any part of `filter` or `exclude` names no adapter, or if a weight's
     dtype is narrower than float32: rounded to it, the sum would lose a small update.
     """
+    check_whole(model, "lorax.merged_forward({})")
     places = Places(model)
     weights = [place for place in places.all if _is_adapter(place)]
     if not weights:

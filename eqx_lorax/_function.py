@@ -17,7 +17,7 @@ from ._interpreter import evaluate
 from ._lora import factor_shapes
 from ._report import Materialised, OnMaterialise, Report
 from ._views import explicit_sharding
-from ._weight import AbstractLoraWeight, is_weight
+from ._weight import AbstractLoraWeight, is_weight, without_base
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -177,6 +177,8 @@ _TRACED = (
 
 
 def _check_whole(weight: AbstractLoraWeight) -> None:
+    if weight.w is None:
+        raise without_base(weight)
     lora = weight.as_lora()
     axes = (*lora.rows, *lora.columns)
     shapes = None

@@ -14,7 +14,13 @@ from ._arrays import multiply
 from ._contract import Label, Labels, RANK
 from ._printing import weight_document
 from ._sharding import chosen, follow, Placement, sharding_of
-from ._weight import AbstractLoraWeight, Factor, Weight
+from ._weight import (
+    AbstractLoraWeight,
+    Factor,
+    Weight,
+    without_base,
+    without_factors,
+)
 
 
 class LoraWeight(AbstractLoraWeight):
@@ -123,6 +129,7 @@ class LoraWeight(AbstractLoraWeight):
             )
 
     def as_lora(self) -> "LoraWeight":
+        self._check_factors()
         if self.gate is None:
             return self
         # Of a batch of gates the smaller factor becomes a batch. It is not rounded
@@ -136,7 +143,12 @@ class LoraWeight(AbstractLoraWeight):
         return self.replace(a=gated, gate=None)
 
     def factored(self) -> "LoraWeight":
+        self._check_factors()
         return self
+
+    def _check_factors(self) -> None:
+        if self.b is None or self.a is None:
+            raise without_factors(self)
 
     def array_axes(self) -> dict[str, Labels]:
         stored = range(-self.w.ndim, 0)
@@ -156,14 +168,28 @@ class LoraWeight(AbstractLoraWeight):
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if self.w is None:
+            raise without_base(self)
         return tuple(self.w.shape[axis] for axis in self.shown_axes())
 
     @property
     def dtype(self) -> jnp.dtype:
+        if self.w is None:
+            raise without_base(self)
         return self.w.dtype
 
     def __pdoc__(self, **options: Any) -> Any:
         return weight_document(self, **options)
+
+    def shape_by_factors(self) -> tuple[int, ...]:
+        """The shape of the base, as it is stored, where only the factors are there."""
+        batch = self.b.ndim - 1 - len(self.rows)
+        ndim = batch + len(self.rows) + len(self.columns)
+        owned = dict(zip(self.rows, self.b.shape[batch:-1]))
+        owned |= dict(zip(self.columns, self.a.shape[batch + 1 :]))
+        rest = iter(self.b.shape[:batch])
+        axes = range(-ndim, 0)
+        return tuple(owned[i] if i in owned else next(rest) for i in axes)
 
     def replace(self, **changes: Any) -> "LoraWeight":
         """This weight with other values in some fields, unchecked."""

@@ -13,6 +13,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from ._arrays import is_array, is_inexact
 from ._init import key_for
 from ._lora import factor_shapes, factor_shardings, LoraWeight
+from ._parts import check_whole
 from ._sharding import created, Placement
 from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
 from ._surgery import unloraify
@@ -60,6 +61,8 @@ def init_lora(
     the smaller side, or negative; if the parameter is not inexact or has an adapter; if
     the spec does not fit the tree.
     """
+
+    check_whole(param_tree, "lorax.init_lora({}, spec, rng)", "param_tree")
 
     def adapt(path: str, x: Any, spec: SpecValue) -> Any:
         if not isinstance(spec, LoraSpec):
@@ -159,4 +162,5 @@ def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
     `ValueError` if there is no adapter, or if a merged value is not finite; then
     nothing was changed.
     """
+    check_whole(lora_params, "lorax.merge_params({})", "lora_params")
     return unloraify(lora_params, donate=destructive)

@@ -9,10 +9,13 @@ from ._arrays import is_array
 from ._weight import base_of, is_weight
 
 
-def check_whole(model: Any, call: str, name: str = "model") -> None:
+def check_whole(
+    model: Any, call: str, name: str = "model", *, or_params: bool = False
+) -> None:
     """**Arguments:**
 
     - `call`: The call that is meant, with `{}` for the model.
+    - `or_params`: Whether the adapter alone will do too.
 
     **Raises:**
 
@@ -20,6 +23,8 @@ def check_whole(model: Any, call: str, name: str = "model") -> None:
     """
     weights = [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
     if any(base_of(weight) is None for weight in weights):
+        if or_params:
+            return
         what = "an adapter without its base, the `params`"
     elif any(lacks_arrays(weight) for weight in weights):
         what = "a base without its adapters, the `frozen`"
@@ -27,6 +32,19 @@ def check_whole(model: Any, call: str, name: str = "model") -> None:
         return
     fix = call.format("lorax.combine(params, frozen)")
     raise ValueError(f"`{name}` is {what} of `lorax.partition`. Call `{fix}`.")
+
+
+def check_frozen(frozen: Any, call: str) -> None:
+    """**Raises:**
+
+    `ValueError` if `frozen` is what `lorax.partition` called `params`.
+    """
+    weights = [x for x in jax.tree.leaves(frozen, is_leaf=is_weight) if is_weight(x)]
+    if any(base_of(weight) is None for weight in weights):
+        raise ValueError(
+            "`frozen` is an adapter without its base, the `params` of "
+            f"`lorax.partition`. Call `{call.format('frozen')}` with its second result."
+        )
 
 
 def lacks_arrays(weight: Any) -> list[str]:

@@ -22,6 +22,7 @@ from ._devices import (
     plain,
 )
 from ._dropout import without_keys
+from ._parts import check_whole
 from ._select import Filter
 from ._summary import in_bytes
 from ._train import partition
@@ -168,6 +169,7 @@ def plan(
     As `lorax.trainable`, and `ValueError` if `loss` returns anything but one real
     floating point scalar.
     """
+    check_whole(model, "lorax.plan(loss, {}, batch)")
     params, frozen = partition(model, also)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     divided = _batch_axes(batch)

@@ -26,6 +26,7 @@ from ._adapter import Adapted, Adapter, adapter_of, methods, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
+from ._parts import check_whole
 from ._processes import write_once
 from ._select import Filter
 from ._tree import joined, Places
@@ -95,6 +96,7 @@ def save_adapter(
     `TypeError` if `metadata` is not JSON or there are shapes in the place of arrays;
     `OSError`, in every process, if it cannot be written.
     """
+    check_whole(model, "lorax.save_adapter(path, {})")
     places = Places(model)
     adapter = adapter_of(model, places, also)
     tensors: dict[str, np.ndarray] = {}
@@ -172,6 +174,7 @@ def load_adapter(
     shapes, dtypes, or base weights. The message names the paths. `OSError` if there is
     no file that can be read.
     """
+    check_whole(model, "lorax.load_adapter(path, {})")
     header, tensors = _read(Path(path))
     adapter = well_formed(path, lambda: _adapter(header, tensors))
     places = Places(model)

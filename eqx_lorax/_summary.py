@@ -14,10 +14,12 @@ from jaxtyping import PyTree
 from ._arrays import is_inexact
 from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
 from ._dropout import without_keys
+from ._lora import LoraWeight
+from ._parts import check_whole
 from ._select import Filter
 from ._train import adapter_spec, trainable
 from ._tree import Places
-from ._weight import base_of, is_weight
+from ._weight import base_of, is_weight, without_base
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Summary:
         """
         rows = _rows([(x.path, [x]) for x in self.targets] if full else self._groups())
         share = self.trained / max(self.trained + self.frozen, 1)
-        of_all = in_bytes(self.full_adam_bytes)
+        # Of an adapter alone it is not known.
+        of_all = in_bytes(self.full_adam_bytes) if self.full_adam_bytes else "?"
         trained = self._sizes(self.trained_bytes, self.device_trained_bytes)
         frozen = self._sizes(self.frozen_bytes, self.device_frozen_bytes)
         adam = self._sizes(self.adam_bytes, self.device_adam_bytes)
@@ -118,7 +121,8 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
 
     **Arguments:**
 
-    - `model`: Any model; the arrays may be abstract (`equinox.filter_eval_shape`).
+    - `model`: Any model, or the `params` of `lorax.partition`, of whose base only the
+        shapes are known. The arrays may be abstract (`equinox.filter_eval_shape`).
         Where they are sharded, or have the `sharding` that they would have, the memory
         on each device is known too.
     - `also`: What is trained besides the adapters, as of `lorax.trainable`.
@@ -132,36 +136,49 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
 
     `ValueError` if any part of `also` names nothing.
     """
+    check_whole(model, "lorax.summary({})", or_params=True)
     model = without_keys(model)
     spec = adapter_spec(model) if also is None else trainable(model, also)
     params, frozen = eqx.partition(model, spec)
     base = jax.tree.map(base_of, model, is_leaf=is_weight)
+    is_alone = any(
+        is_weight(x) and base_of(x) is None
+        for x in jax.tree.leaves(model, is_leaf=is_weight)
+    )
     adam = _adam(params)
     return Summary(
         targets=tuple(
-            _target(place) for place in Places(model).all if is_weight(place.node)
+            _target(place) for place in Places(model).all if _is_target(place.node)
         ),
         trained=_count(params),
         trained_bytes=nbytes(params),
         frozen=_count(frozen),
         frozen_bytes=nbytes(frozen),
         adam_bytes=nbytes(adam),
-        full_adam_bytes=nbytes(_adam(eqx.filter(base, is_inexact))),
+        full_adam_bytes=0 if is_alone else nbytes(_adam(eqx.filter(base, is_inexact))),
         device_trained_bytes=device_nbytes(params),
         device_frozen_bytes=device_nbytes(frozen),
         device_adam_bytes=device_nbytes(adam),
     )
 
 
+def _is_target(node: Any) -> bool:
+    # What was left out of the `params` has no arrays in them.
+    return is_weight(node) and bool(jax.tree.leaves(node))
+
+
 def _target(place: Any) -> TargetSummary:
     weight = place.node
+    if weight.w is None and type(weight) is not LoraWeight:
+        raise without_base(weight)
     lora = weight.as_lora()
+    is_known = weight.w is not None
     params = eqx.filter(weight, weight.trainable())
     return TargetSummary(
         path=place.dotted,
         kind=type(place.owner.module).__name__ if place.owner else "",
-        shape=tuple(weight.shape),
-        dtype=jnp.dtype(weight.dtype).name,
+        shape=tuple(weight.shape) if is_known else lora.shape_by_factors(),
+        dtype=jnp.dtype(weight.dtype).name if is_known else "",
         rank=lora.rank,
         scale=lora.scale,
         trained=_count(params),

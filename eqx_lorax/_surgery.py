@@ -16,6 +16,7 @@ from ._keywords import suggests
 from ._layer import is_layer
 from ._merging import merged
 from ._options import per_module, PerTarget
+from ._parts import check_whole
 from ._select import Filter
 from ._sharding import Placement
 from ._spec import LoraSpec
@@ -135,6 +136,7 @@ def loraify(
     _check_model(model)
     check_key(key)
     _check_init(init)
+    check_whole(model, "lorax.loraify({}, ...)")
     places = Places(model)
     targets, passed_over = find_targets(model, places, filter, exclude)
     before = [target for target in targets if target.is_adapted]
@@ -192,6 +194,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
     `ValueError` if there is no adapter, or if any merged weight is not finite, and then
     nothing was changed; inside `jax.jit` that is found out at run time.
     """
+    check_whole(model, "lorax.unloraify({})")
     places = Places(model)
     weights = [place for place in places.all if is_weight(place.node)]
     layers = [place for place in places.all if is_layer(place.node)]

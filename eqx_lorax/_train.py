@@ -10,6 +10,7 @@ from jaxtyping import PyTree
 
 from ._arrays import is_inexact
 from ._layer import is_layer
+from ._parts import check_whole
 from ._select import available, Filter, Named, named_places, without
 from ._tree import Place, Places, rebuild
 from ._weight import is_weight
@@ -25,7 +26,7 @@ def trainable(
 
     **Arguments:**
 
-    - `model`: A model with adapters, or any model if `also` is given.
+    - `model`: A model with adapters, or its `params`; or any model if `also` is given.
     - `also`: What is trained besides the factors: a new head, norms, biases. A filter
         as of `lorax.loraify`, of which every inexact array at or beneath the named
         places is meant. Base weights that have an adapter stay frozen all the same; to
@@ -44,6 +45,7 @@ def trainable(
     `ValueError` if nothing would be trained, if any part of `also` names no array that
     could be, or an adapted layer itself, or if any part of `exclude` excludes nothing.
     """
+    check_whole(model, "lorax.partition({})", or_params=True)
     spec = adapter_spec(model)
     if also is None and not any(jax.tree.leaves(spec)):
         raise ValueError(

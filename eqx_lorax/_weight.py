@@ -94,7 +94,7 @@ class AbstractLoraWeight(eqx.Module):
     @property
     def ndim(self) -> int:
         """The number of axes."""
-        return self.w.ndim
+        return len(self.shape)
 
     @property
     def size(self) -> int:
@@ -114,6 +114,8 @@ class AbstractLoraWeight(eqx.Module):
     def materialise(self) -> Array:
         """The array this stands for: base plus update, added in float32 or wider and
         rounded once to `dtype`. Differentiable in the factors, not in the base."""
+        if self.w is None:
+            raise without_base(self)
         return _views.dense(self).astype(self.dtype)
 
     def trainable(self: _Self) -> _Self:
@@ -213,6 +215,23 @@ def base_of(weight: Any) -> Any:
     while is_weight(weight):
         weight = weight.w
     return weight
+
+
+def without_base(weight: Any) -> ValueError:
+    """What is raised where the base of a weight is needed and not there."""
+    return ValueError(
+        f"This {type(weight).__name__} has no base: it is of an adapter alone, the "
+        "`params` of `lorax.partition`. Use the whole model, "
+        "`lorax.combine(params, frozen)` or `lorax.attach(model, params)`."
+    )
+
+
+def without_factors(weight: Any) -> ValueError:
+    """What is raised where the factors of a weight are needed and not there."""
+    return ValueError(
+        f"This {type(weight).__name__} has no factors: it is of the `frozen` part of "
+        "`lorax.partition`. Use the whole model, `lorax.combine(params, frozen)`."
+    )
 
 
 def upon(weight: Any, base: Any, **changes: Any) -> Any:

@@ -23,6 +23,7 @@ from ._adapter import adapter_of, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._foreign import PEFT_CONFIG, PEFT_WEIGHTS
+from ._parts import check_whole
 from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
 from ._peft.names import Names
 from ._peft.reading import adapter_from
@@ -99,6 +100,7 @@ def save(
     `ValueError` if `names` lacks a path or gives two the same, or if PEFT has no form
     for an adapter: transposed convolutions, adapters upon adapters.
     """
+    check_whole(model, "lorax.peft.save(directory, {}, names=names)")
     places = Places(model)
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
@@ -159,6 +161,7 @@ def load(
     opened, parts, a whole model, files of diffusers or kohya's scripts. The message
     says what it is and what to do. `OSError` if there is nothing that can be read.
     """
+    check_whole(model, "lorax.peft.load(directory, {}, names=names)")
     folder = Path(directory)
     config, metadata, tensors = read_folder(folder)
     places = Places(model)

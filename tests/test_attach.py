@@ -143,6 +143,10 @@ def test_dropout_is_no_part_of_an_adapter():
     assert_close(run(plain, 1), run(eqx.nn.inference_mode(own), 1))
     other = adapted(seed=3, dropout=0.6)[2]
     assert [x.dropout.p for x in lorax.attach(other, params).layers] == [0.6, 0.6]
+    keyed = lorax.attach(lorax.dropout_key(other, KEY), params)
+    assert_close(
+        run(keyed, 1), run(lorax.dropout_key(lorax.attach(other, params), KEY), 1)
+    )
     no_dropout = lorax.attach(other, adapted()[0])
     assert [layer.dropout for layer in no_dropout.layers] == [None, None]
 
@@ -273,3 +277,89 @@ def test_what_does_not_belong_together():
     for numbers in ([0.5, 0.5], np.ones(2), [jnp.ones(())] * 2):
         with pytest.raises(TypeError, match=r"`lorax\.weighted_sum\(adapters, weights"):
             lorax.combine([params, params], numbers)
+
+
+# Every function that takes a model, given one of its parts
+
+MEANT = r"lorax\.combine\(params, frozen\)|lorax\.attach\(model, params\)"
+REFUSED = {
+    "loraify": lambda part: lorax.loraify(part, key=KEY),
+    "loraify nested": lambda part: lorax.loraify(part, nested=True, key=KEY),
+    "unloraify": lambda part: lorax.unloraify(part),
+    "unloraify without merging": lambda part: lorax.unloraify(part, merge=False),
+    "merged_forward": lambda part: lorax.merged_forward(part),
+    "save_adapter": lambda part: lorax.save_adapter("x.safetensors", part),
+    "load_adapter": lambda part: lorax.load_adapter("x.safetensors", part),
+    "peft.save": lambda part: lorax.peft.save("x", part, names={}),
+    "peft.load": lambda part: lorax.peft.load("x", part, names={}),
+    "plan": lambda part: lorax.plan(lambda m, x: m(x).sum(), part, jnp.int32(1)),
+    "init_lora": lambda part: lorax.init_lora(part, 2, KEY),
+    "merge_params": lambda part: lorax.merge_params(part),
+    "filter_grad": lambda part: lorax.filter_grad(lambda m: m(1).sum())(part),
+    "lora": lambda part: lorax.lora(part)(1),
+    "lora of a function": lambda part: lorax.lora(lambda m: m(1))(part),
+    "the call of the model": lambda part: part(1),
+    "the call of a layer": lambda part: part.layers[0](jnp.ones(6)),
+    "jit": lambda part: run(part, 1),
+    "@": lambda part: part.layers[0].weight @ jnp.ones(6),
+    "@ on the other side": lambda part: jnp.ones(6) @ part.layers[0].weight,
+    "T": lambda part: jnp.ones(6) @ part.layers[0].weight.T,
+    "[]": lambda part: part.table.weight[1],
+    "materialise": lambda part: part.layers[0].weight.materialise(),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_part_where_the_model_is_meant(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params, frozen, _ = adapted(MANY, also="head")
+    for part in (params, frozen):
+        with pytest.raises((ValueError, TypeError), match=MEANT):
+            REFUSED[name](part)
+    assert not list(tmp_path.iterdir())
+
+
+ACCEPTED = {
+    "scale": lambda params: lorax.scale(params, 1.0),
+    "weighted_sum": lambda params: lorax.weighted_sum([params], [1.0]),
+    "trainable": lambda params: eqx.filter(params, lorax.trainable(params, "head")),
+    "partition": lambda params: lorax.partition(params, "head")[0],
+    "AdapterBank": lambda params: lorax.AdapterBank([params, params])[1],
+    "stack": lambda params: jax.tree.map(lambda x: x[0], lorax.stack([params])),
+    "split_lora_params": lambda params: lorax.split_lora_params(params, -1),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_takes_an_adapter(name):
+    params, frozen, model = adapted(MANY, also="head")
+    found = ACCEPTED[name](params)
+    assert_close(run(lorax.combine(found, frozen), 2), run(model, 2))
+
+
+def test_the_summary_of_an_adapter():
+    params, frozen, model = adapted(MANY, also="head")
+    whole = lorax.summary(model, also="head")
+    for also in (None, "head"):
+        alone = lorax.summary(params, also)
+        for mine, theirs in zip(alone.targets, whole.targets, strict=True):
+            names = ("path", "kind", "shape", "rank", "scale", "trained")
+            assert all(getattr(mine, n) == getattr(theirs, n) for n in names)
+            assert mine.frozen == 0 and mine.dtype == ""
+        assert "layers.0.weight" in alone.table(full=True)
+        assert "(? for full" in str(alone)
+    assert alone.trained == whole.trained and alone.adam_bytes == whole.adam_bytes
+    with pytest.raises(ValueError, match=r"`lorax\.summary\(lorax\.combine\(params"):
+        lorax.summary(frozen)
+    stack = eqx.filter_vmap(lambda k: eqx.nn.Linear(3, 4, key=k))(jax.random.split(KEY))
+    stack = lorax.loraify(stack, rank=1, key=KEY)
+    assert lorax.summary(lorax.partition(stack)[0]).targets[0].shape == (2, 4, 3)
+
+
+def test_frozen_where_it_is_meant(tmp_path):
+    params, frozen, _ = adapted()
+    for call in (lorax.partition, lorax.trainable):
+        with pytest.raises(ValueError, match="without its adapters.*" + MEANT):
+            call(frozen)
+    with pytest.raises(ValueError, match="`frozen` is an adapter.*its second result"):
+        lorax.Checkpoints(tmp_path, params)
