@@ -363,3 +363,19 @@ def test_frozen_where_it_is_meant(tmp_path):
             call(frozen)
     with pytest.raises(ValueError, match="`frozen` is an adapter.*its second result"):
         lorax.Checkpoints(tmp_path, params)
+
+
+def test_an_adapter_part_of_which_is_frozen():
+    """What `exclude` left out of `params` is no part of the adapter."""
+    model = adapted()[2]
+    params, frozen = lorax.partition(model, exclude="layers.0")
+    assert_identical(lorax.combine(params, frozen), model)
+    assert_identical(lorax.attach(model, params), model)
+    (target,) = lorax.summary(params).targets
+    assert target.path == "layers.1.weight"
+    taken = jax.tree.map(lambda x: x[0], lorax.stack([params, None]))
+    assert_close(run(lorax.combine(taken, frozen), 1), run(model, 1))
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.weight: `b`, `a` of a LoraWeight"
+    ):
+        lorax.attach(MODEL, params)
