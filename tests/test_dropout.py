@@ -241,15 +241,15 @@ def test_keys_are_no_adapter(adapted, tmp_path):
     state = optax.adam(1e-3).init(keyed_params)
     assert not any("key" in str(path) for path, _ in jax.tree.leaves_with_path(state))
     assert lorax.summary(keyed) == lorax.summary(adapted)
-    assert str(lorax.summary(keyed, also="up")) == str(
-        lorax.summary(adapted, also="up")
+    assert str(lorax.summary(keyed, also="bias")) == str(
+        lorax.summary(adapted, also="bias")
     )
     plain = lorax.unloraify(adapted, merge=False)
     assert_identical(lorax.unloraify(keyed, merge=False), plain)
     assert jax.tree.structure(lorax.unloraify(keyed)) == jax.tree.structure(plain)
 
     for name, model in (("keyed", keyed), ("adapted", adapted)):
-        lorax.save_adapter(tmp_path / name, model, also="up")
+        lorax.save_adapter(tmp_path / name, model, also="bias")
     written = []
     for name in ("keyed", "adapted"):
         with safe_open(tmp_path / name, "numpy") as file:
