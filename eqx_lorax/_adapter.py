@@ -8,8 +8,10 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._arrays import is_array
+from ._fingerprint import digest
 from ._layer import is_layer
 from ._processes import on_hand
 from ._select import Filter
@@ -53,7 +55,7 @@ class Adapted:
         there = base if is_weight(base) and base.method == self.method else None
         # An adapter upon another one is replaced alone.
         base = base.w if is_weight(base) else base
-        weight = methods()[self.method](base, **self.arrays, **self.settings)
+        weight = self.alone_on(base)
         axes, lying = weight.array_axes(), sharding_of(base_of(base))
 
         def put(name: str) -> Any:
@@ -69,6 +71,15 @@ class Adapted:
             [put(name) for name in self.arrays],
         )
 
+    def alone_on(self, base: Any) -> AbstractLoraWeight:
+        """The weight on top of a base, its arrays wherever they are."""
+        settings = {
+            # Static fields have to be hashable.
+            name: tuple(x) if isinstance(x, list) else x
+            for name, x in self.settings.items()
+        }
+        return methods()[self.method](base, **self.arrays, **settings)
+
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
@@ -80,10 +91,13 @@ class Adapter:
 
 
 def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
-    """**Raises:**
+    """The adapter of a model without views.
+
+    **Raises:**
 
     `ValueError` if the model has no adapters or no base, or as `lorax.partition`.
-    `TypeError` if there are shapes in the place of arrays.
+    `TypeError` if there are shapes in the place of arrays, or if a weight holds what no
+    argument of its class says.
     """
     weights = [place for place in places.all if is_weight(place.node)]
     if not weights and also is None:
@@ -122,15 +136,72 @@ def _adapted(place: Place) -> Adapted:
             "saved by."
         )
     names = [name for name in inspect.signature(type(weight)).parameters if name != "w"]
+    for name in names:
+        if not hasattr(weight, name):
+            raise TypeError(
+                f"There is a {type(weight).__name__} at {place.dotted}, whose argument "
+                f"`{name}` cannot be saved: it has no field of that name."
+            )
     values = {name: getattr(weight, name) for name in names}
-    return Adapted(
+    adapted = Adapted(
         path=place.path,
         method=method,
         shape=tuple(weight.shape),
         dtype=jnp.dtype(weight.dtype).name,
         settings={name: x for name, x in values.items() if not is_array(x)},
         dropout=_dropout(place),
-        arrays={name: on_hand(x) for name, x in values.items() if is_array(x)},
+        arrays={name: x for name, x in values.items() if is_array(x)},
+    )
+    _check_nothing_is_lost(adapted, weight)
+    arrays = {name: on_hand(x) for name, x in adapted.arrays.items()}
+    return dataclasses.replace(adapted, arrays=arrays)
+
+
+def _check_nothing_is_lost(adapted: Adapted, weight: AbstractLoraWeight) -> None:
+    """**Raises:**
+
+    `TypeError` if a weight holds more than loading would make of it.
+    """
+    kind = type(weight).__name__
+    unsaved = [
+        name for name, setting in adapted.settings.items() if not is_setting(setting)
+    ]
+    if not unsaved:
+        loaded = adapted.alone_on(weight.w)
+        unsaved = [
+            field.name
+            for field in dataclasses.fields(weight)
+            # That is how to multiply, and not with what.
+            if field.name != "is_merged"
+            and not _same(getattr(weight, field.name), getattr(loaded, field.name))
+        ]
+    if unsaved:
+        raise TypeError(
+            f"There is a {kind} at {adapted.dotted} that holds in "
+            f"{', '.join(f'`{name}`' for name in unsaved)} what would be lost in a "
+            "file, which has the arguments of its class: arrays, numbers, strings and "
+            "tuples of them. Let an argument say it."
+        )
+
+
+def is_setting(x: Any) -> bool:
+    """Whether `x` can be an argument of a weight in a file."""
+    flat = x if isinstance(x, list | tuple) else [x]
+    return all(y is None or isinstance(y, bool | int | float | str) for y in flat)
+
+
+def _same(x: Any, y: Any) -> bool:
+    if jax.tree.structure(x) != jax.tree.structure(y):
+        return False
+    pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y))
+    return all(
+        one is other
+        or (
+            digest(one) == digest(other)
+            if isinstance(one, jax.Array | np.ndarray) and is_array(other)
+            else type(one) is type(other) and one == other
+        )
+        for one, other in pairs
     )
 
 
@@ -155,7 +226,8 @@ def methods() -> dict[str, type[AbstractLoraWeight]]:
 
 
 def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
-    """`model` with `adapter` in the place of the one that it has, if any.
+    """`model`, without views, with `adapter` in the place of the one that it has, if
+    any.
 
     **Raises:**
 

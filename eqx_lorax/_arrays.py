@@ -14,6 +14,16 @@ def is_array(x: Any) -> TypeGuard[Array]:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def bits_of(dtype: DTypeLike) -> int:
+    """How many bits an entry has, which for some dtypes are fewer than a byte."""
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jnp.iinfo(dtype).bits
+    return 8 * dtype.itemsize
+
+
 def is_inexact(x: Any) -> TypeGuard[Array]:
     """Whether `x` is an array of floating or complex dtype."""
     return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
@@ -22,8 +32,16 @@ def is_inexact(x: Any) -> TypeGuard[Array]:
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
     """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
     are chosen here on purpose."""
+    if len(set(map(jnp.dtype, dtypes))) > 1:
+        # Those of eight bits and fewer have no common dtype with any other in JAX;
+        # bfloat16 has all of their values.
+        dtypes = tuple(jnp.bfloat16 if _is_tiny(x) else x for x in dtypes)
     with jax.numpy_dtype_promotion("standard"):
         return jnp.result_type(*dtypes)
+
+
+def _is_tiny(dtype: DTypeLike) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
 def wide(dtype: DTypeLike) -> jnp.dtype:

@@ -14,13 +14,16 @@ import jax.tree_util as jtu
 import numpy as np
 
 from ._fingerprint import base_digests, digest
+from ._held import without_views
 from ._parts import check_frozen
 from ._save import AdapterFileError, differences, digest_of, listed
+from ._settings import changes, settings_of_frozen, settings_of_state
 from ._state import (
     check_agreement,
     check_storable,
     from_json,
     impl_of,
+    is_packed,
     kind_of,
     misfits,
     name_of,
@@ -35,7 +38,8 @@ from ._tree import Places
 
 _State = TypeVar("_State")
 
-FORMAT = 1
+# Format 1 had no settings, and nothing of less than a byte.
+FORMAT = 2
 
 
 class Checkpoints:
@@ -74,8 +78,9 @@ class Checkpoints:
         - `folder`: Is made if it is not there. A URL for what Orbax knows, such as
             `gs://...`, is fine.
         - `frozen`: What is not trained, as `lorax.partition` gives it, or the whole
-            plain model. It is not saved, but a digest of each of its arrays is, so that
-            training does not go on with another base. `None` if there is none.
+            plain model. It is not saved, but a digest of each of its arrays is, and
+            what is static in its adapters, so that training does not go on with
+            another base or dropout. `None` if there is none.
         - `every`: `save` does nothing but for steps that are multiples of this.
         - `keep`: How many checkpoints there are at most. Older ones are deleted when
             a new one is whole.
@@ -103,7 +108,9 @@ class Checkpoints:
                 f"`folder={folder!r}` is a file. Name a folder, which may be a new one."
             )
         self._every = every
-        self._base = base_digests(Places(frozen), ())
+        self._settings = settings_of_frozen(frozen)
+        plain = without_views(frozen, allow_scaled=True)
+        self._base = base_digests(Places(plain), ())
         self._orbax: Any = orbax
         self._manager: Any = orbax.CheckpointManager(
             self._folder,
@@ -143,7 +150,7 @@ class Checkpoints:
 
         `ValueError` if there is a checkpoint of that step or of a later one, if there
         are no arrays, or if processes disagree on one. `TypeError` if an array is
-        abstract or of a dtype that Orbax does not know. What went wrong in the
+        abstract. What went wrong in the
         background with an earlier checkpoint is raised here too.
         """
         if step % self._every and not force:
@@ -162,11 +169,17 @@ class Checkpoints:
             {
                 "format": FORMAT,
                 "arrays": {
-                    name: {**kind_of(x), "impl": impl_of(x), "digest": digests[name]}
+                    name: {
+                        **kind_of(x),
+                        "impl": impl_of(x),
+                        "packed": is_packed(x),
+                        "digest": digests[name],
+                    }
                     for name, x in arrays.items()
                 },
                 "values": {name: to_json(x) for name, x in values.items()},
                 "base": self._base,
+                "settings": self._settings | settings_of_state(state),
             }
         )
         args = self._orbax.args
@@ -181,7 +194,11 @@ class Checkpoints:
         )
 
     def restore(
-        self, state: _State, *, allow_other_base: bool = False
+        self,
+        state: _State,
+        *,
+        allow_other_base: bool = False,
+        allow_other_settings: bool = False,
     ) -> tuple[int, _State] | None:
         """The last checkpoint.
 
@@ -192,6 +209,9 @@ class Checkpoints:
             processes, may be others than those that the checkpoint was written with.
         - `allow_other_base`: Whether base weights may differ from those that were there
             when it was saved, which is otherwise an error.
+        - `allow_other_settings`: Whether what no array says may differ: `alpha`,
+            `rank_stabilised`, the axes of factors, rates of dropout. Those of `state`
+            and `frozen` then hold.
 
         **Returns:**
 
@@ -201,8 +221,8 @@ class Checkpoints:
         **Raises:**
 
         `lorax.AdapterFileError`, a `ValueError`, if the checkpoint is damaged, was
-        written by something else, is of another structure, or belongs to another base.
-        The message names the paths.
+        written by something else, is of another structure, or belongs to another base
+        or to other settings. The message names the paths.
         """
         step = self.latest
         if step is None:
@@ -223,9 +243,21 @@ class Checkpoints:
                 f"{listed(other)}. Restore it with the base that it was trained on, "
                 "or pass `allow_other_base=True` if these differences are meant."
             )
+        # Not always the same: where `frozen` was a plain model, it had none.
+        settings = self._settings | settings_of_state(state)
+        changed = list(changes(about.get("settings", {}), settings))
+        if changed and not allow_other_settings:
+            raise AdapterFileError(
+                f"{self._at(step)} was saved with other settings: {listed(changed)}. "
+                "Adapt the model with those that it was saved with, or pass "
+                "`allow_other_settings=True` if these differences are meant."
+            )
+        packed = {name: x.get("packed", False) for name, x in written.items()}
         found = {
-            name: restored(x, like=arrays[name], impl=written[name]["impl"])
-            for name, x in self._arrays(step, arrays).items()
+            name: restored(
+                x, like=arrays[name], impl=written[name]["impl"], packed=packed[name]
+            )
+            for name, x in self._arrays(step, arrays, packed).items()
         }
         digests = {name: written[name]["digest"] for name in found}
         damaged = list(differences(digests, {n: digest(x) for n, x in found.items()}))
@@ -259,10 +291,12 @@ class Checkpoints:
             raise self._damaged(step, "its description is not as written")
         return about
 
-    def _arrays(self, step: int, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    def _arrays(
+        self, step: int, arrays: Mapping[str, Any], packed: Mapping[str, bool]
+    ) -> dict[str, Any]:
         """Those at a mesh on that mesh, the others as NumPy arrays."""
         args = self._orbax.args
-        wanted = {name: raw_kind(x) for name, x in arrays.items()}
+        wanted = {name: raw_kind(x, packed[name]) for name, x in arrays.items()}
         filled = {name: x for name, x in wanted.items() if x.size}
         empty = {name: np.zeros(x.shape, x.dtype) for name, x in wanted.items()}
         if not filled:

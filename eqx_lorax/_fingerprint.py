@@ -13,9 +13,10 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._arrays import is_array
+from ._arrays import bits_of, is_array
 from ._processes import on_hand
 from ._tree import joined, Places
 from ._weight import is_weight
@@ -63,6 +64,8 @@ def _bits(x: Any) -> Array:
         return jnp.stack([_bits(x.real), _bits(x.imag)])
     if x.dtype == bool:
         return jnp.asarray(x, jnp.uint8)
+    if bits_of(x.dtype) < 8:
+        return jnp.asarray(bits(x))
     unsigned = np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     if isinstance(x, np.ndarray):
         # Not by way of JAX, which would round what has 64 bits.
@@ -71,6 +74,26 @@ def _bits(x: Any) -> Array:
             np.ascontiguousarray(x).view(unsigned).reshape(*x.shape, *words)
         )
     return lax.bitcast_convert_type(x, unsigned)
+
+
+def bits(x: Any) -> Any:
+    """The bits of entries of at most a byte, in a byte each."""
+    count = bits_of(x.dtype)
+    if isinstance(x, np.ndarray | np.generic):
+        # NumPy's bits above these are whatever they are.
+        return np.array(x, order="C").view(np.uint8) & np.uint8(2**count - 1)
+    return lax.bitcast_convert_type(x, f"uint{count}").astype(jnp.uint8)
+
+
+def of_bits(x: Any, dtype: DTypeLike) -> Any:
+    """The array of `dtype` of which `bits` gives `x`."""
+    count = bits_of(dtype)
+    if not isinstance(x, np.ndarray):
+        return lax.bitcast_convert_type(x.astype(f"uint{count}"), dtype)
+    if not jnp.issubdtype(dtype, jnp.signedinteger):
+        return x.view(dtype)
+    sign = 2 ** (count - 1)
+    return ((x ^ sign).astype(np.int8) - np.int8(sign)).astype(dtype)
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._arrays import promote
+from ._arrays import wide
 from ._form import Form
 from ._init import Init, initial_factor
 from ._lora import factor_shapes, factor_shardings, LoraWeight
@@ -55,7 +55,7 @@ def adapted(
 def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
     base = jnp.dtype(array.node.dtype)
     if dtype is None:
-        return promote(base, jnp.float32)
+        return wide(base)
     dtype = jnp.dtype(dtype)
     is_complex = [jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, base)]
     if not jnp.issubdtype(dtype, jnp.inexact) or is_complex[0] != is_complex[1]:

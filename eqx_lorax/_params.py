@@ -135,11 +135,19 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
 
     **Raises:**
 
-    `ValueError` if the spec does not fit the tree.
+    `ValueError` if the spec does not fit the tree, or if there is a mixture out of a
+    `lorax.AdapterBank`, or a scaled weight, which would lose that.
     """
 
     def keep(path: str, x: Any, spec: SpecValue) -> Any:
         if is_weight(x):
+            lora = x.factored()
+            if lora.gate is not None or lora.gain is not None:
+                raise ValueError(
+                    f"{path} is a mixture of adapters, or is scaled, of which only the "
+                    "factors would be left. Take `params, frozen = "
+                    "lorax.partition(...)` or merge it."
+                )
             return eqx.filter(x, x.trainable())
         return None if spec == LORA_FREEZE else x
 

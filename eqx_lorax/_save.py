@@ -22,10 +22,18 @@ from jaxtyping import Array
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from ._adapter import Adapted, Adapter, adapter_of, methods, put_into
+from ._adapter import (
+    Adapted,
+    Adapter,
+    adapter_of,
+    is_setting,
+    methods,
+    put_into,
+)
 from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
+from ._held import without_views
 from ._parts import check_whole
 from ._processes import write_once
 from ._select import Filter
@@ -42,11 +50,15 @@ _DTYPES = {
     "BF16": jnp.bfloat16,
     "C64": np.complex64,
     "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
     "F8_E5M2": jnp.float8_e5m2,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+    "F8_E8M0": jnp.float8_e8m0fnu,
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
+_STORABLE = {np.dtype(dtype) for dtype in _DTYPES.values()}
 # What reading a header may raise that is not what it should be.
 MALFORMED = (
     ArithmeticError,
@@ -92,16 +104,23 @@ def save_adapter(
 
     **Raises:**
 
-    `ValueError` if there is nothing to save, or as `lorax.partition` for `also`;
-    `TypeError` if `metadata` is not JSON or there are shapes in the place of arrays;
+    `ValueError` if there is nothing to save, or as `lorax.partition`;
+    `TypeError` if `metadata` is not JSON, if there are shapes in the place of arrays,
+    or if a weight of another method holds what is no argument of its class;
     `OSError`, in every process, if it cannot be written.
     """
     check_whole(model, "lorax.save_adapter(path, {})")
+    model = without_views(model)
     places = Places(model)
     adapter = adapter_of(model, places, also)
     tensors: dict[str, np.ndarray] = {}
 
     def stored(name: str, array: Any) -> str:
+        if array.dtype not in _STORABLE:
+            raise TypeError(
+                f"{name} is of dtype {array.dtype}, which safetensors does not have. "
+                "Train it in a wider one, or leave it out of `also`."
+            )
         tensors[name] = np.asarray(array, order="C")
         return name
 
@@ -177,6 +196,7 @@ def load_adapter(
     check_whole(model, "lorax.load_adapter(path, {})")
     header, tensors = _read(Path(path))
     adapter = well_formed(path, lambda: _adapter(header, tensors))
+    model = without_views(model)
     places = Places(model)
     try:
         adapted = put_into(model, places, adapter)
@@ -331,7 +351,7 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
         if target["method"] not in methods():
             raise ValueError(f"its method {target['method']!r} is not known here")
         if not 0 <= (target["dropout"] or 0) < 1 or not all(
-            isinstance(x, bool | int | float) for x in _flat(target["settings"])
+            is_setting(x) for x in target["settings"].values()
         ):
             raise ValueError(f"{target['settings']} are no settings")
         return Adapted(
@@ -353,11 +373,6 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
     if len(tensors) != len(others) + sum(len(t["tensors"]) for t in header["targets"]):
         raise ValueError("some tensors belong to nothing")
     return Adapter([adapted(target) for target in header["targets"]], others)
-
-
-def _flat(settings: Mapping[str, Any]) -> Iterator[Any]:
-    for value in settings.values():
-        yield from value if isinstance(value, list) else [value]
 
 
 def well_formed(path: Any, parse: Callable[[], _Value]) -> _Value:

@@ -11,13 +11,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from ._arrays import is_array
+from ._arrays import bits_of, is_array
+from ._fingerprint import bits, of_bits
 from ._save import digest_of, listed
 from ._sharding import where_put
-
-
-# Several entries to a byte: Orbax stores some of these, `digest` reads none.
-_UNSTORABLE = ("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 
 
 # Trees
@@ -79,27 +76,42 @@ def _is_of_one_process(sharding: Sharding) -> bool:
     return sharding.is_fully_addressable and jax.process_count() > 1
 
 
+def is_packed(x: Any) -> bool:
+    """Whether `x` is stored as its bits: of dtypes so narrow Orbax knows but some."""
+    return (
+        not _is_key(x)
+        and x.dtype.name not in ("bool", "int8", "uint8")
+        and (bits_of(x.dtype) <= 8)
+    )
+
+
 def raw(x: Any) -> Any:
     """`x` as Orbax holds it. What only this process sees is NumPy's."""
     x = jax.random.key_data(x) if _is_key(x) else x
+    x = bits(x) if is_packed(x) else x
     is_local = not isinstance(x, jax.Array) or _is_of_one_process(x.sharding)
     # A copy, since it is written while the program goes on.
     return np.array(x) if is_local else x
 
 
-def raw_kind(like: Any) -> jax.ShapeDtypeStruct:
-    """What `raw(like)` is restored as. It has a sharding if Orbax is to place it."""
+def raw_kind(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
+    """What `raw(like)` is restored as, if it was stored as its bits or not. It has a
+    sharding if Orbax is to place it."""
     sharding = where_put(like)
     if sharding is not None and _is_of_one_process(sharding):
         sharding = None
     kind = jax.ShapeDtypeStruct(like.shape, like.dtype)
     if _is_key(like):
         kind = jax.eval_shape(jax.random.key_data, kind)
+    if packed:
+        kind = jax.ShapeDtypeStruct(kind.shape, jnp.uint8)
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
 
 
-def restored(x: Any, like: Any, impl: str | None) -> Any:
+def restored(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
     """`x`, which is what `raw` made, as an array like `like`."""
+    if packed:
+        x = of_bits(x, like.dtype)
     if isinstance(like, np.generic):
         return x[()]
     if isinstance(like, np.ndarray):
@@ -120,11 +132,6 @@ def check_storable(arrays: Mapping[str, Any]) -> None:
             raise TypeError(
                 f"There is no array to save at `{name}`, but a shape. Save the state "
                 "that training has made."
-            )
-        if str(x.dtype) in _UNSTORABLE:
-            raise TypeError(
-                f"`{name}` is of dtype {x.dtype}, which cannot be stored. Convert "
-                "it to one of at least a byte."
             )
 
 

@@ -171,7 +171,7 @@ def _target(place: Any) -> TargetSummary:
     weight = place.node
     if weight.w is None and type(weight) is not LoraWeight:
         raise without_base(weight)
-    lora = weight.as_lora()
+    lora = weight.factored()
     is_known = weight.w is not None
     params = eqx.filter(weight, weight.trainable())
     return TargetSummary(

@@ -11,6 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from ._form import forms_of
 from ._fresh import adapted
+from ._held import bare, without_views
 from ._init import check_key, Init, key_for
 from ._keywords import suggests
 from ._layer import is_layer
@@ -195,6 +196,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
     nothing was changed; inside `jax.jit` that is found out at run time.
     """
     check_whole(model, "lorax.unloraify({})")
+    model = without_views(model, allow_scaled=True)
     places = Places(model)
     weights = [place for place in places.all if is_weight(place.node)]
     layers = [place for place in places.all if is_layer(place.node)]
@@ -211,7 +213,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
     if merge:
         arrays = merged(model, weights, donate=donate)
     else:
-        arrays = [base_of(place.node) for place in weights]
+        arrays = [bare(place.node) for place in weights]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
         place.steps: lambda _, array=array: array
         for place, array in zip(weights, arrays)

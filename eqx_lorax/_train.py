@@ -9,6 +9,7 @@ import jax
 from jaxtyping import PyTree
 
 from ._arrays import is_inexact
+from ._held import without_gates
 from ._layer import is_layer
 from ._parts import check_whole
 from ._select import available, Filter, Named, named_places, without
@@ -75,6 +76,8 @@ def partition(
 
     `params` *is* the adapter: make the optimizer state from it, save it, or combine
     another one with the same `frozen`. `lorax.combine(params, frozen)` is the model.
+    A mixture out of a `lorax.AdapterBank` is first multiplied into its factors, so that
+    `params` have all of it.
 
     **Arguments:**
 
@@ -87,8 +90,10 @@ def partition(
 
     **Raises:**
 
-    As `lorax.trainable`.
+    As `lorax.trainable`; `ValueError` too if a weight was multiplied with an array,
+    which neither base nor factors hold.
     """
+    model = without_gates(model)
     return eqx.partition(model, trainable(model, also, exclude=exclude))
 
 

@@ -10,6 +10,7 @@ from typing import Any, TYPE_CHECKING, TypeAlias
 
 import jax.lax as lax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
@@ -81,6 +82,9 @@ def add(x: Array, y: Array) -> Array:
 
 def transpose(x: Viewed, permutation: Sequence[int]) -> Viewed:
     """As `jax.lax.transpose`; a view, that moves nothing, of a weight."""
+    if isinstance(x, np.ndarray):
+        # Not by way of JAX, which would round what has 64 bits.
+        return x.transpose(permutation)
     if is_array(x):
         return lax.transpose(x, permutation)
     return x.factored().reordered(permutation)
@@ -294,7 +298,9 @@ def in_order(lora: "LoraWeight") -> "LoraWeight":
     rows = sorted(place[axis] for axis in lora.rows)
     columns = sorted(place[axis] for axis in lora.columns)
 
-    def ordered(array: Array, axes: Sequence[Label], wanted: Sequence[Label]) -> Array:
+    def ordered(array: Any, axes: Sequence[Label], wanted: Sequence[Label]) -> Any:
+        if array is None:  # In the frozen part of a model.
+            return None
         now = [place.get(axis, axis) for axis in axes]
         return lax.transpose(array, [now.index(label) for label in wanted])
 

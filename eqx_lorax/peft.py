@@ -23,6 +23,7 @@ from ._adapter import adapter_of, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._foreign import PEFT_CONFIG, PEFT_WEIGHTS
+from ._held import without_views
 from ._parts import check_whole
 from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
 from ._peft.names import Names
@@ -101,6 +102,7 @@ def save(
     for an adapter: transposed convolutions, adapters upon adapters.
     """
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
+    model = without_views(model)
     places = Places(model)
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
@@ -164,6 +166,7 @@ def load(
     check_whole(model, "lorax.peft.load(directory, {}, names=names)")
     folder = Path(directory)
     config, metadata, tensors = read_folder(folder)
+    model = without_views(model)
     places = Places(model)
     in_out = stored_in_out(places, transposed)
     try:

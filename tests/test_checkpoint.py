@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -16,6 +17,7 @@ import pytest
 from helpers import assert_identical, trained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from running import running
+from test_save import fixture_adapter
 
 import eqx_lorax as lorax
 
@@ -234,7 +236,6 @@ def test_another_structure(change, match, tmp_path):
         ({"f": jax.nn.relu, "n": 1}, ValueError, "no arrays"),
         ({"x": jnp.zeros((0, 2))}, ValueError, "no arrays"),
         ({"x": jax.ShapeDtypeStruct((2,), jnp.float32)}, TypeError, r"`state\['x'\]`"),
-        ({"x": jnp.ones(4, jnp.int4)}, TypeError, r"`state\['x'\]` is of dtype int4"),
     ],
 )
 def test_what_cannot_be_saved(state, error, match, tmp_path):
@@ -424,3 +425,133 @@ def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
     with pytest.raises(ImportError, match="pip install orbax-checkpoint$"):
         lorax.Checkpoints(tmp_path, None)
+
+
+# What is static
+
+
+def adapted_square(**settings: Any) -> Any:
+    """Two layers, all of whose sides are equal."""
+    plain = eqx.nn.MLP(4, 4, 4, 1, key=jr.key(0))
+    return trained(lorax.loraify(plain, rank=2, key=jr.key(1), **settings))
+
+
+def state_of(model: Any) -> Any:
+    params, frozen = lorax.partition(model)
+    return (params, optax.adam(1e-2).init(params)), frozen
+
+
+def with_axes(model: Any) -> Any:
+    weight = lambda m: m.layers[0].wrapped.weight  # noqa: E731
+    old = weight(model)
+    turned = lorax.LoraWeight(old.w, old.b, old.a, rows=(-1,), columns=(-2,))
+    return eqx.tree_at(weight, model, turned, is_leaf=lambda x: x is old)
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (
+            lambda: adapted_square(alpha=2),
+            r"`alpha` was 16\.0 and is 2\.0 at layers\.0\.weight, layers\.1\.weight, "
+            r"state\[0\]\.layers\[0\]\.wrapped\.weight, .* and 4 more\. Adapt",
+        ),
+        (
+            lambda: adapted_square(alpha={"layers.1": 3, "*": 16}),
+            r"`alpha` was 16\.0 and is 3\.0 at layers\.1\.weight, state\[0\]\.layers",
+        ),
+        (
+            lambda: adapted_square(alpha=16, rank_stabilised=True),
+            "`rank_stabilised` was False and is True at layers.0.weight, ",
+        ),
+        (
+            lambda: with_axes(adapted_square(alpha=16)),
+            r"`rows` was \[-2\] and is \[-1\] at layers\.0\.weight, .*; `columns` was",
+        ),
+        (
+            lambda: adapted_square(alpha=16, dropout=0.5),
+            r"`dropout` was 0\.0 and is 0\.5 at layers\.0, layers\.1\. Adapt",
+        ),
+        (
+            lambda: eqx.tree_at(
+                lambda m: m.layers[0].wrapped.weight,
+                adapted_square(alpha=16),
+                replace_fn=lambda w: w.T,
+                is_leaf=lambda x: isinstance(x, lorax.LoraWeight),
+            ),
+            r"`order` was None and is \[-1, -2\] at layers\.0\.weight, ",
+        ),
+    ],
+)
+def test_other_settings(change, match, tmp_path):
+    """They are in no array, and change what the arrays mean."""
+    state, frozen = state_of(adapted_square(alpha=16))
+    other, other_frozen = state_of(change())
+    with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
+        checkpoints.save(1, state)
+        assert restored(checkpoints, state)
+    with lorax.Checkpoints(tmp_path, other_frozen) as checkpoints:
+        with pytest.raises(ERRORS, match=match) as error:
+            checkpoints.restore(other, allow_other_base=True)
+        assert "with other settings: " in str(error.value)
+        assert str(error.value).endswith("if these differences are meant.")
+        _, found = restored(
+            checkpoints, other, allow_other_base=True, allow_other_settings=True
+        )
+        assert jax.tree.structure(found) == jax.tree.structure(other)
+        assert jax.tree.leaves(found)[0] is not None
+
+
+def test_settings_that_only_one_has(tmp_path):
+    """What was not known when it was saved is not compared."""
+    state, frozen = state_of(adapted_square(alpha=16, dropout=0.1))
+    plain = lorax.unloraify(eqx.combine(state[0], frozen), merge=False)
+    for written, read in ((plain, frozen), (frozen, plain)):
+        folder = tmp_path / str(written is plain)
+        with lorax.Checkpoints(folder, written) as checkpoints:
+            checkpoints.save(1, state)
+        with lorax.Checkpoints(folder, read) as checkpoints:
+            same(restored(checkpoints, state)[1], state)
+            other, _ = state_of(adapted_square(alpha=2))
+            # That of the state is.
+            with pytest.raises(ERRORS, match=r"`alpha` was 16\.0 and is 2\.0 at state"):
+                checkpoints.restore(other)
+
+
+def test_modes_are_no_settings(tmp_path):
+    """Whatever does not change what was trained may differ: for evaluation, say."""
+    model = adapted_square(alpha=16, dropout=0.1)
+    state, frozen = state_of(model)
+    with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
+        checkpoints.save(1, state)
+    other = lorax.merged_forward(eqx.nn.inference_mode(model))
+    other_state, other_frozen = state_of(other)
+    with lorax.Checkpoints(tmp_path, other_frozen) as checkpoints:
+        assert restored(checkpoints, other_state)
+
+
+def test_what_is_frozen_besides_the_base(tmp_path):
+    weight = lorax.LoraWeight(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)))
+    gates = [weight.replace(gate=jnp.array([1.0, x])) for x in (2.0, 3.0)]
+    parts = [eqx.partition(x, lorax.trainable(x)) for x in gates]
+    with lorax.Checkpoints(tmp_path, parts[0][1]) as checkpoints:
+        checkpoints.save(1, parts[0][0])
+    with lorax.Checkpoints(tmp_path, parts[1][1]) as checkpoints:
+        with pytest.raises(ERRORS, match="`gate` was"):
+            checkpoints.restore(parts[1][0])
+
+
+def test_a_folder_of_format_1(tmp_path):
+    """Folders of today have to load for ever."""
+    archive = Path(__file__).parent / "data" / "checkpoint_format_1.zip"
+    shutil.unpack_archive(archive, tmp_path)
+    params, frozen = lorax.partition(fixture_adapter())
+    momentum = optax.sgd(0.1, momentum=0.9).init(params)
+    state = params, momentum, jnp.arange(3.0), 7
+    with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
+        step, found = restored(checkpoints, blank(state))
+        assert step == 5
+        same(found, state)
+        # The next one has what this one had not.
+        checkpoints.save(6, found)
+        assert restored(checkpoints, blank(state))[0] == 6

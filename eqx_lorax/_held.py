@@ -1,0 +1,122 @@
+"""What a model holds in the place of an array, as files and partitions need it.
+
+Code may put a view of a weight into a model, which shows its axes in another order, or
+a mixture out of an `AdapterBank`, which has a gate on its rank. No argument of
+`LoraWeight` says so. Here these are brought back to base and factors.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import Array
+
+from . import _contract, _views
+from ._lora import LoraWeight
+from ._tree import Place, Places, rebuild
+from ._weight import is_weight
+
+
+_Model = TypeVar("_Model")
+
+
+def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
+    """`model`, each weight of which is what the arguments of its class say: its gate is
+    multiplied into a factor, and its base lies in the order in which it is shown.
+
+    **Raises:**
+
+    `ValueError` if a weight is scaled, for which there is no such form, unless that is
+    allowed.
+    """
+    if not any(_is_view(x) for x in _weights(model)):
+        return model
+    places = [place for place in Places(model).all if is_weight(place.node)]
+    if not allow_scaled:
+        _check_unscaled(places)
+    views = [place for place in places if _is_view(place.node)]
+    return rebuild(model, {place.steps: _stored for place in views})
+
+
+def without_gates(model: _Model) -> _Model:
+    """`model` with the gates of its weights, which are in no partition trained,
+    multiplied into factors, which are. Bases stay as they lie.
+
+    **Raises:**
+
+    `ValueError` if a weight is scaled.
+    """
+    weights = [x for x in _weights(model) if isinstance(x, LoraWeight)]
+    if all(x.gate is None and x.gain is None for x in weights):
+        return model
+    places = [place for place in Places(model).all if is_weight(place.node)]
+    _check_unscaled(places)
+    return rebuild(model, {place.steps: _without_gate for place in places})
+
+
+def bare(weight: Any) -> Array:
+    """What is left of a weight in `without_views` without its adapters."""
+    if not is_weight(weight):
+        return weight
+    base = bare(weight.w)
+    if not isinstance(weight, LoraWeight) or weight.gain is None:
+        return base
+    stored = range(-base.ndim, 0)
+    scaled = _contract.scaled(_views.dense(base), stored, weight.gain, stored)
+    return scaled.astype(base.dtype)
+
+
+def _weights(model: Any) -> list[Any]:
+    return [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
+
+
+def _is_view(weight: Any) -> bool:
+    if not is_weight(weight):
+        return False
+    is_lora = isinstance(weight, LoraWeight)
+    parts = (weight.order, weight.gain, weight.gate) if is_lora else ()
+    return any(part is not None for part in parts) or _is_view(weight.w)
+
+
+def _check_unscaled(places: Sequence[Place]) -> None:
+    for place in places:
+        weight = place.node
+        while is_weight(weight):
+            if isinstance(weight, LoraWeight) and weight.gain is not None:
+                raise ValueError(
+                    f"{place.dotted} is scaled by a `gain`, which belongs neither to "
+                    "its base nor to its factors and would be lost. Scale the array "
+                    "before it is adapted, or merge it: `lorax.unloraify(model)`."
+                )
+            weight = weight.w
+
+
+def _stored(weight: Any) -> Any:
+    # In a part of a partition there is a base without factors, or these without it.
+    if not is_weight(weight) or weight.w is None:
+        return weight
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(weight)):
+        return eqx.filter_eval_shape(_on_stored_base, weight)
+    return _on_stored_base(weight)
+
+
+def _on_stored_base(weight: Any) -> Any:
+    if isinstance(weight, LoraWeight):
+        weight = _without_gate(weight)
+        is_moved = weight.shown_axes() != tuple(range(-weight.w.ndim, 0))
+        weight = _views.in_order(weight) if is_moved else weight.replace(order=None)
+    base = weight.w
+    if not is_weight(base):
+        return weight
+    return eqx.tree_at(
+        lambda x: x.w, weight, _stored(base), is_leaf=lambda x: x is base
+    )
+
+
+def _without_gate(weight: Any) -> Any:
+    if not isinstance(weight, LoraWeight) or weight.gate is None or weight.b is None:
+        return weight
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(weight)):
+        return eqx.filter_eval_shape(weight.as_lora)
+    return weight.as_lora()

@@ -1,0 +1,78 @@
+"""What is static about adapted weights, and so is in no array: their scales, which axes
+they own, dropout. A run does not go on with others unseen."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax.tree_util as jtu
+import numpy as np
+
+from ._arrays import is_array
+from ._fingerprint import digest
+from ._layer import is_layer
+from ._tree import joined, Places
+from ._weight import AbstractLoraWeight, is_weight
+
+
+def settings_of_state(state: Any) -> dict[str, Any]:
+    """Of the weights in the state of a run, by name."""
+    return {
+        f"state{jtu.keystr(path)}": _static(node)
+        for path, node in jtu.tree_leaves_with_path(state, is_leaf=is_weight)
+        if is_weight(node)
+    }
+
+
+def settings_of_frozen(frozen: Any) -> dict[str, Any]:
+    """Of the weights, and of the layers around them, in the frozen part of a model, by
+    path. Of the former also what is frozen besides the base."""
+    found: dict[str, Any] = {}
+    for place in Places(frozen).all:
+        node = place.node
+        if is_weight(node):
+            others = {name: getattr(node, name) for name in node.frozen if name != "w"}
+            found[joined(place.path)] = _static(node) | {
+                name: digest(x) for name, x in others.items() if is_array(x)
+            }
+        elif is_layer(node) and node.has_dropout:
+            rate = 0.0 if node.dropout is None else float(node.dropout.p)
+            found[joined(place.path)] = {"dropout": rate}
+    return found
+
+
+def changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+    """What differs in both, and where: often the same at all of them, and again in the
+    state of the optimizer."""
+    where: dict[str, list[str]] = {}
+    for name in (name for name in found if name in written):
+        old, new = written[name], found[name]
+        for key in {**old, **new}:
+            if old.get(key) != new.get(key):
+                change = f"`{key}` was {old.get(key)!r} and is {new.get(key)!r}"
+                where.setdefault(change, []).append(name)
+    for change, names in where.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{change} at {', '.join(names[:4])}{more}"
+
+
+def _static(weight: AbstractLoraWeight) -> dict[str, Any]:
+    fields = {
+        field.name: _as_json(getattr(weight, field.name))
+        for field in dataclasses.fields(weight)
+        # That is how to multiply, and not with what.
+        if field.metadata.get("static", False) and field.name != "is_merged"
+    }
+    below = {"below": _static(weight.w)} if is_weight(weight.w) else {}
+    return {"kind": type(weight).__name__, **fields, **below}
+
+
+def _as_json(x: Any) -> Any:
+    if isinstance(x, np.generic):
+        x = x.item()
+    if isinstance(x, list | tuple):
+        return [_as_json(y) for y in x]
+    if x is None or isinstance(x, bool | int | float | str):
+        return x
+    return re.sub(" at 0x[0-9a-f]+", "", repr(x))
