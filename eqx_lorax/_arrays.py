@@ -32,7 +32,7 @@ def is_inexact(x: Any) -> TypeGuard[Array]:
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
     """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
     are chosen here on purpose."""
-    if len(set(map(jnp.dtype, dtypes))) > 1:
+    if len({jnp.dtype(x) for x in dtypes}) > 1:
         # Those of eight bits and fewer have no common dtype with any other in JAX;
         # bfloat16 has all of their values.
         dtypes = tuple(jnp.bfloat16 if _is_tiny(x) else x for x in dtypes)
