@@ -19,7 +19,10 @@ from ._layers import (
 )
 from ._lora import LoraWeight as LoraWeight
 from ._many import scale as scale, stack as stack
-from ._optimizer import wrap_optimizer as wrap_optimizer
+from ._optimizer import (
+    value_and_grad_from_state as value_and_grad_from_state,
+    wrap_optimizer as wrap_optimizer,
+)
 from ._params import (
     init_lora as init_lora,
     merge_params as merge_params,

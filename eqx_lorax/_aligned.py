@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import ArrayLike
+import jax.lax as lax
+from jaxtyping import Array, ArrayLike
 
-from ._arrays import multiply
+from ._arrays import as_array, multiply
 from ._forwarding import replaced
 from ._layer import is_layer
 from ._lora import LoraWeight
@@ -230,7 +230,9 @@ def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
         return weight
     axis = rank_axis(weight)
     b, a = weight.b, weight.a
-    return weight.replace(
-        b=jnp.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)]),
-        a=jnp.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)]),
-    )
+    return weight.replace(b=_extended(b, b.ndim - 1, more), a=_extended(a, axis, more))
+
+
+def _extended(x: Array, axis: int, more: int) -> Array:
+    padding = [(0, more if i == axis else 0, 0) for i in range(x.ndim)]
+    return lax.pad(x, as_array(0, x.dtype), padding)

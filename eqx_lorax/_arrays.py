@@ -51,10 +51,24 @@ def wide(dtype: DTypeLike) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if is_narrow else dtype
 
 
+def as_array(x: Any, dtype: DTypeLike | None = None) -> Array:
+    """As `jax.numpy.asarray`. What comes from the host is transferred explicitly, which
+    `jax.transfer_guard("disallow")` lets pass."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
+        return jnp.asarray(x, dtype)
+    # A Python number stays one of weak type.
+    is_number = dtype is None and isinstance(x, bool | int | float | complex)
+    return jax.device_put(x if is_number else np.asarray(x, dtype))
+
+
+zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
+"""As `jax.numpy.zeros`, made on the device."""
+
+
 def multiply(x: Array, number: ArrayLike) -> Array:
     """`x` times one or several numbers, not yet rounded: in a dtype that is wide enough
     for both."""
-    number = jnp.asarray(number)
+    number = as_array(number)
     dtype = promote(wide(x.dtype), number.dtype)
     return x.astype(dtype) * number.astype(dtype)
 

@@ -1,5 +1,6 @@
 """Many adapters side by side, any mixture of which is one product away."""
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -7,11 +8,12 @@ from typing import Any, SupportsIndex
 
 import equinox as eqx
 import jax
+import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from ._aligned import base_arrays, rank_axis
-from ._arrays import check_real, multiply, promote, wide
+from ._arrays import as_array, check_real, multiply, promote, wide
 from ._lora import LoraWeight
 from ._many import stack
 from ._tree import Place, Places, rebuild
@@ -69,8 +71,8 @@ class AdapterBank(eqx.Module):
                 return _side_by_side(place.node.as_lora())
             if place.path not in own:
                 return place.node
-            last = jnp.asarray(own[place.path], place.node.dtype)
-            return jnp.concatenate([place.node, last[None]])
+            last = as_array(own[place.path], place.node.dtype)
+            return jnp.concatenate([place.node, jnp.expand_dims(last, 0)])
 
         edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
             place.steps: lambda _, new=laid_out(place): new
@@ -93,19 +95,13 @@ class AdapterBank(eqx.Module):
         """
         if not isinstance(index, jax.Array):
             index = range(self._size)[operator.index(index)]
-        index = jnp.where(jnp.asarray(index) < 0, index + self._size, index)
-        is_there = (0 <= index) & (index < self._size)
-        # There the base's own array is, if that is known.
-        row = jnp.where(is_there, index, self._size)
-        return self._mapped(
-            jnp.arange(self._size) == index,
-            lambda x: x.at[row].get(mode="fill", fill_value=jnp.nan),
-        )
+        which, row = _located(as_array(index), self._size)
+        return self._mapped(which, lambda x: _picked(x, row))
 
     def mix(self, weights: Sequence[float] | Float[ArrayLike, " adapters"]) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
         may be differentiated in. Heads are summed with them too."""
-        weights = jnp.asarray(weights)
+        weights = as_array(weights)
         if weights.shape != (self._size,):
             raise ValueError(
                 f"`weights` must be one for each of {self._size} adapters, not of "
@@ -115,7 +111,8 @@ class AdapterBank(eqx.Module):
         def summed(x: Array) -> Array:
             check_real("weights", weights, "a head", x.dtype)
             each = jnp.expand_dims(weights, range(1, x.ndim))
-            return multiply(x[: self._size], each).sum(0).astype(x.dtype)
+            x = lax.slice_in_dim(x, 0, self._size)
+            return multiply(x, each).sum(0).astype(x.dtype)
 
         return self._mapped(weights, summed)
 
@@ -128,7 +125,8 @@ class AdapterBank(eqx.Module):
             # In the scale alpha is divided by the rank of all of them.
             of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
             dtype = promote(wide(x.b.dtype), wide(x.a.dtype))
-            gate = jnp.repeat(of_all * weights.astype(dtype), x.rank // self._size)
+            each = multiply(weights.astype(dtype), of_all).astype(dtype)
+            gate = jnp.repeat(each, x.rank // self._size)
             batch = x.b.shape[: x.b.ndim - 1 - len(x.rows)]
             return x.replace(gate=jnp.broadcast_to(gate, (*batch, x.rank)))
 
@@ -137,6 +135,20 @@ class AdapterBank(eqx.Module):
             self._adapter,
             is_leaf=is_weight,
         )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _located(index: Array, size: int) -> tuple[Array, Array]:
+    """Which of the adapters it is, and the row of a head. If it is none, that is the
+    one after the last: the base's own array is there, if it is known."""
+    index = jnp.where(index < 0, index + size, index)
+    is_there = (0 <= index) & (index < size)
+    return jnp.arange(size) == index, jnp.where(is_there, index, size)
+
+
+@jax.jit
+def _picked(x: Array, row: Array) -> Array:
+    return x.at[row].get(mode="fill", fill_value=jnp.nan)
 
 
 def _side_by_side(weight: LoraWeight) -> LoraWeight:

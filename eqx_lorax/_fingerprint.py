@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._arrays import bits_of, is_array
+from ._arrays import as_array, bits_of, is_array
 from ._processes import on_hand
 from ._tree import joined, Places
 from ._weight import is_weight
@@ -36,7 +36,7 @@ def base_digests(
 
 def digest(array: Any) -> str:
     """16 hexadecimal digits that depend on the dtype, the shape and every bit."""
-    words = np.asarray(on_hand(_mixed(_bits(array))), np.uint64)
+    words = np.asarray(jax.device_get(on_hand(_mixed(_bits(array)))), np.uint64)
     kind = f"{array.dtype} {tuple(array.shape)}".encode()
     salt = np.frombuffer(kind + bytes(-len(kind) % 4), np.uint32)
     high, low = (int(word) for word in words)
@@ -63,14 +63,14 @@ def _bits(x: Any) -> Array:
     if jnp.issubdtype(x.dtype, jnp.complexfloating):
         return jnp.stack([_bits(x.real), _bits(x.imag)])
     if x.dtype == bool:
-        return jnp.asarray(x, jnp.uint8)
+        return as_array(x, jnp.uint8)
     if bits_of(x.dtype) < 8:
-        return jnp.asarray(bits(x))
+        return as_array(bits(x))
     unsigned = np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     if isinstance(x, np.ndarray):
         # Not by way of JAX, which would round what has 64 bits.
         words = (x.dtype.itemsize // 4,) * (x.dtype.itemsize > 4)
-        return jnp.asarray(
+        return as_array(
             np.ascontiguousarray(x).view(unsigned).reshape(*x.shape, *words)
         )
     return lax.bitcast_convert_type(x, unsigned)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._arrays import wide
+from ._arrays import wide, zeros
 from ._form import Form
 from ._init import Init, initial_factor
 from ._lora import factor_shapes, factor_shardings, LoraWeight
@@ -46,7 +46,7 @@ def adapted(
     )
     if is_weight(w):
         _check_fresh_key(array, a)
-    b = created(jnp.zeros, (b_shape, dtype), base, b_sharding)
+    b = created(zeros, (b_shape, dtype), base, b_sharding)
     return LoraWeight(
         w, b, a, form.alpha, rows, columns, rank_stabilised=form.rank_stabilised
     )
@@ -72,7 +72,7 @@ def _check_fresh_key(array: Place, a: Any) -> None:
     while is_weight(there):
         old = there.as_lora().a
         if _is_concrete(old) and _is_concrete(a) and old.shape == a.shape:
-            if bool((old == a).all()):
+            if bool(jax.device_get((old == a).all())):
                 raise ValueError(
                     f"`key` was used before: the new adapter at {array.dotted} would "
                     "start as a copy of one that is there. Pass a fresh one, from "

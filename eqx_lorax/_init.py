@@ -13,6 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
+from ._arrays import as_array
+
 
 Initialiser: TypeAlias = Callable[[PRNGKeyArray, tuple[int, ...], DTypeLike], Array]
 Init: TypeAlias = Literal["uniform", "gaussian"] | Initialiser
@@ -50,16 +52,18 @@ def initial_factor(
     if jnp.issubdtype(dtype, jnp.complexfloating):
         real = jnp.finfo(dtype).dtype
         parts = [draw(part, shape, real) for part in jr.split(key)]
-        drawn = jax.lax.complex(*parts) / math.sqrt(2)
+        drawn = jax.lax.complex(*parts)
+        drawn = drawn / as_array(math.sqrt(2), drawn.dtype)
     else:
         drawn = draw(key, shape, max(jnp.dtype(dtype), jnp.float32, key=_width))
-    return (size * drawn).astype(dtype)
+    return (drawn * as_array(size, drawn.dtype)).astype(dtype)
 
 
 def _symmetric_uniform(
     key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
-    return jr.uniform(key, shape, dtype, minval=-1, maxval=1)
+    low, high = as_array(-1, dtype), as_array(1, dtype)
+    return jr.uniform(key, shape, dtype, low, high)
 
 
 def _width(dtype: DTypeLike) -> int:
@@ -69,7 +73,8 @@ def _width(dtype: DTypeLike) -> int:
 def key_for(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
     """A key that depends on `key` and on `path` alone, so that another target does not
     change the factors of this one."""
-    return key_for_words(key, words_of(path))
+    words = [as_array(word, jnp.uint32) for word in words_of(path)]
+    return key_for_words(key, words)
 
 
 def key_for_words(key: PRNGKeyArray, words: Sequence[Any] | Array) -> PRNGKeyArray:

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ._aligned import align, base_arrays, base_of_column, common
-from ._arrays import check_real, multiply
+from ._arrays import as_array, check_real, multiply, zeros
 from ._lora import LoraWeight
+from ._sharding import created, sharding_of
 from ._weight import AbstractLoraWeight, is_weight
 
 
@@ -36,7 +37,7 @@ def scale(adapter: _Adapter, factor: ArrayLike) -> _Adapter:
     An adapter of the same structure: it can be used in the place of the other without
     compiling anything again. Its `b` is rounded once, to the dtype that it had.
     """
-    factor = jnp.asarray(factor)
+    factor = as_array(factor)
     if factor.shape != ():
         raise ValueError(f"`factor` must be one number, not of shape {factor.shape}.")
 
@@ -105,7 +106,7 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
                 for array in column.nodes
             ]
             dtype = column.first.dtype
-            stacked.append(jnp.stack([jnp.asarray(x, dtype) for x in arrays]))
+            stacked.append(jnp.stack([as_array(x, dtype) for x in arrays]))
             continue
         if column.first.w is not None:
             raise ValueError(
@@ -120,7 +121,8 @@ def _stacked_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
     like = next(weight for weight in weights if weight is not None)
 
     def stacked(get: Callable[[LoraWeight], Array]) -> Array:
-        nothing = jnp.zeros_like(get(like))
+        array = get(like)
+        nothing = created(zeros, (array.shape, array.dtype), array, sharding_of(array))
         return jnp.stack([nothing if w is None else get(w) for w in weights])
 
     return like.replace(b=stacked(lambda w: w.b), a=stacked(lambda w: w.a))

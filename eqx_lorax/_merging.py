@@ -68,7 +68,7 @@ def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
 
 
 def _check_finite(dotted: Sequence[str], flags: Sequence[Array]) -> None:
-    bad = [path for path, flag in zip(dotted, flags) if not bool(flag)]
+    bad = [path for path, flag in zip(dotted, flags) if not bool(jax.device_get(flag))]
     if bad:
         raise ValueError(_not_finite(bad))
 

@@ -1,5 +1,6 @@
 """Optimizers that know what is frozen."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -50,7 +51,9 @@ def wrap_optimizer(
 
     An Optax optimizer for the whole parameters, as `lorax.init_lora` returned them.
     Apply its updates with `optax.apply_updates`, which leaves the frozen arrays the
-    very same. (With `equinox.apply_updates` train by `lorax.partition` instead.)
+    very same. (With `equinox.apply_updates` train by `lorax.partition` instead.) If it
+    searches along a line, take value and gradient out of its state by
+    `lorax.value_and_grad_from_state`.
 
     **Raises:**
 
@@ -75,21 +78,70 @@ def wrap_optimizer(
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, Any]:
+        whole = params
         if "grad" in extra:
             extra["grad"] = trained(extra["grad"])
         if "value_fn" in extra:
-            whole, value_fn = params, extra["value_fn"]
+            value_fn = extra["value_fn"]
             extra["value_fn"] = lambda part: value_fn(eqx.combine(part, whole))
         if params is not None:
             params = trained(params)
         new, state = inner.update(trained(updates), state, params, **extra)
         # What is frozen is `None` in `new`, and an array in `updates`.
+        whole_tree = updates if whole is None else whole
         filled = jax.tree.map(
-            lambda old, new: NoUpdate() if new is None else new, updates, new
+            lambda _, new: NoUpdate() if new is None else new, whole_tree, new
         )
         return filled, state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def value_and_grad_from_state(
+    value_fn: Callable[..., Any], spec: PyTree[SpecValue]
+) -> Callable[..., tuple[Any, PyTree]]:
+    """As `optax.value_and_grad_from_state`, for an optimizer in `lorax.wrap_optimizer`:
+    a line search has computed value and gradient of the next step already.
+
+    That of Optax wants a gradient of all parameters, and the state has one of those
+    that are trained.
+
+    !!! example
+
+        ```python
+        value_and_grad = lorax.value_and_grad_from_state(value_fn, spec)
+        value, grad = value_and_grad(params, state=state)
+        updates, state = optimizer.update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        ```
+
+    **Arguments:**
+
+    - `value_fn`: A function whose first argument is the whole parameters, such as
+        `lorax.lora(loss)`.
+    - `spec`: The spec that the optimizer was wrapped with.
+
+    **Returns:**
+
+    A function of the arguments of `value_fn` and of `state`, the state of the
+    optimizer, that gives the value and the gradient, `None` for what is frozen. An
+    optimizer in `lorax.wrap_optimizer` takes such a gradient too.
+
+    **Raises:**
+
+    `ValueError`, when it is called, as `lorax.wrap_optimizer`.
+    """
+
+    def value_and_grad(params: PyTree, *args: Any, state: Any, **kwargs: Any) -> Any:
+        def value_of(part: PyTree, *args: Any, **kwargs: Any) -> Any:
+            return value_fn(eqx.combine(part, params), *args, **kwargs)
+
+        part = map_spec(_trained, params, spec)
+        found = optax.value_and_grad_from_state(value_of)
+        return found(part, *args, state=state, **kwargs)
+
+    return value_and_grad
 
 
 def _trained(path: str, x: Any, spec: SpecValue) -> Any:

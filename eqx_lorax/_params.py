@@ -10,7 +10,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._arrays import is_array, is_inexact
+from ._arrays import as_array, is_array, is_inexact, zeros
 from ._init import key_for
 from ._lora import factor_shapes, factor_shardings, LoraWeight
 from ._parts import check_whole
@@ -86,7 +86,7 @@ def init_lora(
         drawn = key_for(rng, path), stddev, a_shape, dtype
         return LoraWeight(
             x,
-            created(jnp.zeros, (b_shape, dtype), x, b_lies),
+            created(zeros, (b_shape, dtype), x, b_lies),
             created(_normal, drawn, x, a_lies),
             alpha if spec.alpha is None else spec.alpha,
             rows,
@@ -100,7 +100,7 @@ def init_lora(
 def _normal(
     key: PRNGKeyArray, stddev: float, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
-    return stddev * jr.normal(key, shape, dtype)
+    return jr.normal(key, shape, dtype) * as_array(stddev, dtype)
 
 
 def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:

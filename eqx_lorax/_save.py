@@ -121,7 +121,7 @@ def save_adapter(
                 f"{name} is of dtype {array.dtype}, which safetensors does not have. "
                 "Train it in a wider one, or leave it out of `also`."
             )
-        tensors[name] = np.asarray(array, order="C")
+        tensors[name] = np.asarray(jax.device_get(array), order="C")
         return name
 
     targets = [
@@ -343,7 +343,7 @@ def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
             "on `jax_enable_x64`."
         )
     # A copy, since the file may change. Not put off until it has.
-    return jax.block_until_ready(jnp.array(array))
+    return jax.block_until_ready(jax.device_put(array, may_alias=False))
 
 
 def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:

@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.core
 import jax.lax as lax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
+
+from ._arrays import as_array
 
 
 Lying: TypeAlias = Sharding | PartitionSpec | None
@@ -166,8 +167,8 @@ def _moved(x: Array, sharding: Sharding) -> Array:
 def placed(x: Any, sharding: Sharding | None) -> Array:
     """The array `x`, which every process has whole, where it is to lie."""
     if sharding is None:
-        return jnp.asarray(x)
-    x = np.asarray(x)
+        return as_array(x)
+    x = np.asarray(jax.device_get(x))
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from ._arrays import bits_of, is_array
+from ._arrays import as_array, bits_of, is_array
 from ._fingerprint import bits, of_bits
 from ._save import digest_of, listed
 from ._sharding import where_put
@@ -91,7 +91,7 @@ def raw(x: Any) -> Any:
     x = bits(x) if is_packed(x) else x
     is_local = not isinstance(x, jax.Array) or _is_of_one_process(x.sharding)
     # A copy, since it is written while the program goes on.
-    return np.array(x) if is_local else x
+    return np.array(jax.device_get(x)) if is_local else x
 
 
 def raw_kind(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
@@ -117,7 +117,7 @@ def restored(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
     if isinstance(like, np.ndarray):
         return x
     if not isinstance(x, jax.Array):
-        x = jnp.asarray(x)
+        x = as_array(x)
     if _is_key(like):
         x = jax.random.wrap_key_data(x, impl=impl)
     sharding = where_put(like)

@@ -1,5 +1,6 @@
 """Adding adapters up."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, overload, TypeVar
@@ -11,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, PyTree
 
 from ._aligned import align, base_arrays, base_of_column, Column, like, rank_axis
-from ._arrays import check_real, multiply, promote, wide
+from ._arrays import check_real, multiply, promote, wide, zeros
 from ._lora import LoraWeight
 
 
@@ -106,7 +107,7 @@ def weighted_sum(
         parts, factors = zip(
             *((x, factor) for x, factor in zip(column.nodes, weights) if x is not None)
         )
-        total, errors[path] = _side_by_side(parts, factors), jnp.zeros(())
+        total, errors[path] = _side_by_side(parts, factors), zeros((), float)
         if method == "svd":
             largest = max(part.rank for part in parts) if rank is None else rank
             with jax.default_matmul_precision("highest"):
@@ -168,34 +169,41 @@ def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     dtype = promote(wide(weight.b.dtype), wide(weight.a.dtype))
     b = weight.b.reshape(*batch, -1, total).astype(dtype)
     a = weight.a.reshape(*batch, total, -1).astype(dtype)
+    new_b, new_a, error = _nearest(b, a, rank)
+    columns = weight.a.shape[axis + 1 :]
+    compressed = weight.replace(
+        b=new_b.reshape(*weight.b.shape[:-1], -1).astype(weight.b.dtype),
+        a=new_a.reshape(*batch, new_b.shape[-1], *columns).astype(weight.a.dtype),
+    )
+    return compressed, error
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _nearest(b: Array, a: Array, rank: int) -> tuple[Array, Array, Array]:
     left, upper = jnp.linalg.qr(b)
     right, lower = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
     core = upper @ jnp.swapaxes(lower, -1, -2)
     u, sizes, v = jnp.linalg.svd(core, full_matrices=False)
     rank = min(rank, sizes.shape[-1])
-    root = jnp.sqrt(sizes[..., :rank]).astype(dtype)
+    root = jnp.sqrt(sizes[..., :rank]).astype(b.dtype)
     new_b = (left @ u[..., :rank]) * root[..., None, :]
     new_a = root[..., :, None] * (v[..., :rank, :] @ jnp.swapaxes(right, -1, -2))
     lost, all_of_it = (jnp.sum(jnp.square(part)) for part in (sizes[..., rank:], sizes))
     error = jnp.sqrt(lost / jnp.where(all_of_it == 0, 1, all_of_it))
-    columns = weight.a.shape[axis + 1 :]
-    compressed = weight.replace(
-        b=new_b.reshape(*weight.b.shape[:-1], rank).astype(weight.b.dtype),
-        a=new_a.reshape(*batch, rank, *columns).astype(weight.a.dtype),
-    )
-    return compressed, error
+    return new_b, new_a, error
 
 
 def _same(x: Any, y: Any) -> bool:
     # What is traced has no value that could be compared.
     is_traced = isinstance(x, Tracer) or isinstance(y, Tracer)
-    return x is y or not is_traced and bool(np.array_equal(x, y))
+    return x is y or not is_traced and bool(np.array_equal(*jax.device_get((x, y))))
 
 
 def _warn_of(errors: dict[str, Array]) -> None:
     if any(isinstance(error, Tracer) for error in errors.values()):
         return
-    large = {path: float(error) for path, error in errors.items() if error > 0.01}
+    known = {path: float(jax.device_get(error)) for path, error in errors.items()}
+    large = {path: error for path, error in known.items() if error > 0.01}
     if large:
         worst = sorted(large, key=lambda path: -large[path])[:4]
         listed = ", ".join(f"{path} {large[path]:.0%}" for path in worst)

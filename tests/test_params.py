@@ -285,6 +285,64 @@ def test_wrap_optimizer_with_line_search(as_optax_needs):
     assert losses[2] < losses[1] < losses[0]
 
 
+SEARCHES = {
+    "lbfgs": optax.lbfgs(),  # with a zoom
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(15, store_grad=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_value_and_grad_from_state(name, as_optax_needs):
+    """The steps are those of what is trained alone, and of values computed anew."""
+    tree, spec = TREE | {"steps": jnp.int32(3)}, TREE_SPEC | {"steps": LORA_FREEZE}
+    params = trained(lorax.init_lora(tree, spec, jr.key(0)))
+    part, x = lorax.split_lora_params(params, spec), jnp.array([0, 4])
+    optimizer = SEARCHES[name]
+    wrapped = lorax.wrap_optimizer(optimizer, spec)
+
+    def value_fn(params, scale=1.0):
+        return scale * lorax.lora(loss)(params, x)
+
+    def value_of(part):
+        return value_fn(eqx.combine(part, params))
+
+    @jax.jit
+    def step(params, state):
+        value, grad = lorax.value_and_grad_from_state(value_fn, spec)(
+            params, state=state
+        )
+        assert grad["layers"]["bias"] is None and grad["conv"].w is None
+        updates, state = wrapped.update(
+            grad, state, params, value=value, grad=grad, value_fn=value_fn
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    @jax.jit
+    def step_alone(part, state):
+        value, grad = jax.value_and_grad(value_of)(part)
+        updates, state = optimizer.update(
+            grad, state, part, value=value, grad=grad, value_fn=value_of
+        )
+        return optax.apply_updates(part, updates), state, value
+
+    found, state, alone = params, wrapped.init(params), optimizer.init(part)
+    values = []
+    for _ in range(3):
+        found, state, value = step(found, state)
+        part, alone, expected = step_alone(part, alone)
+        assert_close(value, expected, 1e-4)
+        values.append(float(value))
+    assert len({*values}) == 3
+    assert_close(lorax.split_lora_params(found, spec), part, 1e-3)
+    assert np.array_equal(found["layers"]["bias"], params["layers"]["bias"])
+    twice = lorax.value_and_grad_from_state(value_fn, spec)(
+        params, scale=2.0, state=wrapped.init(params)
+    )
+    assert_close(twice[0], 2 * values[0], 1e-4)
+
+
 def test_frozen_arrays_are_handed_through(as_optax_needs):
     """An update leaves a frozen array the very same, also NumPy's."""
     wrapped = lorax.wrap_optimizer(optax.adam(1e-2), {"w": 2, "frozen": LORA_FREEZE})
