@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 import numpy as np
 
-from ._fingerprint import base_digests, digest
+from ._fingerprint import base_digests, digest, digest_of
 from ._held import without_views
 from ._parts import check_frozen
-from ._save import AdapterFileError, differences, digest_of, listed
+from ._save import AdapterFileError, differences, listed
 from ._settings import changes, settings_of_frozen, settings_of_state
 from ._state import (
     check_agreement,

@@ -6,6 +6,7 @@ any device and for any sharding, and nothing is gathered or copied. It finds oth
 weights and damaged ones; against forgery it is no help.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -44,6 +45,15 @@ def digest(array: Any) -> str:
         high = (high ^ int(word)) * 0x9E3779B1 & 0xFFFFFFFF
         low = (low + int(word)) * 0x85EBCA77 & 0xFFFFFFFF
     return f"{high:08x}{low:08x}"
+
+
+def digest_of(content: Any) -> str:
+    """A digest of an array of NumPy, of text, or of bytes."""
+    if isinstance(content, str):
+        content = content.encode()
+    if isinstance(content, np.ndarray):
+        content = content.reshape(-1).view(np.uint8).data
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -6,7 +6,6 @@ array; under `"eqx_lorax_digest"` a digest of that object. Nothing in the file i
 executed.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import mmap
@@ -31,7 +30,7 @@ from ._adapter import (
     put_into,
 )
 from ._atomic import replacing
-from ._fingerprint import base_digests
+from ._fingerprint import base_digests, digest_of
 from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
 from ._held import without_views
 from ._parts import check_whole
@@ -400,12 +399,3 @@ def listed(problems: Sequence[str]) -> str:
     """The problems in one line, if they are many the first of them."""
     more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
     return "; ".join(problems[:8]) + more
-
-
-def digest_of(content: Any) -> str:
-    """A digest of an array of NumPy, of text, or of bytes."""
-    if isinstance(content, str):
-        content = content.encode()
-    if isinstance(content, np.ndarray):
-        content = content.reshape(-1).view(np.uint8).data
-    return hashlib.blake2b(content, digest_size=16).hexdigest()

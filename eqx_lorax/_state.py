@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from ._arrays import as_array, bits_of, is_array
-from ._fingerprint import bits, of_bits
-from ._save import digest_of, listed
+from ._fingerprint import bits, digest_of, of_bits
+from ._save import listed
 from ._sharding import where_put
 
 
