@@ -21,14 +21,7 @@ from jaxtyping import Array
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from ._adapter import (
-    Adapted,
-    Adapter,
-    adapter_of,
-    is_setting,
-    methods,
-    put_into,
-)
+from ._adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
 from ._atomic import replacing
 from ._fingerprint import base_digests, digest_of
 from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
