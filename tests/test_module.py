@@ -5,6 +5,7 @@ import functools
 import inspect
 import operator
 import warnings
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -318,7 +319,7 @@ every_ask = pytest.mark.parametrize(
 )
 
 
-def make(name):
+def make(name) -> Any:
     """A module, and the same with the adapter of an array."""
     module = MODULES[name]
     if name == "arrays":  # `loraify` adapts what computes with such a module.
