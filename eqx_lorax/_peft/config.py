@@ -84,13 +84,15 @@ def new_config(
     rank = _most_common(ranks.values())
     alpha = _most_common(alphas.values())
     targets = [path for path in ranks if path not in parameters]
+    # The oldest versions refuse options that they do not know.
+    of_parameters = {"target_parameters": list(parameters), "peft_version": FORMAT}
+    of_parameters = of_parameters if parameters else {}
     return {
         "peft_type": "LORA",
         "inference_mode": True,
         # Anything else makes PEFT change the base when it loads the adapter.
         "init_lora_weights": True,
         "target_modules": targets_for(targets, modules) if targets or not ranks else [],
-        "target_parameters": list(parameters) or None,
         "r": rank,
         "rank_pattern": {
             pattern_for(k, ranks): x for k, x in ranks.items() if x != rank
@@ -102,10 +104,9 @@ def new_config(
         "use_rslora": rank_stabilised,
         "use_dora": False,
         "lora_dropout": dropout,
-        "lora_bias": False,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        "peft_version": FORMAT,
+        **of_parameters,
     }
 
 

@@ -75,7 +75,7 @@ def follows_pattern(pattern: str, path: str) -> bool:
 
 def pattern_for(path: str, paths: Collection[str]) -> str:
     """A key of `rank_pattern` that means `path` alone among `paths`. The path itself
-    where it does, which PEFT up to 0.13 understands too."""
+    where it does, which PEFT before 0.15 understands too."""
     try:
         means = [other for other in paths if follows_pattern(path, other)]
     except re.error:
