@@ -1,8 +1,10 @@
 """Joining weights, as code that fuses projections or stacks layers does."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -16,14 +18,19 @@ if TYPE_CHECKING:
     from ._lora import LoraWeight
 
 
-def concatenate(xs: Sequence[Viewed], dimension: int) -> Viewed:
+def concatenate(
+    xs: Sequence[Viewed], dimension: int, *, is_frozen: bool = False
+) -> Viewed:
     """As `jax.lax.concatenate`, of weights with the same row and column axes, and of
-    arrays, which then have a base and no update.
+    arrays, whose derivatives they keep unless all is frozen, as a base is.
 
     Along the rows `b` becomes a matrix of blocks, one for each weight, and `a` has the
     ranks of all; along the columns it is the other way round; along a batch axis the
     smaller ranks are filled up with zeros.
     """
+    xs = [x for x in xs if x.shape[dimension]] or xs[:1]
+    if len(xs) == 1:
+        return xs[0]
     if all(map(is_array, xs)):
         return lax.concatenate(xs, dimension)
     weights = [in_order(x.as_lora()) for x in xs if not is_array(x)]
@@ -33,8 +40,11 @@ def concatenate(xs: Sequence[Viewed], dimension: int) -> Viewed:
     axes = {(weight.rows, weight.columns) for weight in weights}
     if len(axes) > 1:
         raise NotFactored("weights with other rows and columns are joined")
+    most = 0 if is_frozen else sum(weight.rank for weight in weights)
     ordered = iter(weights)
-    parts = [_plain(x, first) if is_array(x) else next(ordered) for x in xs]
+    parts = [_weight(x, first, most) if is_array(x) else next(ordered) for x in xs]
+    has_frozen_base = is_frozen or all(part.has_frozen_base for part in parts)
+    bases = [part.w if has_frozen_base else part.base() for part in parts]
     ranks = [part.rank for part in parts]
     axis = dimension - first.w.ndim
     shares_ranks = axis in first.batch_axes()
@@ -54,22 +64,62 @@ def concatenate(xs: Sequence[Viewed], dimension: int) -> Viewed:
         return lax.concatenate(padded, labels.index(axis))
 
     return first.replace(
-        w=concatenate([part.w for part in parts], dimension),
+        w=concatenate(bases, dimension, is_frozen=has_frozen_base),
         # Their scales may differ.
         b=joined([part.scale * part.b for part in parts], first.b_axes(stored)),
         a=joined([part.a for part in parts], first.a_axes(stored)),
         alpha=float(total),
         rank_stabilised=False,
+        has_frozen_base=has_frozen_base,
     )
 
 
-def _plain(x: Array, like: "LoraWeight") -> "LoraWeight":
-    """An array as a weight whose update is zero."""
-    sizes: dict[Label, int] = {RANK: 1, **dict(zip(range(-x.ndim, 0), x.shape))}
-    stored = range(-x.ndim, 0)
-    b = jnp.zeros([sizes[label] for label in like.b_axes(stored)], like.b.dtype)
-    a = jnp.zeros([sizes[label] for label in like.a_axes(stored)], like.a.dtype)
-    return like.replace(w=x, b=b, a=a)
+def _weight(x: Array, like: "LoraWeight", most: int) -> "LoraWeight":
+    """An array as a weight with its value for a base.
+
+    Where its rank is no larger than `most`, its derivatives are those of a factor, so
+    that the gradient in a few rows, such as those of new tokens beside a table, has not
+    the whole table's size. Otherwise they are those of the base.
+    """
+    axes = (like.batch_axes(), like.rows, like.columns)
+    batch, rows, columns = ([x.shape[axis] for axis in part] for part in axes)
+    rank = min(math.prod(rows), math.prod(columns))
+    if not 0 < rank <= most:
+        b = jnp.zeros([*batch, *rows, 1], like.b.dtype)
+        a = jnp.zeros([*batch, 1, *columns], like.a.dtype)
+        return like.replace(w=x, b=b, a=a, has_frozen_base=most == 0)
+    # The value stays out of the factors: a zero times a value that is not finite would
+    # reach the other rows, and a factor's dtype may be narrower.
+    order = [axis % x.ndim for part in axes for axis in part]
+    values = lax.transpose(_tangent_alone(x), order)
+    identity = jnp.eye(rank, dtype=like.b.dtype)
+    if rank == math.prod(rows):
+        b = jnp.broadcast_to(identity.reshape([*rows, rank]), [*batch, *rows, rank])
+        a = values.reshape([*batch, rank, *columns])
+    else:
+        b = values.reshape([*batch, *rows, rank])
+        a = identity.reshape([rank, *columns])
+        a = jnp.broadcast_to(a, [*batch, rank, *columns])
+    return like.replace(
+        w=lax.stop_gradient(x),
+        b=b,
+        a=a,
+        alpha=float(rank),
+        rank_stabilised=False,
+        has_frozen_base=True,
+    )
+
+
+@jax.custom_jvp
+def _tangent_alone(x: Array) -> Array:
+    """Zeros that have the derivatives of `x`."""
+    return jnp.zeros_like(x)
+
+
+@_tangent_alone.defjvp
+def _(primals, tangents):
+    # Not zeros outright: derivatives of higher order go through this one too.
+    return _tangent_alone(*primals), *tangents
 
 
 def _in_place(x: Array, position: int, offset: int, total: int) -> Array:

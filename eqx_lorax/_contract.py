@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from ._arrays import wide
+from ._barrier import apart_on_cpu
 from ._sharding import relabelled
 from ._tangent import product_with_factor
 
@@ -109,7 +110,8 @@ def _with_tangents(
 
     def jvp(primals, tangents):
         (x, y), (x_dot, y_dot) = primals, tangents
-        out = product(x, y, preferred)
+        # Not the product itself: derivatives of higher order go by this rule too.
+        out = ruled(x, y)
         terms = []
         if not isinstance(x_dot, SymbolicZero):
             terms.append(
@@ -162,6 +164,8 @@ def product(
     )
 
     def dot_general(x, y, preferred_element_type):
+        if x.dtype == jnp.bfloat16 and preferred_element_type is not None:
+            x = apart_on_cpu(x)
         return lax.dot_general(
             x,
             y,

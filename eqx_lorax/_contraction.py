@@ -34,7 +34,8 @@ def contract(
     precision: Precision = None,
     out_sharding: NamedSharding | None = None,
 ) -> Array:
-    """As `AbstractLoraWeight.contract`, for an array too, which is a frozen base."""
+    """As `AbstractLoraWeight.contract`, for an array too, which is then what may be
+    frozen."""
     stored = tuple(labels)
     if not is_array(w):
         w = w.factored()
@@ -121,7 +122,7 @@ def _contracted(
             labels,
             out_labels,
             x.dtype,
-            y_is_frozen=True,
+            y_is_frozen=is_frozen,
             precision=precision,
             out_sharding=out_sharding,
         )
@@ -183,7 +184,7 @@ def _separate(
         x_labels=tuple(x_labels),
         labels=stored,
         out_labels=out_labels,
-        is_frozen=True,
+        is_frozen=is_frozen or lora.has_frozen_base,
         precision=precision,
         out_sharding=out_sharding,
     )

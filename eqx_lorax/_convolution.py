@@ -70,7 +70,7 @@ def convolve(
             x,
             jnp.asarray(w),
             x.dtype,
-            kernel_is_frozen=True,
+            kernel_is_frozen=is_frozen,
             dimension_numbers=dimension_numbers,
             feature_group_count=feature_group_count,
             precision=precision,
@@ -115,7 +115,7 @@ def _separate(
     base = convolve(
         lora.w,
         x,
-        is_frozen=True,
+        is_frozen=is_frozen or lora.has_frozen_base,
         dimension_numbers=dimension_numbers._replace(rhs_spec=as_stored),
         feature_group_count=feature_group_count,
         precision=precision,

@@ -91,7 +91,7 @@ def gather(
         next(offsets if i in numbers.offset_dims else indexed)
         for i in range(count + len(numbers.offset_dims))
     ]
-    w, w_labels = part(lax.stop_gradient(lora.w), stored, fill_value)
+    w, w_labels = part(lora.base(), stored, fill_value)
     b, b_labels = part(lora.b, lora.b_axes(stored), 0)
     a, a_labels = part(lora.a, lora.a_axes(stored), 0)
     gain, gain_labels = lora.gain, stored

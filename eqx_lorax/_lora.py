@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
+import jax.lax as lax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
@@ -66,6 +67,9 @@ class LoraWeight(AbstractLoraWeight):
     gate: Array | None = None
     # Set by `lorax.merged_forward`.
     is_merged: bool = eqx.field(static=True, default=False)
+    # A base that was joined with an array has the derivatives of that array: what of it
+    # is frozen was stopped before.
+    has_frozen_base: bool = eqx.field(static=True, default=True)
 
     method = "lora"
     frozen = ("w", "gain", "gate")
@@ -112,6 +116,7 @@ class LoraWeight(AbstractLoraWeight):
         self.gain = None
         self.gate = None
         self.is_merged = False
+        self.has_frozen_base = True
 
         if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
             raise ValueError(
@@ -149,6 +154,10 @@ class LoraWeight(AbstractLoraWeight):
     def _check_factors(self) -> None:
         if self.b is None or self.a is None:
             raise without_factors(self)
+
+    def base(self) -> Weight:
+        """`w` with the derivatives that it is to have."""
+        return lax.stop_gradient(self.w) if self.has_frozen_base else self.w
 
     def array_axes(self) -> dict[str, Labels]:
         stored = range(-self.w.ndim, 0)

@@ -33,7 +33,7 @@ def dense(x: Viewed) -> Array:
         return jnp.asarray(x, wide(x.dtype))
     lora = x.as_lora()
     stored = range(-lora.w.ndim, 0)
-    base = dense(lax.stop_gradient(lora.w))
+    base = dense(lora.base())
     low_rank = low_rank_product(
         lora.b, lora.b_axes(stored), lora.a, lora.a_axes(stored), stored, base
     )

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, TYPE_CHECKING
 
-import jax.lax as lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
@@ -86,9 +85,8 @@ def _contract_weights(
         raise NotFactored("both operands are weights, and scaled or nested")
     lora = x.as_lora()
     stored = lora.stored_labels(x_labels)
-    frozen = lax.stop_gradient(jnp.asarray(lora.w))
     base = _contract(
-        frozen,
+        jnp.asarray(lora.base()),
         stored,
         y,
         labels,

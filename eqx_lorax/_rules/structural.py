@@ -45,9 +45,11 @@ def _on_leaves(equation: "Equation", *values: Any) -> Sequence[Any]:
 
 
 def _stop_gradient(equation: "Equation", x: Any) -> Sequence[Any]:
-    # The base has no gradient to stop, and stopping it would be a new array of its
-    # size, of which `scan` keeps a copy for each layer.
     lora = x.as_lora()
+    if not lora.has_frozen_base:
+        return [jax.tree.map(lax.stop_gradient, lora)]
+    # This base has no gradient to stop, and stopping it would be a new array of its
+    # size, of which `scan` keeps a copy for each layer.
     stopped = jax.tree.map(lax.stop_gradient, lora.replace(w=None))
     return [stopped.replace(w=lora.w)]
 
