@@ -61,8 +61,9 @@ def _static(weight: AbstractLoraWeight) -> dict[str, Any]:
     fields = {
         field.name: _as_json(getattr(weight, field.name))
         for field in dataclasses.fields(weight)
-        # That is how to multiply, and not with what.
-        if field.metadata.get("static", False) and field.name != "is_merged"
+        # Not how to multiply and to differentiate, but with what.
+        if field.metadata.get("static", False)
+        and field.name not in ("is_merged", "has_frozen_base")
     }
     below = {"below": _static(weight.w)} if is_weight(weight.w) else {}
     return {"kind": type(weight).__name__, **fields, **below}
