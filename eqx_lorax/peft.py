@@ -12,9 +12,11 @@ the paths, which `names` translates.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 from safetensors.numpy import save_file
@@ -24,6 +26,7 @@ from ._atomic import replacing
 from ._fingerprint import base_digests
 from ._foreign import PEFT_CONFIG, PEFT_WEIGHTS
 from ._held import without_views
+from ._layer import is_layer
 from ._parts import check_whole
 from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
 from ._peft.names import Names
@@ -33,14 +36,14 @@ from ._peft.writing import whole_modules, written
 from ._processes import on_hand, write_once
 from ._save import AdapterFileError, check_base, MALFORMED
 from ._select import Filter
-from ._tree import Places
+from ._tree import Places, rebuild
 
 
 __all__ = ["load", "save"]
 
 _Model = TypeVar("_Model")
 
-_BASE = "eqx_lorax_base"
+_BASE, _ORDER = "eqx_lorax_base", "eqx_lorax_parameter_order"
 _WITHOUT_PREFIX = (
     f"\nNone of its tensors begins with {PREFIX}, as PEFT's do; they were taken as "
     "they are."
@@ -54,6 +57,7 @@ def save(
     names: Names,
     also: Filter = None,
     transposed: Filter = None,
+    parameter_order: Sequence[str] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -86,13 +90,17 @@ def save(
         for one name, or a function that returns `None` for what it does not know.
         `{}` in what is returned is filled with the names that `*` stood for, and then
         with the position in a stack of layers. A batch axis without `{}` is one of
-        experts, and the path is then that of PyTorch's parameter; several of these in
-        one module have to be in the same order as there.
+        experts, and the path is then that of PyTorch's parameter.
     - `also`: What else was trained, as of `lorax.partition`.
     - `transposed`: A filter as of `lorax.loraify`: the arrays here that are stored
         `(..., in, out)`, because their module computes `x @ weight`. Otherwise arrays
         that belong to none of Equinox's layers are taken to be `(..., out, in)`. How
         PyTorch stores them does not matter: in PEFT `A` has the inputs.
+    - `parameter_order`: The names (or the ends of the paths) of several parameters of
+        one module of PyTorch, in the order in which this module defines them. PEFT
+        knows by nothing else which of their tensors is whose. Only has to be said if
+        two have the same shapes; others are taken to be in the order that they have
+        here, and PEFT raises if they are not.
     - `base_model_name_or_path`, `task_type`: Written to the configuration, such as
         `"sentence-transformers/all-MiniLM-L6-v2"` and `"SEQ_CLS"`.
 
@@ -107,7 +115,7 @@ def save(
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
     in_out = stored_in_out(places, transposed)
-    tensors, config = written(adapter, places, names, in_out, whole)
+    tensors, config = written(adapter, places, names, in_out, whole, parameter_order)
     config |= {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
@@ -117,10 +125,13 @@ def save(
     arrays = {
         PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
     }
+    metadata = {"format": "pt", _BASE: json.dumps(digests)}
+    if config["target_parameters"]:
+        metadata[_ORDER] = json.dumps(config["target_parameters"])
 
     def write() -> None:
         with replacing(folder / PEFT_WEIGHTS) as new:
-            save_file(arrays, new, {"format": "pt", _BASE: json.dumps(digests)})
+            save_file(arrays, new, metadata)
         with replacing(folder / PEFT_CONFIG) as new:
             new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -133,6 +144,8 @@ def load(
     *,
     names: Names,
     transposed: Filter = None,
+    parameter_order: Sequence[str] | None = None,
+    trainable: bool = False,
     allow_other_base: bool = False,
 ) -> _Model:
     """Puts an adapter that PEFT, or `lorax.peft.save`, has written into a plain model.
@@ -147,8 +160,14 @@ def load(
     - `transposed`: As of `lorax.peft.save`; an empty list says that there are none,
         which has to be said where the configuration has `fan_in_fan_out` and an array
         is square.
+    - `parameter_order`: As of `lorax.peft.save`, which writes it down. Only has to be
+        said of folders by PEFT, and only if shapes and ranks leave it open.
+    - `trainable`: Whether it is to be trained on, as `is_trainable` of PEFT. Otherwise
+        the dropout of its layers is switched off, whose rate stays on record;
+        `eqx.nn.inference_mode(model, False)` switches it on.
     - `allow_other_base`: As of `lorax.load_adapter`. PEFT writes nothing about the
-        base; this concerns files by `lorax.peft.save`.
+        base but the weights of adapted embeddings and heads; else this concerns files
+        by `lorax.peft.save`.
 
     **Returns:**
 
@@ -171,7 +190,10 @@ def load(
     in_out = stored_in_out(places, transposed)
     try:
         plain = plain_names(tensors)
-        adapter = adapter_from(config, plain, places, names, in_out)
+        order = json.loads(metadata.get(_ORDER, "null")) or parameter_order
+        adapter = adapter_from(
+            config, plain, places, names, in_out, order, allow_other_base
+        )
         adapted = put_into(model, places, adapter)
         base = json.loads(metadata.get(_BASE, "null"))
     except MALFORMED as error:
@@ -179,4 +201,16 @@ def load(
         raise AdapterFileError(f"{folder}: {error}{note}") from error
     if isinstance(base, dict) and not allow_other_base:
         check_base(folder, base, places, adapter.others)
-    return adapted
+    return adapted if trainable else _for_inference(adapted)
+
+
+def _for_inference(model: _Model) -> _Model:
+    """With the dropout of adapted layers switched off; that of the model stays."""
+    edits = {
+        place.steps: lambda layer: eqx.tree_at(
+            lambda layer: layer.dropout.inference, layer, True
+        )
+        for place in Places(model).all
+        if is_layer(place.node) and place.node.has_dropout and place.node.dropout
+    }
+    return rebuild(model, edits)

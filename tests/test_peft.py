@@ -1,6 +1,7 @@
 """PEFT's format without PEFT: what goes out comes back, and what does not fit is
 refused. `test_peft_interop.py` holds it against the real one."""
 
+import functools
 import json
 import re
 import warnings
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_identical, trained, weights
+from helpers import assert_identical, trained, weights, wide
 from safetensors.numpy import load_file, save_file
 
 import eqx_lorax as lorax
@@ -387,3 +388,140 @@ def test_fan_in_fan_out_asks_about_square_arrays(tmp_path, getkey):
     config, tensors = files(tmp_path)
     write(tmp_path, config | {"fan_in_fan_out": True}, tensors)
     assert_identical(lorax.peft.load(tmp_path, plain, names={"0": "x"}), adapted)
+
+
+class Gated(eqx.Module):
+    gate: jax.Array
+    up: jax.Array
+
+    def __init__(self, key):
+        self.gate, self.up = jr.normal(key, (2, 3, 5, 4))
+
+
+def test_parameters_of_one_module(tmp_path, getkey):
+    plain = [Gated(getkey()), Gated(getkey())]
+    adapted = lorax.loraify(plain, ["gate", "up"], rank=2, key=getkey())
+    adapted = trained(adapted)
+    names = {"*.gate": "layer.{}.gate_proj", "*.up": "layer.{}.up_proj"}
+    options = dict(names=names, parameter_order=["gate_proj", "up_proj"])
+    with pytest.raises(ValueError, match="layer.0.gate_proj and layer.0.up_proj apart"):
+        lorax.peft.save(tmp_path, adapted, names=names)
+    with pytest.raises(ValueError, match="has 'gate', which is the end of no path"):
+        lorax.peft.save(tmp_path, adapted, names=names, parameter_order=["gate"])
+    with pytest.raises(TypeError, match="`parameter_order='gate'` must be a list"):
+        lorax.peft.save(tmp_path, adapted, names=names, parameter_order="gate")
+    lorax.peft.save(tmp_path, adapted, **options)
+    assert_identical(lorax.peft.load(tmp_path, plain, names=names), adapted)
+    write(tmp_path, *files(tmp_path))
+    with pytest.raises(lorax.AdapterFileError, match="layer.0 has adapters for the"):
+        lorax.peft.load(tmp_path, plain, names=names)
+    assert_identical(lorax.peft.load(tmp_path, plain, **options), adapted)
+    config, tensors = files(tmp_path)
+    lost = {x: y for x, y in tensors.items() if "layer.1.base_layer" not in x}
+    write(tmp_path, config, lost)
+    with pytest.raises(lorax.AdapterFileError, match="layer.1 has adapters for 1 of"):
+        lorax.peft.load(tmp_path, plain, **options)
+
+
+def linears(getkey, count=3):
+    make = eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 5, key=key))
+    return [make(jr.split(getkey(), count))]
+
+
+def folder_of(folder, layers, **options):
+    """Layers of a stack in a folder: for each position a rank and an alpha."""
+    random = np.random.default_rng(0)
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, **options}
+    config["target_modules"] = [f"layer.{i}" for i in layers]
+    config["rank_pattern"] = {f"layer.{i}": rank for i, (rank, _) in layers.items()}
+    config["alpha_pattern"] = {f"layer.{i}": alpha for i, (_, alpha) in layers.items()}
+    tensors = {}
+    for i, (rank, _) in layers.items():
+        for name, shape in (("lora_A", (rank, 4)), ("lora_B", (5, rank))):
+            array = random.normal(size=shape).astype(np.float32)
+            tensors[f"base_model.model.layer.{i}.{name}.weight"] = array
+    write(folder, config, tensors)
+    return {
+        i: (alpha / (rank**0.5 if options.get("use_rslora") else rank))
+        * tensors[f"base_model.model.layer.{i}.lora_B.weight"].astype(float)
+        @ tensors[f"base_model.model.layer.{i}.lora_A.weight"].astype(float)
+        for i, (rank, alpha) in layers.items()
+    }
+
+
+@pytest.mark.parametrize("use_rslora", (False, True))
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {0: (2, 3.0), 2: (2, 3.0)},
+        {1: (2, 3.0)},
+        {0: (1, 2.0), 1: (3, 5.0), 2: (2, 0.5)},
+        {0: (4, 1.0), 2: (2, 2.0)},
+    ],
+    ids=str,
+)
+def test_a_stack_with_layers_of_several_kinds(layers, use_rslora, tmp_path, getkey):
+    plain = linears(getkey)
+    (tmp_path / "theirs").mkdir()
+    updates = folder_of(tmp_path / "theirs", layers, use_rslora=use_rslora)
+    names = {"0": "layer.{}"}
+    loaded = lorax.peft.load(tmp_path / "theirs", plain, names=names)
+    lorax.peft.save(tmp_path / "ours", loaded, names=names)
+    again = lorax.peft.load(tmp_path / "ours", plain, names=names)
+    for weight in (*weights(loaded), *weights(again)):
+        for i in range(3):
+            b, a = wide(weight.b[i]), wide(weight.a[i])
+            expected = updates.get(i, np.zeros((5, 4)))
+            np.testing.assert_allclose(weight.scale * b @ a, expected, atol=1e-6)
+            assert i in updates or not b.any()
+
+
+def test_dropout_is_off_until_it_is_trained(tmp_path, getkey):
+    plain = eqx.nn.MLP(4, 4, 8, 1, key=getkey())
+    adapted = trained(lorax.loraify(plain, rank=2, dropout=0.25, key=getkey()))
+    names = {"layers.*": "layer.{}"}
+    lorax.peft.save(tmp_path / "a", adapted, names=names)
+    loaded = lorax.peft.load(tmp_path / "a", plain, names=names)
+    x = jnp.ones(4)
+    assert_identical(loaded(x), eqx.nn.inference_mode(adapted)(x))
+    assert_identical(eqx.nn.inference_mode(loaded, False), adapted)
+    lorax.peft.save(tmp_path / "b", loaded, names=names)
+    assert files(tmp_path / "b")[0]["lora_dropout"] == 0.25
+    loaded = lorax.peft.load(tmp_path / "b", plain, names=names, trainable=True)
+    assert_identical(loaded, adapted)
+
+
+def test_the_dropout_of_the_model_itself_stays(tmp_path, getkey):
+    plain = [eqx.nn.Linear(4, 4, key=getkey()), eqx.nn.Dropout(0.5)]
+    adapted = lorax.loraify(plain, rank=2, dropout=0.25, key=getkey())
+    lorax.peft.save(tmp_path, adapted, names={"0": "x"})
+    loaded = lorax.peft.load(tmp_path, plain, names={"0": "x"})
+    assert loaded[0].dropout.inference and not loaded[1].inference
+
+
+@pytest.mark.parametrize("path", ("embed.word", "head"))
+def test_the_base_that_comes_with_an_embedding_or_a_head(path, tmp_path, getkey):
+    plain = Model(getkey())
+    adapted = lorax.loraify(plain, ["words", "head"], rank=2, key=getkey())
+    names = NAMES | {"head": "head"}
+    lorax.peft.save(tmp_path, trained(adapted), names=names)
+    config, tensors = files(tmp_path)
+    module = plain.words if path == "embed.word" else plain.head
+    base = np.asarray(module.weight)
+    key = f"base_model.model.{path}.base_layer.weight"
+    load = functools.partial(lorax.peft.load, tmp_path, plain, names=names)
+    for same in (base, np.asarray(base, jnp.bfloat16)):
+        if same.dtype == jnp.bfloat16:
+            plain = eqx.tree_at(
+                lambda m: (m.words.weight, m.head.weight),
+                plain,
+                replace_fn=lambda x: x.astype(jnp.bfloat16).astype(x.dtype),
+            )
+        write(tmp_path, config, tensors | {key: same})
+        loaded = lorax.peft.load(tmp_path, plain, names=names)
+        assert_identical(lorax.unloraify(loaded, merge=False), plain)
+    for other in (base + 1, np.concatenate([base, base])):
+        write(tmp_path, config, tensors | {key: other})
+        with pytest.raises(lorax.AdapterFileError, match=f"{path}.base_layer.weight"):
+            load()
+        assert len(weights(load(allow_other_base=True))) == 2

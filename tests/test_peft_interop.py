@@ -15,6 +15,7 @@ import pytest
 from helpers import trained
 from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
 from running import running
+from safetensors.numpy import load_file
 
 import eqx_lorax as lorax
 
@@ -220,15 +221,18 @@ def parameters(targets):
 
 
 def said(options):
-    """The argument `transposed`."""
-    return ["up", "down"] if options["here"] else None
+    """The arguments without which these are not to be known."""
+    return dict(
+        transposed=["up", "down"] if options["here"] else None,
+        parameter_order=["up", "down"] if options["square"] else None,
+    )
 
 
 @pytest.mark.parametrize("options", ORDERS_OF_SIDES, ids=str)
 def test_sides_of_experts_to_peft(options, tmp_path, getkey):
     ours, theirs = experts(**options)
     adapted = trained(lorax.loraify(ours, ["up", "down"], rank=2, key=getkey()))
-    lorax.peft.save(tmp_path, adapted, names=EXPERTS, transposed=said(options))
+    lorax.peft.save(tmp_path, adapted, names=EXPERTS, **said(options))
     expected = numpy(in_peft(theirs, tmp_path)(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(adapted[0])(INPUTS), expected, atol=1e-5)
 
@@ -237,7 +241,7 @@ def test_sides_of_experts_to_peft(options, tmp_path, getkey):
 def test_sides_of_experts_from_peft(options, tmp_path):
     ours, theirs = experts(**options)
     model = by_peft(theirs, tmp_path, r=2, **parameters(["up", "down"]))
-    loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS, transposed=said(options))
+    loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS, **said(options))
     expected = numpy(model(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
 
@@ -259,14 +263,48 @@ def test_experts_from_before_0_19(options, tmp_path):
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = lorax.peft.load(
-            tmp_path, ours, names=EXPERTS, transposed=said(options)
-        )
-    assert (
-        any("before PEFT 0.19" in str(x.message) for x in caught) == options["square"]
-    )
+        # Were they stored otherwise there, they could be each other's.
+        said_of_old = said(options) | dict(parameter_order=["up", "down"])
+        loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS, **said_of_old)
+    has_warned = any("before PEFT 0.19" in str(x.message) for x in caught)
+    assert has_warned == options["square"]
     expected = numpy(model(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("order", (["up", "down"], ["down", "up"]))
+def test_ranks_tell_parameters_apart(order, tmp_path):
+    ours, theirs = experts(square=True, order=order)
+    options = dict(r=2, rank_pattern={"0.up": 3})
+    model = by_peft(theirs, tmp_path, **options, **parameters(order))
+    loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS)
+    expected = numpy(model(tensor(INPUTS)))
+    np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("square", (False, True))
+@pytest.mark.parametrize("listed", (["up", "down"], ["down", "up"]))
+@pytest.mark.parametrize("order", (["up", "down"], ["down", "up"]))
+def test_order_of_parameters(square, listed, order, tmp_path):
+    ours, theirs = experts(square=square, order=order)
+    model = by_peft(theirs, tmp_path / "theirs", r=2, **parameters(listed))
+    expected = numpy(model(tensor(INPUTS)))
+    theirs = model.unload()
+    said = dict(parameter_order=order) if square else {}
+    loaded = lorax.peft.load(tmp_path / "theirs", ours, names=EXPERTS, **said)
+    np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
+    if square:
+        with pytest.raises(lorax.AdapterFileError, match="parameters up, down.*order="):
+            lorax.peft.load(tmp_path / "theirs", ours, names=EXPERTS)
+        with pytest.raises(ValueError, match="cannot tell the adapters of 0.up"):
+            lorax.peft.save(tmp_path / "ours", loaded, names=EXPERTS)
+    folder = tmp_path / "ours"
+    lorax.peft.save(folder, loaded, names=EXPERTS, parameter_order=order)
+    found = numpy(in_peft(theirs, folder)(tensor(INPUTS)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # What was said in saving needs no saying again.
+    again = lorax.peft.load(folder, ours, names=EXPERTS)
+    np.testing.assert_allclose(jax.vmap(again[0])(INPUTS), expected, atol=1e-5)
 
 
 # MiniLM
@@ -394,3 +432,33 @@ def test_a_causal_model_from_peft(causal, tmp_path):
     loaded = lorax.peft.load(tmp_path, ours, names=llama.NAMES)
     np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=1e-5)
     assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
+
+
+def test_what_is_exchanged_of_a_causal_model(causal, tmp_path):
+    """Adapters on the words and the head, whose bases PEFT saves too; on some layers of
+    the stack, of several ranks; with dropout."""
+    ours, theirs, tokens = causal
+    model = by_peft(
+        theirs,
+        tmp_path / "theirs",
+        r=4,
+        lora_alpha=2,
+        lora_dropout=0.1,
+        target_modules=["embed_tokens", "lm_head", "layers.0.mlp.up_proj", "q_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 2},
+        alpha_pattern={"layers.2.self_attn.q_proj": 3},
+    )
+    path = tmp_path / "theirs" / "adapter_model.safetensors"
+    bases = [name for name in load_file(path) if name.endswith("base_layer.weight")]
+    assert len(bases) == 2
+    expected = numpy(model(tensor(tokens)).logits)
+    loaded = lorax.peft.load(tmp_path / "theirs", ours, names=llama.NAMES)
+    np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=2e-5)
+    assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
+    lorax.peft.save(tmp_path / "ours", loaded, names=llama.NAMES)
+    theirs = in_peft(model.unload(), tmp_path / "ours")
+    found = numpy(theirs(tensor(tokens)).logits)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    other = eqx.tree_at(lambda m: m.words.weight, ours, replace_fn=lambda x: 2 * x)
+    with pytest.raises(lorax.AdapterFileError, match="embed_tokens.base_layer.weight"):
+        lorax.peft.load(tmp_path / "theirs", other, names=llama.NAMES)

@@ -33,6 +33,7 @@ class Factors:
 
     @property
     def scale(self) -> float:
+        """What multiplies `b · a`."""
         return self.alpha / self.counted ** (0.5 if self.rank_stabilised else 1.0)
 
     def scaled_for(self, rank: int, rank_stabilised: bool) -> float:
@@ -243,16 +244,6 @@ def template_for(place: Place, names: Names) -> str:
 def named(place: Place) -> tuple[str, ...]:
     """What `names` is asked about an array: the module whose weight it is."""
     return place.path[:-1] if place.path[-1] == "weight" else place.path
-
-
-def prefix_of(torch: str, layout: Layout, parameters: list[str]) -> str:
-    """The prefix of the tensors of one adapted module or parameter."""
-    if not layout.is_parameter:
-        return f"{torch}."
-    module, _, _ = torch.rpartition(".")
-    beside = [x for x in parameters if x.rpartition(".")[0] == module]
-    # PEFT wraps a module once for each parameter, the last one outermost.
-    return f"{module}." + "base_layer." * (len(beside) - 1 - beside.index(torch))
 
 
 def torch_shape(array: Place, shape: Sequence[int]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """From the tensors and the configuration of PEFT to adapters here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,21 +8,24 @@ import numpy as np
 from jaxtyping import Array
 
 from .._adapter import Adapted, Adapter
+from .._arrays import promote, wide
 from .._form import axes_of
 from .._tree import Place, Places
+from .bases import other_bases
 from .biases import read_biases
 from .config import alpha_of, rank_of
 from .homes import Home, homes
 from .layout import (
     arrays_of,
+    Experts,
     Factors,
     is_module,
     modules_with_arrays,
-    prefix_of,
     torch_shape,
     warn_of_convolution,
 )
 from .names import expanded, few, Index, Names, template
+from .nesting import by_module, check_order, found_order, prefix_at, prefixes
 from .promises import (
     broken_promises,
     Contents,
@@ -30,7 +33,7 @@ from .promises import (
     warn_of_idle_patterns,
 )
 from .sides import InOut
-from .versions import layout_in_file
+from .versions import can_be, layout_in_file
 
 
 def adapter_from(
@@ -39,8 +42,11 @@ def adapter_from(
     places: Places,
     names: Names,
     in_out: InOut,
+    order: Sequence[str] | None,
+    allow_other_base: bool,
 ) -> Adapter:
-    """What the tensors, named without prefix, are in this model.
+    """What the tensors, named without prefix, are in this model; `order` is that of the
+    parameters of one module.
 
     **Raises:**
 
@@ -55,6 +61,11 @@ def adapter_from(
     known = dict(homes(places, names, in_out))
     experts = [path for path, home in known.items() if home.layout.is_parameter]
     parameters = [x for x in experts if is_parameter_targeted(config, x, experts)]
+    check_order(order, parameters)
+    prefix_of = {path: f"{path}." for path in known}
+    prefix_of |= _prefixes_of_parameters(
+        config, {path: known[path] for path in parameters}, left, order
+    )
     found: dict[Place, dict[Index, Factors]] = {}
     adapted: list[str] = []
     modules: dict[str, Factors] = {}
@@ -62,7 +73,7 @@ def adapter_from(
     for path, home in known.items():
         if home.layout.is_parameter and path not in parameters:
             continue
-        prefix = prefix_of(path, home.layout, parameters)
+        prefix = prefix_of[path]
         here = [prefix + name for name in home.layout.names if prefix + name in left]
         arrays = [np.asarray(left.pop(name)) for name in here]
         if len(here) == 1:
@@ -78,6 +89,9 @@ def adapter_from(
         config, places, names, left, adapted=modules, whole=contents.whole
     )
     problems += wrong
+    for path in modules:
+        lines = list(other_bases(path, known[path], left))
+        problems += [] if allow_other_base else lines
     others = dict(_whole_arrays(places, names, left)) | biases
     if left:
         problems.append(
@@ -109,6 +123,31 @@ def _as_lines(problems: list[str]) -> str:
     )
 
 
+def _prefixes_of_parameters(
+    config: Mapping[str, Any],
+    homes: Mapping[str, Home],
+    tensors: Mapping[str, Array],
+    order: Sequence[str] | None,
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+
+    def halves(prefix: str) -> list[np.ndarray]:
+        keys = [prefix + name for name in Experts.names]
+        return [np.asarray(tensors[key]) for key in keys if key in tensors]
+
+    def fits(path: str, prefix: str) -> bool:
+        pair = halves(prefix)
+        return len(pair) < 2 or can_be(config, path, homes[path], *pair)
+
+    for paths in by_module(homes):
+        depth = 0
+        while halves(prefix_at(paths[0], depth)):
+            depth += 1
+        if depth:
+            found |= prefixes(found_order(paths, depth, fits, order))
+    return found
+
+
 def _factors(
     config: Mapping[str, Any],
     path: str,
@@ -138,42 +177,51 @@ def _factors(
 
 
 def _joined(place: Place, parts: Mapping[Index, Factors], dropout: float) -> Adapted:
-    """One weight here from the layers that it stacks."""
+    """One weight here from the layers that it stacks. Those without an adapter have
+    factors of zeros, smaller ranks are padded, and what differs in the scales goes into
+    `b`."""
     depth = len(next(iter(parts)))
     stack = place.node.shape[:depth]
-    missing = [index for index in np.ndindex(*stack) if index not in parts]
-    if missing:
-        raise ValueError(
-            f"{place.dotted} stacks {tuple(stack)} layers, and there is no adapter for "
-            f"{', '.join(map(str, missing[:8]))}."
-        )
-    of_stack = [parts[index] for index in np.ndindex(*stack)]
-    scales = {(part.alpha, part.rank, part.counted) for part in of_stack}
-    if len(scales) > 1:
-        raise ValueError(
-            f"{place.dotted} stacks layers, which must have one alpha and one rank; "
-            f"here there are {sorted((alpha, rank) for alpha, rank, _ in scales)}."
-        )
-    b, a = (
-        np.stack(arrays).reshape(*stack, *arrays[0].shape)
-        for arrays in zip(*((part.b, part.a) for part in of_stack))
-    )
     rows, columns = axes_of(place)
-    part = of_stack[0]
+    like = max(parts.values(), key=lambda part: part.rank)
+    dtypes = [
+        promote(*(getattr(x, name).dtype for x in parts.values())) for name in "ba"
+    ]
+    nothing = np.zeros_like(like.b, dtypes[0]), np.zeros_like(like.a, dtypes[1])
+    of_stack = [
+        _as_like(like, parts[index], columns) if index in parts else nothing
+        for index in np.ndindex(*stack)
+    ]
+    b, a = (
+        np.stack([x.astype(dtype) for x in arrays]).reshape(*stack, *arrays[0].shape)
+        for arrays, dtype in zip(zip(*of_stack), dtypes)
+    )
     return Adapted(
         path=place.path,
         method="lora",
         shape=tuple(place.node.shape),
         dtype=jnp.dtype(place.node.dtype).name,
         settings={
-            "alpha": part.scaled_for(part.rank, part.rank_stabilised),
+            "alpha": like.scaled_for(like.rank, like.rank_stabilised),
             "rows": rows,
             "columns": columns,
-            "rank_stabilised": part.rank_stabilised,
+            "rank_stabilised": like.rank_stabilised,
         },
         dropout=dropout,
         arrays={"b": b, "a": a},
     )
+
+
+def _as_like(
+    like: Factors, part: Factors, columns: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`(b, a)` of `part` with the rank and the scale of `like`."""
+    b, a = part.b, part.a
+    if part.scale != like.scale:
+        b = (b.astype(wide(b.dtype)) * (part.scale / like.scale)).astype(b.dtype)
+    more, axis = like.rank - part.rank, a.ndim - 1 - len(columns)
+    b = np.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)])
+    return b, np.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])
 
 
 def _whole_arrays(

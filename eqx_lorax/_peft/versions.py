@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import rank_of
 from .homes import Home
 from .layout import Layout
 
@@ -52,6 +53,27 @@ def layout_in_file(
             "`transposed` what is; `transposed=[]` says that nothing is."
         )
     return home.layout
+
+
+def can_be(
+    config: Mapping[str, Any],
+    path: str,
+    home: Home,
+    first: np.ndarray,
+    second: np.ndarray,
+) -> bool:
+    """Whether two tensors can be those of the experts at `path`."""
+    if _has_inputs_first(config):
+        layouts = [home.layout]
+    else:
+        layouts = [home.layout.with_sides(exchanged) for exchanged in (True, False)]
+    rank = rank_of(config, path)
+    return any(
+        layout is not None
+        and home.fits(layout, first, second)
+        and layout.from_torch(first, second)[0].shape[-1] == rank
+        for layout in layouts
+    )
 
 
 def _has_inputs_first(config: Mapping[str, Any]) -> bool | None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from .layout import (
     layout_for,
     Linear,
     modules_with_arrays,
-    prefix_of,
     template_for,
     torch_shape,
     warn_of_convolution,
 )
 from .matching import is_said_alone, upwards
 from .names import expanded, few, Names, template
+from .nesting import by_module, check_order, order_to_write, prefixes
 from .sides import InOut
 
 
@@ -56,14 +56,20 @@ class Whole:
 
 
 def written(
-    adapter: Adapter, places: Places, names: Names, in_out: InOut, whole: Whole
+    adapter: Adapter,
+    places: Places,
+    names: Names,
+    in_out: InOut,
+    whole: Whole,
+    order: Sequence[str] | None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The tensors of all that is saved, and the configuration that fits them."""
+    """The tensors of all that is saved, and the configuration that fits them,
+    whose `target_parameters` are in the order in which PEFT nests those of one module.
+    """
     by_path = {place.path: place for place in places.all}
     is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.adapted)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    parameters: list[str] = []
     factors: dict[str, tuple[Layout, Factors]] = {}
     for adapted in adapter.adapted:
         place = by_path[adapted.path]
@@ -78,18 +84,29 @@ def written(
             factors[torch] = layout, part
             ranks[torch] = layout.torch_rank(part.rank)
             alphas[torch] = part.scaled_for(ranks[torch], is_stabilised)
-            if layout.is_parameter:
-                parameters.append(torch)
-    tensors = {
-        prefix_of(torch, layout, parameters) + name: array
+    pairs = {
+        torch: layout.to_torch(part.b, part.a)
         for torch, (layout, part) in factors.items()
-        for name, array in zip(layout.names, layout.to_torch(part.b, part.a))
+    }
+    parameters = [torch for torch in factors if factors[torch][0].is_parameter]
+    check_order(order, parameters)
+    orders = [
+        order_to_write({path: [x.shape for x in pairs[path]] for path in paths}, order)
+        for paths in by_module(parameters)
+    ]
+    prefix_of = {torch: f"{torch}." for torch in factors}
+    for paths in orders:
+        prefix_of |= prefixes(paths)
+    tensors = {
+        prefix_of[torch] + name: array
+        for torch, pair in pairs.items()
+        for name, array in zip(factors[torch][0].names, pair)
     }
     modules = known_modules(places, names, factors)
     config = new_config(
         ranks,
         alphas,
-        parameters=parameters,
+        parameters=[path for paths in orders for path in paths],
         modules=modules,
         rank_stabilised=bool(adapter.adapted) and is_stabilised,
         dropout=_dropout(adapter, parameters),
