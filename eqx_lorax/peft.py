@@ -12,7 +12,7 @@ the paths, which `names` translates.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
 from ._peft.names import Names
 from ._peft.reading import adapter_from
 from ._peft.sides import stored_in_out
+from ._peft.tied import check_ties, tied_tables
 from ._peft.writing import whole_modules, written
 from ._processes import on_hand, write_once
 from ._save import AdapterFileError, check_base, MALFORMED
@@ -58,6 +59,7 @@ def save(
     also: Filter = None,
     transposed: Filter = None,
     parameter_order: Sequence[str] | None = None,
+    tied: Mapping[str, str] | None = None,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
 ) -> None:
@@ -101,6 +103,10 @@ def save(
         knows by nothing else which of their tensors is whose. Only has to be said if
         two have the same shapes; others are taken to be in the order that they have
         here, and PEFT raises if they are not.
+    - `tied`: The tables here that are heads too (`x @ words.weight.T`, or by
+        `eqx.nn.Shared`), each with the path of the head in PyTorch:
+        `{"words": "lm_head"}`. The head there gets the same adapter. An empty mapping
+        says that there is none, which cannot be seen here.
     - `base_model_name_or_path`, `task_type`: Written to the configuration, such as
         `"sentence-transformers/all-MiniLM-L6-v2"` and `"SEQ_CLS"`.
 
@@ -115,7 +121,11 @@ def save(
     adapter = adapter_of(model, places, also)
     whole = whole_modules(adapter, places, names)
     in_out = stored_in_out(places, transposed)
-    tensors, config = written(adapter, places, names, in_out, whole, parameter_order)
+    ties = tied_tables(places, tied)
+    check_ties(places, adapter, ties, task_type)
+    tensors, config = written(
+        adapter, places, names, in_out, whole, parameter_order, ties
+    )
     config |= {
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
@@ -145,6 +155,7 @@ def load(
     names: Names,
     transposed: Filter = None,
     parameter_order: Sequence[str] | None = None,
+    tied: Mapping[str, str] | None = None,
     trainable: bool = False,
     allow_other_base: bool = False,
 ) -> _Model:
@@ -162,6 +173,8 @@ def load(
         is square.
     - `parameter_order`: As of `lorax.peft.save`, which writes it down. Only has to be
         said of folders by PEFT, and only if shapes and ranks leave it open.
+    - `tied`: As of `lorax.peft.save`. What is in the folder has to have the same
+        adapter on both.
     - `trainable`: Whether it is to be trained on, as `is_trainable` of PEFT. Otherwise
         the dropout of its layers is switched off, whose rate stays on record;
         `eqx.nn.inference_mode(model, False)` switches it on.
@@ -187,13 +200,14 @@ def load(
     config, metadata, tensors = read_folder(folder)
     model = without_views(model)
     places = Places(model)
-    in_out = stored_in_out(places, transposed)
+    in_out, ties = stored_in_out(places, transposed), tied_tables(places, tied)
     try:
         plain = plain_names(tensors)
         order = json.loads(metadata.get(_ORDER, "null")) or parameter_order
         adapter = adapter_from(
-            config, plain, places, names, in_out, order, allow_other_base
+            config, plain, places, names, in_out, order, allow_other_base, ties
         )
+        check_ties(places, adapter, ties, config.get("task_type"))
         adapted = put_into(model, places, adapter)
         base = json.loads(metadata.get(_BASE, "null"))
     except MALFORMED as error:

@@ -99,3 +99,11 @@ NAMES = {
     "norm": "transformer.ln_f",
     "head": "lm_head",
 }
+
+
+def untied(model):
+    """The same with a head of its own, of equal numbers."""
+    words = model.words.weight
+    head = eqx.nn.Linear(*words.shape[::-1], use_bias=False, key=jr.key(0))
+    head = eqx.tree_at(lambda head: head.weight, head, jnp.array(words))
+    return eqx.tree_at(lambda m: m.head, model, head, is_leaf=lambda x: x is None)

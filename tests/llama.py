@@ -111,3 +111,17 @@ NAMES = {
     "norm": "model.norm",
     "head": "lm_head",
 }
+
+
+class Tied(eqx.Module):
+    """A Llama whose head is its table of words."""
+
+    shared: eqx.nn.Shared
+
+    def __init__(self, model):
+        self.shared = eqx.nn.Shared(
+            model, where=lambda m: m.head.weight, get=lambda m: m.words.weight
+        )
+
+    def __call__(self, tokens):
+        return self.shared()(tokens)

@@ -18,6 +18,10 @@ from safetensors.numpy import load_file, save_file
 import eqx_lorax as lorax
 
 
+# The table of words here is no head, as the warning asks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing else in `model` has its")
+
+
 class Block(eqx.Module):
     attention: eqx.nn.MultiheadAttention
     experts: jax.Array
@@ -525,3 +529,70 @@ def test_the_base_that_comes_with_an_embedding_or_a_head(path, tmp_path, getkey)
         with pytest.raises(lorax.AdapterFileError, match=f"{path}.base_layer.weight"):
             load()
         assert len(weights(load(allow_other_base=True))) == 2
+
+
+class Reader(eqx.Module):
+    words: eqx.nn.Embedding
+    other: eqx.nn.Linear
+
+    def __init__(self, key):
+        self.words = eqx.nn.Embedding(9, 4, key=key)
+        self.other = eqx.nn.Linear(4, 4, key=key)
+
+    def __call__(self, token):
+        return self.other(self.words(token)) @ self.words.weight.T
+
+
+READER = {"words": "wte", "other": "mlp"}
+
+
+def test_a_table_that_may_be_a_head(tmp_path, getkey):
+    plain = Reader(getkey())
+    adapted = trained(lorax.loraify(plain, ["words", "other"], rank=2, key=getkey()))
+    saved = functools.partial(lorax.peft.save, tmp_path, adapted, names=READER)
+    load = functools.partial(lorax.peft.load, tmp_path, plain, names=READER)
+    message = (
+        "words has an adapter, and nothing else in `model` has its 9 entries.*tied="
+    )
+    with pytest.raises(ValueError, match=message):
+        saved(task_type="CAUSAL_LM")
+    with pytest.warns(UserWarning, match=message):
+        saved()
+    with pytest.warns(UserWarning, match=message):
+        load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saved(tied={}, task_type="CAUSAL_LM")
+        assert_identical(load(tied={}), adapted)
+        saved(tied={"words": "head"}, task_type="CAUSAL_LM")
+        assert_identical(load(tied={"words": "head"}), adapted)
+    with pytest.raises(ValueError, match="`tied` has 'wte', which is the path of no"):
+        saved(tied={"wte": "head"})
+    with pytest.raises(ValueError, match="words.weight is trained as it is and has mo"):
+        rest = lorax.loraify(plain, "other", rank=2, key=getkey())
+        lorax.peft.save(
+            tmp_path, rest, names=READER, also="words", tied={"words": "head"}
+        )
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t, key: t.pop(key + "A.weight"), "PEFT has adapted wte and not head"),
+        (
+            lambda t, key: t.update({key + "B.weight": t[key + "B.weight"] + 1}),
+            "differ",
+        ),
+    ],
+)
+def test_tied_adapters_that_are_not_the_same(change, message, tmp_path, getkey):
+    plain = Reader(getkey())
+    adapted = trained(lorax.loraify(plain, "words", rank=2, key=getkey()))
+    tied = {"words": "head"}
+    lorax.peft.save(tmp_path, adapted, names=READER, tied=tied)
+    config, tensors = files(tmp_path)
+    assert config["ensure_weight_tying"] is True
+    change(tensors, "base_model.model.head.lora_")
+    write(tmp_path, config, tensors)
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        lorax.peft.load(tmp_path, plain, names=READER, tied=tied)

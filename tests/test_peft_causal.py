@@ -7,9 +7,10 @@ import json
 import gpt2
 import jax
 import jax.random as jr
+import llama
 import numpy as np
 import pytest
-from helpers import trained
+from helpers import assert_identical, trained
 from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
 
 import eqx_lorax as lorax
@@ -129,3 +130,92 @@ def test_others_are_told_to_be_named(tmp_path):
     by_peft(model, tmp_path, r=4, target_modules=["c_attn"])
     with pytest.raises(lorax.AdapterFileError, match="Name it in `transposed`"):
         lorax.peft.load(tmp_path, plain, names=gpt2.NAMES)
+
+
+# Words that are the head too
+
+
+TIED = {"words": "lm_head"}
+WORDS = ["words", *PROJECTIONS]
+
+
+def tied_pair():
+    model = theirs(is_tied=True)
+    return model, ours_like(model, in_out=False, is_tied=True)
+
+
+def test_tied_words_to_peft(tmp_path):
+    model, plain = tied_pair()
+    adapted = trained(lorax.loraify(plain, WORDS, rank=4, alpha=1, key=jr.key(0)))
+    lorax.peft.save(tmp_path, adapted, names=gpt2.NAMES, tied=TIED)
+    assert config_of(tmp_path)["ensure_weight_tying"]
+    there = in_peft(model, tmp_path)
+    assert_same(adapted, there, plain)
+    words = there.get_input_embeddings().lora_embedding_B["default"]
+    head = there.get_output_embeddings().lora_A["default"].weight
+    assert words.data_ptr() == head.data_ptr()
+    loaded = lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, tied=TIED)
+    assert_identical(loaded, adapted)
+
+
+def test_tied_words_from_peft(tmp_path):
+    model, plain = tied_pair()
+    options = dict(r=4, target_modules=["lm_head", "c_fc"], ensure_weight_tying=True)
+    model = by_peft(model, tmp_path, lora_alpha=1, **options)
+    loaded = lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, tied=TIED)
+    assert_same(loaded, model, plain)
+    with pytest.raises(lorax.AdapterFileError, match="nowhere in `model` for lm_head"):
+        lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, tied={})
+
+
+@pytest.mark.parametrize("target", ("wte", "lm_head"))
+def test_words_or_a_head_that_peft_adapts_alone(target, tmp_path):
+    model, plain = tied_pair()
+    # Nothing is tied for this name, whatever is asked for.
+    options = dict(ensure_weight_tying=True) if target == "wte" else {}
+    targets = [target, "c_fc"]
+    model = by_peft(
+        model, tmp_path, r=4, lora_alpha=1, target_modules=targets, **options
+    )
+    with pytest.raises(lorax.AdapterFileError, match="PEFT has adapted .* and not"):
+        lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, tied=TIED)
+    # What is said to be exact: a head of its own.
+    untied = gpt2.untied(plain)
+    loaded = lorax.peft.load(tmp_path, untied, names=gpt2.NAMES)
+    assert_same(loaded, model, plain)
+    if target == "wte":
+        with pytest.warns(UserWarning, match="nothing else in `model` has its 41 entr"):
+            lorax.peft.load(tmp_path, plain, names=gpt2.NAMES)
+    lorax.peft.save(tmp_path / "ours", loaded, names=gpt2.NAMES)
+    assert_same(loaded, in_peft(model.unload(), tmp_path / "ours"), plain)
+
+
+def test_tied_words_of_a_llama(tmp_path):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=41,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    named = dict(model.named_parameters(remove_duplicate=False))
+    plain = llama.Llama(41, 32, 32, 1, 4, 2, jr.key(0))
+    plain = llama.Tied(filled_from(plain, named, llama.NAMES))
+    names = {f"shared.pytree.{x}": y for x, y in llama.NAMES.items()}
+    tied = {"shared.pytree.words": "lm_head"}
+    options = dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    model = by_peft(model, tmp_path / "theirs", r=4, lora_alpha=1, **options)
+    loaded = lorax.peft.load(tmp_path / "theirs", plain, names=names, tied=tied)
+    assert_same(loaded, model, plain)
+    with pytest.raises(ValueError, match="pytree.words is shared by `eqx.nn.Shared`"):
+        lorax.peft.save(tmp_path / "ours", loaded, names=names)
+    lorax.peft.save(tmp_path / "ours", loaded, names=names, tied=tied)
+    assert_same(loaded, in_peft(model.unload(), tmp_path / "ours"), plain)

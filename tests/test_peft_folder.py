@@ -16,6 +16,10 @@ from safetensors.numpy import load_file, save_file
 import eqx_lorax as lorax
 
 
+# The table of words here is no head, as the warning asks.
+pytestmark = pytest.mark.filterwarnings("ignore:.*nothing else in `model` has its")
+
+
 class Block(eqx.Module):
     q: eqx.nn.Linear
     v: eqx.nn.Linear

@@ -33,6 +33,7 @@ from .promises import (
     warn_of_idle_patterns,
 )
 from .sides import InOut
+from .tied import check_tied_tensors, Tied
 from .versions import can_be, layout_in_file
 
 
@@ -44,6 +45,7 @@ def adapter_from(
     in_out: InOut,
     order: Sequence[str] | None,
     allow_other_base: bool,
+    tied: Tied,
 ) -> Adapter:
     """What the tensors, named without prefix, are in this model; `order` is that of the
     parameters of one module.
@@ -83,6 +85,9 @@ def adapter_from(
             found.setdefault(home.place, {})[home.index] = factors
             if not home.layout.is_parameter:
                 modules[path] = factors
+        if home.place in tied.heads:
+            head, pair = tied.heads[home.place], arrays if len(here) == 2 else None
+            problems += check_tied_tensors(config, path, head, home, pair, left)
         adapted += [path] * bool(here)
     contents = Contents(tensors)
     biases, wrong = read_biases(
@@ -90,8 +95,10 @@ def adapter_from(
     )
     problems += wrong
     for path in modules:
-        lines = list(other_bases(path, known[path], left))
-        problems += [] if allow_other_base else lines
+        head = tied.heads.get(known[path].place)
+        for module in (path, head) if head else (path,):
+            lines = list(other_bases(module, known[path], left))
+            problems += [] if allow_other_base else lines
     others = dict(_whole_arrays(places, names, left)) | biases
     if left:
         problems.append(

@@ -28,6 +28,7 @@ from .matching import is_said_alone, upwards
 from .names import expanded, few, Names, template
 from .nesting import by_module, check_order, order_to_write, prefixes
 from .sides import InOut
+from .tied import Tied, tied_pair
 
 
 # What PEFT has inside an adapted module.
@@ -62,6 +63,7 @@ def written(
     in_out: InOut,
     whole: Whole,
     order: Sequence[str] | None,
+    tied: Tied,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The tensors of all that is saved, and the configuration that fits them,
     whose `target_parameters` are in the order in which PEFT nests those of one module.
@@ -70,6 +72,7 @@ def written(
     is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.adapted)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
+    heads: dict[str, str] = {}
     factors: dict[str, tuple[Layout, Factors]] = {}
     for adapted in adapter.adapted:
         place = by_path[adapted.path]
@@ -81,6 +84,8 @@ def written(
         for torch, layout, part in _parts(place, names, place in in_out):
             if torch in factors:
                 raise ValueError(f"`names` gives {torch!r} twice.")
+            if place in tied.heads:
+                heads[torch] = tied.heads[place]
             factors[torch] = layout, part
             ranks[torch] = layout.torch_rank(part.rank)
             alphas[torch] = part.scaled_for(ranks[torch], is_stabilised)
@@ -102,7 +107,11 @@ def written(
         for torch, pair in pairs.items()
         for name, array in zip(factors[torch][0].names, pair)
     }
-    modules = known_modules(places, names, factors)
+    for torch, head in heads.items():
+        pair = tied_pair(factors[torch][0], *pairs[torch])
+        tensors |= {f"{head}.{x}": y for x, y in zip(Linear.names, pair)}
+        ranks[head], alphas[head] = ranks[torch], alphas[torch]
+    modules = known_modules(places, names, ranks)
     config = new_config(
         ranks,
         alphas,
@@ -113,6 +122,8 @@ def written(
         fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
     config["bias"] = whole.bias
+    if heads:
+        config["ensure_weight_tying"] = True
     config["modules_to_save"] = said_alone(whole, factors.keys(), modules) or None
     return tensors | whole.tensors, config
 
