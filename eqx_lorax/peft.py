@@ -211,7 +211,7 @@ def load(
         adapted = put_into(model, places, adapter)
         base = json.loads(metadata.get(_BASE, "null"))
     except MALFORMED as error:
-        note = "" if has_prefix(tensors) else _WITHOUT_PREFIX
+        note = _WITHOUT_PREFIX if tensors and not has_prefix(tensors) else ""
         raise AdapterFileError(f"{folder}: {error}{note}") from error
     if isinstance(base, dict) and not allow_other_base:
         check_base(folder, base, places, adapter.others)

@@ -231,7 +231,8 @@ def said(options):
 @pytest.mark.parametrize("options", ORDERS_OF_SIDES, ids=str)
 def test_sides_of_experts_to_peft(options, tmp_path, getkey):
     ours, theirs = experts(**options)
-    adapted = trained(lorax.loraify(ours, ["up", "down"], rank=2, key=getkey()))
+    rank = lorax.LoraSpec(2, rows=(1,), columns=(2,), batch=(0,))
+    adapted = trained(lorax.loraify(ours, ["up", "down"], rank=rank, key=getkey()))
     lorax.peft.save(tmp_path, adapted, names=EXPERTS, **said(options))
     expected = numpy(in_peft(theirs, tmp_path)(tensor(INPUTS)))
     np.testing.assert_allclose(jax.vmap(adapted[0])(INPUTS), expected, atol=1e-5)
