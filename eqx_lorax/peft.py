@@ -136,7 +136,7 @@ def save(
         PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
     }
     metadata = {"format": "pt", _BASE: json.dumps(digests)}
-    if config["target_parameters"]:
+    if config.get("target_parameters"):
         metadata[_ORDER] = json.dumps(config["target_parameters"])
 
     def write() -> None:
