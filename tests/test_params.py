@@ -293,6 +293,7 @@ SEARCHES = {
 }
 
 
+@pytest.mark.heavy  # Line searches compile for long.
 @pytest.mark.parametrize("name", SEARCHES)
 def test_value_and_grad_from_state(name, as_optax_needs):
     """The steps are those of what is trained alone, and of values computed anew."""
