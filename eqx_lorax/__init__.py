@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from . import peft as peft
+from . import constants as constants, peft as peft
 from ._attach import attach as attach
 from ._bank import AdapterBank as AdapterBank
 from ._checkpoint import Checkpoints as Checkpoints

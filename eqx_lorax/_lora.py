@@ -175,6 +175,10 @@ class LoraWeight(AbstractLoraWeight):
             math.sqrt(self.rank) if self.rank_stabilised else self.rank
         )
 
+    def get_scale(self) -> float:
+        """As `scale`, by the name that it has in jax-lorax."""
+        return self.scale
+
     @property
     def shape(self) -> tuple[int, ...]:
         if self.w is None:

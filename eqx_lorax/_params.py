@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
@@ -154,7 +155,9 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
     return map_spec(keep, params, spec)
 
 
-def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
+def merge_params(
+    lora_params: PyTree, destructive: bool = True, use_scaling: bool = True
+) -> PyTree:
     """Parameters for the function that was not wrapped: every update is added to its
     base, in float32 or wider, and rounded once.
 
@@ -164,6 +167,8 @@ def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
     - `destructive`: Whether each base is overwritten by the merged array. No second
         copy of the parameters is then needed, and the arrays that `lora_params` was
         made of can no longer be used.
+    - `use_scaling`: `False` adds `b · a` instead of `scale * (b · a)`, for factors that
+        have their scale in them.
 
     **Raises:**
 
@@ -171,4 +176,16 @@ def merge_params(lora_params: PyTree, destructive: bool = True) -> PyTree:
     nothing was changed.
     """
     check_whole(lora_params, "lorax.merge_params({})", "lora_params")
+    if not use_scaling:
+        lora_params = jax.tree.map(
+            lambda x: _unscaled(x.as_lora()) if is_weight(x) else x,
+            lora_params,
+            is_leaf=is_weight,
+        )
     return unloraify(lora_params, donate=destructive)
+
+
+def _unscaled(weight: LoraWeight) -> LoraWeight:
+    """The weight whose scale is 1, and so those beneath it."""
+    w = _unscaled(weight.w.as_lora()) if is_weight(weight.w) else weight.w
+    return weight.replace(w=w, alpha=float(weight.rank), rank_stabilised=False)

@@ -118,6 +118,10 @@ class AbstractLoraWeight(eqx.Module):
             raise without_base(self)
         return _views.dense(self).astype(self.dtype)
 
+    def materialize(self) -> Array:
+        """As `materialise`, by the name that it has in jax-lorax."""
+        return self.materialise()
+
     def trainable(self: _Self) -> _Self:
         """The same structure with a bool at each leaf: `True` where it is trained."""
         spec = jax.tree.map(is_inexact, self)

@@ -291,3 +291,129 @@ def test_what_does_not_fit_together(getkey):
         lorax.weighted_sum([params], [1], rank=3)
     with pytest.raises(ValueError, match="one number"):
         lorax.scale(params, jnp.ones(2))
+
+
+# Adapters with different targets
+
+
+class Blocks(eqx.Module):
+    layers: list
+    table: eqx.nn.Embedding
+    head: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jr.split(key, 4)
+        self.layers = [eqx.nn.Linear(6, 6, key=k) for k in keys[:2]]
+        self.table = eqx.nn.Embedding(5, 6, key=keys[2])
+        self.head = eqx.nn.Linear(6, 2, key=keys[3])
+
+    def __call__(self, i):
+        x = self.table(i)
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return self.head(x)
+
+
+@pytest.fixture
+def different(getkey):
+    """The plain model, adapters that share no more than some targets, and what each of
+    them computes in its own model."""
+    model = Blocks(getkey())
+    options = [
+        dict(filter="layers.0", rank=2, alpha=3),
+        dict(filter=["layers", "table"], rank=3),
+        dict(filter=["table", "layers.1"], rank=1, rank_stabilised=True, dropout=0.0),
+    ]
+    adapters, outputs = [], []
+    for i, each in enumerate(options):
+        adapted = lorax.loraify(model, key=getkey(), **each)
+        if i == 2:
+            new = jax.tree.map(lambda x: x + 1, model.head)
+            adapted = eqx.tree_at(lambda m: m.head, adapted, new)
+        params, frozen = lorax.partition(adapted, "head" if i == 2 else None)
+        leaves, treedef = jax.tree.flatten(params)
+        drawn = [0.5 * jr.normal(getkey(), x.shape) for x in leaves]
+        params = jax.tree.unflatten(treedef, drawn)
+        adapters.append(params)
+        outputs.append(run(lorax.combine(params, frozen), 3))
+    return model, [*adapters, None], [*outputs, run(model, 3)]
+
+
+def test_a_batch_of_adapters_with_different_targets(different):
+    model, adapters, outputs = different
+    stacked = lorax.stack(adapters, base=model)
+    bank = lorax.AdapterBank(adapters, base=model)
+
+    @eqx.filter_jit
+    def answers(stacked, bank, model, index):
+        def one(i):
+            taken = jax.tree.map(lambda array: array[i], stacked)
+            return [lorax.attach(model, params)(3) for params in (taken, bank[i])]
+
+        return eqx.filter_vmap(one)(index)
+
+    index = [3, 0, 2, 1, 2]
+    for found in answers(stacked, bank, model, jnp.array(index)):
+        for i, y in zip(index, found):
+            assert_close(y, outputs[i])
+    # One that is not there is the base alone, the head included.
+    nothing = answers(stacked, bank, model, jnp.array([7]))[1]
+    assert_close(nothing[0], outputs[3])
+    # The frozen part of a model with all the targets serves as well.
+    first = jax.tree.map(lambda array: array[0], stacked)
+    _, frozen = lorax.partition(lorax.attach(model, first), "head")
+    assert_close(run(lorax.combine(bank[2], frozen), 3), outputs[2])
+
+
+def test_adding_up_adapters_with_different_targets(different):
+    model, adapters, _ = different
+    factors = [0.5, -1.0, 2.0, 9.0]
+    for method, rank in (("exact", None), ("svd", 6)):
+        total = lorax.weighted_sum(adapters, factors, method, rank=rank, base=model)
+        merged = lorax.unloraify(lorax.attach(model, total))
+        each = [lorax.attach(model, params) for params in adapters[:3]]
+        plain = [lorax.unloraify(adapted) for adapted in each]
+        expected = jax.tree.map(
+            lambda base, *arrays: (
+                base + sum(f * (x - base) for f, x in zip(factors, arrays))
+                if eqx.is_array(base)
+                else base
+            ),
+            model,
+            *plain,
+        )
+        assert_close(
+            eqx.filter(merged, eqx.is_array), eqx.filter(expected, eqx.is_array), 1e-4
+        )
+    # Without heads no base is needed.
+    total = lorax.weighted_sum([adapters[0], None, adapters[1]], [1, 1, 1])
+    found = [weight.rank for weight in weights(total)]
+    assert found == [5, 3, 3]
+
+
+def test_whole_models_with_different_targets(different):
+    model, adapters, _ = different
+    models = [lorax.attach(model, params) for params in adapters[:2]]
+    total = lorax.weighted_sum(models, [2.0, -1.0])
+    alone = lorax.weighted_sum(adapters[:2], [2.0, -1.0])
+    assert_identical(total, lorax.attach(model, alone))
+
+
+def test_what_is_not_known_of_a_head(different, getkey):
+    model, adapters, _ = different
+    for call in (lorax.stack, lorax.AdapterBank):
+        with pytest.raises(ValueError, match=r"head\.weight.*known.*`base=model`"):
+            call(adapters)
+        with pytest.raises(ValueError, match=r"head\.\w+ was trained.*not in `base`"):
+            call(adapters, base=eqx.tree_at(lambda m: m.head, model, None))
+        other = eqx.tree_at(lambda m: m.head.weight, model, jnp.ones((3, 6)))
+        with pytest.raises(ValueError, match=r"head\.weight has shape \(3, 6\) in `ba"):
+            call(adapters, base=other)
+    with pytest.raises(ValueError, match=r"head\.weight.*not in all adapters"):
+        lorax.weighted_sum(adapters, [1, 1, 1, 1])
+    adapted = lorax.loraify(model, "head", rank=1, key=getkey())
+    with pytest.raises(ValueError, match=r"head\.weight differs in kind"):
+        lorax.stack([adapters[2], lorax.partition(adapted)[0]])
+    bank = lorax.AdapterBank([adapters[2], adapters[2]])
+    gone = eqx.filter_jit(lambda bank, i: bank[i].head.bias)(bank, jnp.array(5))
+    assert np.isnan(gone).all()

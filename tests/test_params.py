@@ -155,6 +155,21 @@ def test_weights_of_jax_lorax():
     assert (weight.rows, weight.columns, weight.a.shape) == ((-3,), (-2,), (1, 1, 1))
 
 
+def test_what_jax_lorax_calls_otherwise():
+    from eqx_lorax import constants
+
+    assert (constants.LORA_FREEZE, constants.LORA_FULL) == (LORA_FREEZE, LORA_FULL)
+    w, b, a = normal(5, 7), normal(5, 2), normal(2, 7, seed=2)
+    weight = lorax.LoraWeight(w=w, a=a, b=b, alpha=4.0)
+    assert weight.get_scale() == weight.scale == 2
+    assert np.array_equal(weight.materialize(), weight.materialise())
+    tree = {"w": weight, "v": normal(3)}
+    merged = lorax.merge_params(tree, destructive=False, use_scaling=False)
+    assert_close(merged["w"], w + b @ a)
+    merged = lorax.merge_params(tree, destructive=False)
+    assert_close(merged["w"], w + 2 * b @ a)
+
+
 def test_split_and_combine():
     params = trained(init(SPEC))
     split = lorax.split_lora_params(params, SPEC)
