@@ -11,30 +11,31 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ._arrays import is_inexact
+from ._arrays import is_array, is_inexact
 from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
 from ._dropout import without_keys
 from ._lora import LoraWeight
 from ._parts import check_whole
 from ._select import Filter
 from ._train import adapter_spec, trainable
-from ._tree import Places
+from ._tree import Place, Places
 from ._weight import base_of, is_weight, without_base
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetSummary:
-    """One adapted weight."""
+    """One adapted weight, or one array that is trained as it is."""
 
     path: str
     kind: str
     """The type of the module that holds it."""
     shape: tuple[int, ...]
     dtype: str
-    rank: int
-    scale: float
+    rank: int | None
+    """`None`, as the scale, of an array that is trained as it is."""
+    scale: float | None
     trained: int
-    """The number of elements of the factors."""
+    """The number of elements that are trained: those of the factors."""
     frozen: int
     """The number of elements of the base."""
 
@@ -44,6 +45,8 @@ class Summary:
     """What `lorax.summary` found. Its `str` is a table."""
 
     targets: tuple[TargetSummary, ...]
+    also: tuple[TargetSummary, ...]
+    """The arrays that are trained besides."""
     trained: int
     """The number of trained elements, in the targets and elsewhere."""
     trained_bytes: int
@@ -72,7 +75,8 @@ class Summary:
             paths differ only in numbers, and that agree in all columns, are one line,
             `blocks.*.query.weight × 12`, with the sums of what they train and freeze.
         """
-        rows = _rows([(x.path, [x]) for x in self.targets] if full else self._groups())
+        each = [(x.path, [x]) for x in (*self.targets, *self.also)]
+        rows = _rows(each if full else self._groups())
         share = self.trained / max(self.trained + self.frozen, 1)
         # Of an adapter alone it is not known.
         of_all = in_bytes(self.full_adam_bytes) if self.full_adam_bytes else "?"
@@ -89,7 +93,7 @@ class Summary:
     def _groups(self) -> list[tuple[str, list[TargetSummary]]]:
         """Targets that are one line, and what it is called."""
         alike: dict[Any, list[TargetSummary]] = {}
-        for target in self.targets:
+        for target in (*self.targets, *self.also):
             columns = dataclasses.replace(target, path=_starred(target.path))
             alike.setdefault(columns, []).append(target)
         lines = collections.Counter(columns.path for columns in alike)
@@ -110,7 +114,7 @@ _COLUMNS = ("target", "module", "shape", "dtype", "rank", "scale", "trained", "f
 _RIGHT = ("rank", "scale", "trained", "frozen")
 
 
-def summary(model: PyTree, also: Filter = None) -> Summary:
+def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Summary:
     """What is adapted in a model, how much of it is trained, and the memory that takes.
 
     !!! example
@@ -125,7 +129,9 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
         shapes are known. The arrays may be abstract (`equinox.filter_eval_shape`).
         Where they are sharded, or have the `sharding` that they would have, the memory
         on each device is known too.
-    - `also`: What is trained besides the adapters, as of `lorax.trainable`.
+    - `also`: What is trained besides the adapters, as of `lorax.trainable`: a line for
+        each array, at the end.
+    - `exclude`: What of all that is not trained, as of `lorax.trainable`.
 
     **Returns:**
 
@@ -134,12 +140,15 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
 
     **Raises:**
 
-    `ValueError` if any part of `also` names nothing.
+    `ValueError` if any part of `also` or `exclude` names nothing.
     """
     check_whole(model, "lorax.summary({})", or_params=True)
     model = without_keys(model)
-    spec = adapter_spec(model) if also is None else trainable(model, also)
+    is_plain = also is None and exclude is None
+    spec = adapter_spec(model) if is_plain else trainable(model, also, exclude=exclude)
     params, frozen = eqx.partition(model, spec)
+    trained = {place.steps: place.node for place in Places(params).all}
+    places = Places(model).all
     base = jax.tree.map(base_of, model, is_leaf=is_weight)
     is_alone = any(
         is_weight(x) and base_of(x) is None
@@ -148,7 +157,14 @@ def summary(model: PyTree, also: Filter = None) -> Summary:
     adam = _adam(params)
     return Summary(
         targets=tuple(
-            _target(place) for place in Places(model).all if _is_target(place.node)
+            _target(place, trained[place.steps])
+            for place in places
+            if _is_target(place.node)
+        ),
+        also=tuple(
+            _as_it_is(place)
+            for place in places
+            if is_array(place.node) and is_array(trained.get(place.steps))
         ),
         trained=_count(params),
         trained_bytes=nbytes(params),
@@ -167,16 +183,15 @@ def _is_target(node: Any) -> bool:
     return is_weight(node) and bool(jax.tree.leaves(node))
 
 
-def _target(place: Any) -> TargetSummary:
+def _target(place: Place, params: Any) -> TargetSummary:
     weight = place.node
     if weight.w is None and type(weight) is not LoraWeight:
         raise without_base(weight)
     lora = weight.factored()
     is_known = weight.w is not None
-    params = eqx.filter(weight, weight.trainable())
     return TargetSummary(
         path=place.dotted,
-        kind=type(place.owner.module).__name__ if place.owner else "",
+        kind=_kind(place),
         shape=tuple(weight.shape) if is_known else lora.shape_by_factors(),
         dtype=jnp.dtype(weight.dtype).name if is_known else "",
         rank=lora.rank,
@@ -184,6 +199,24 @@ def _target(place: Any) -> TargetSummary:
         trained=_count(params),
         frozen=_count(base_of(weight)),
     )
+
+
+def _as_it_is(place: Place) -> TargetSummary:
+    array = place.node
+    return TargetSummary(
+        path=place.dotted,
+        kind=_kind(place),
+        shape=tuple(array.shape),
+        dtype=jnp.dtype(array.dtype).name,
+        rank=None,
+        scale=None,
+        trained=_count(array),
+        frozen=0,
+    )
+
+
+def _kind(place: Place) -> str:
+    return type(place.owner.module).__name__ if place.owner else ""
 
 
 def _count(tree: PyTree) -> int:
@@ -225,8 +258,8 @@ def _rows(groups: list[tuple[str, list[TargetSummary]]]) -> list[tuple[str, ...]
             group[0].kind,
             "×".join(map(str, group[0].shape)),
             group[0].dtype,
-            str(group[0].rank),
-            f"{group[0].scale:g}",
+            "" if group[0].rank is None else str(group[0].rank),
+            "" if group[0].scale is None else f"{group[0].scale:g}",
             f"{sum(target.trained for target in group):,}",
             f"{sum(target.frozen for target in group):,}",
         )

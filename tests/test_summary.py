@@ -1,3 +1,5 @@
+import copy
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -51,6 +53,37 @@ def test_table(model):
     assert lines[0][:3] == ["target", "module", "shape"]
     assert row in lines
     assert ["trained", "122", "488", "B", "(26.12%", "of", "all)"] in lines
+
+
+def test_what_else_is_trained(getkey):
+    linear, norm = eqx.nn.Linear(4, 4, key=getkey()), eqx.nn.LayerNorm(4)
+    blocks = [{"linear": copy.deepcopy(linear), "norm": norm} for _ in range(2)]
+    model = {"blocks": blocks, "head": eqx.nn.Linear(4, 3, key=getkey())}
+    model = lorax.loraify(model, exclude="head", rank=1, key=getkey())
+    plain = lorax.summary(model)
+    assert plain.also == () and plain.trained == 16
+    summary = lorax.summary(model, also=["head", eqx.nn.LayerNorm])
+    assert summary.targets == plain.targets
+    paths = ["blocks.0.norm.weight", "blocks.0.norm.bias", "blocks.1.norm.weight"]
+    paths += ["blocks.1.norm.bias", "head.weight", "head.bias"]
+    assert [array.path for array in summary.also] == paths
+    head = summary.also[-2]
+    assert (head.kind, head.shape, head.dtype) == ("Linear", (3, 4), "float32")
+    assert (head.rank, head.scale, head.trained, head.frozen) == (None, None, 12, 0)
+    assert summary.trained == 16 + 4 * 4 + 12 + 3
+    assert summary.trained == sum(x.trained for x in (*summary.targets, *summary.also))
+    assert _targets(str(summary)) == [
+        ("blocks.*.linear.weight × 2", "16", "32"),
+        ("blocks.*.norm.weight × 2", "8", "0"),
+        ("blocks.*.norm.bias × 2", "8", "0"),
+        ("head.weight", "12", "0"),
+        ("head.bias", "3", "0"),
+    ]
+    assert len(_targets(summary.table(full=True))) == 8
+    some = lorax.summary(model, also="head", exclude=["blocks.0", "head.bias"])
+    assert [target.trained for target in some.targets] == [0, 8]
+    assert [array.path for array in some.also] == ["head.weight"]
+    assert some.trained == 8 + 12 and some.frozen == summary.frozen + 8 + 3 + 16
 
 
 def test_table_of_long_paths_is_not_cut(getkey):
