@@ -475,7 +475,7 @@ def test_the_file_and_the_folder(saved, tmp_path):
 def test_a_header_whose_length_looks_like_something_else(start, tmp_path, getkey):
     model = lorax.loraify([eqx.nn.Linear(2, 2, key=getkey())], rank=1, key=getkey())
     path = tmp_path / "a.safetensors"
-    note = ""
+    note, length = "", 0
     for _ in range(3):  # the length grows in steps of eight
         lorax.save_adapter(path, model, metadata={"note": note})
         length = int.from_bytes(path.read_bytes()[:8], "little")

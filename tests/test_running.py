@@ -31,11 +31,10 @@ def test_what_ends():
 
 def test_what_hangs(monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 2)
-    started = []
-    with pytest.raises(AssertionError, match="It hangs"):
-        with running(PARENT) as program:
-            assert program.wait_until(lambda: "on" in program.out)
-            started = program.processes()
+    with running(PARENT) as program:
+        assert program.wait_until(lambda: "on" in program.out)
+        started = program.processes()
+        with pytest.raises(AssertionError, match="It hangs"):
             program.finish()
     assert len(started) == 2 and not program.processes()
 
