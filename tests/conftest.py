@@ -33,3 +33,10 @@ def _bounded_memory():
 @pytest.fixture
 def getkey():
     return GetKey()
+
+
+@pytest.fixture
+def as_for_users():
+    """Without the strictness of the tests."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

@@ -14,13 +14,11 @@ from test_docs import ROOT
 import eqx_lorax as lorax
 
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture(autouse=True)
-def _as_for_users():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("as_for_users"),
+]
 
 
 def test_sentiment(tmp_path, capfd):

@@ -218,12 +218,6 @@ def test_merge_checks_first():
 # Optimizers.
 
 
-@pytest.fixture
-def as_optax_needs():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def loss(params, x):
     layers, (kernel, bias) = params["layers"], params["head"]
     hidden = params["embed"][x] @ layers["kernel"][0] + layers["bias"][0]
@@ -247,7 +241,7 @@ TREE_SPEC = {key: SPEC[key] for key in TREE} | {"head": [2, LORA_FULL]}
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore")  # Optax has some of its own.
-def test_wrap_optimizer(name, as_optax_needs):
+def test_wrap_optimizer(name, as_for_users):
     optimizer = OPTIMIZERS[name]
     params = start = lorax.init_lora(TREE, TREE_SPEC, jr.key(0))
     wrapped = lorax.wrap_optimizer(optimizer, TREE_SPEC)
@@ -281,7 +275,7 @@ def assert_identical_shapes(x, y):
     assert shapes[0] == shapes[1]
 
 
-def test_wrap_optimizer_with_line_search(as_optax_needs):
+def test_wrap_optimizer_with_line_search(as_for_users):
     """One that is given the gradient and the function too."""
     params = lorax.init_lora(TREE, TREE_SPEC, jr.key(0))
     wrapped = lorax.wrap_optimizer(optax.lbfgs(), TREE_SPEC)
@@ -310,7 +304,7 @@ SEARCHES = {
 
 @pytest.mark.heavy  # Line searches compile for long.
 @pytest.mark.parametrize("name", SEARCHES)
-def test_value_and_grad_from_state(name, as_optax_needs):
+def test_value_and_grad_from_state(name, as_for_users):
     """The steps are those of what is trained alone, and of values computed anew."""
     tree, spec = TREE | {"steps": jnp.int32(3)}, TREE_SPEC | {"steps": LORA_FREEZE}
     params = trained(lorax.init_lora(tree, spec, jr.key(0)))
@@ -359,7 +353,7 @@ def test_value_and_grad_from_state(name, as_optax_needs):
     assert_close(twice[0], 2 * values[0], 1e-4)
 
 
-def test_frozen_arrays_are_handed_through(as_optax_needs):
+def test_frozen_arrays_are_handed_through(as_for_users):
     """An update leaves a frozen array the very same, also NumPy's."""
     wrapped = lorax.wrap_optimizer(optax.adam(1e-2), {"w": 2, "frozen": LORA_FREEZE})
     for kind in (jnp.asarray, np.asarray):
@@ -387,7 +381,7 @@ def test_wrap_optimizer_errors():
             lorax.wrap_optimizer(optax.adam(1e-2), spec).init(tree)
 
 
-def test_the_readme_of_jax_lorax(capsys, as_optax_needs):
+def test_the_readme_of_jax_lorax(capsys, as_for_users):
     import jax_lorax_readme
 
     for donate in ("--donate", "--no-donate"):
@@ -399,7 +393,7 @@ def test_the_readme_of_jax_lorax(capsys, as_optax_needs):
     assert "Step: 39 loss:" in capsys.readouterr().out
 
 
-def test_no_step_forms_a_dense_gradient(as_optax_needs):
+def test_no_step_forms_a_dense_gradient(as_for_users):
     """The gradient of the whole tree has zeros for the frozen, which nothing computes
     when the optimizer does not ask for them."""
     w = {"w": factored((11, 13))}

@@ -15,13 +15,11 @@ from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
 import eqx_lorax as lorax
 
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture(autouse=True)
-def _as_for_users():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("as_for_users"),
+]
 
 
 def make_theirs():

@@ -20,13 +20,11 @@ from safetensors.numpy import load_file
 import eqx_lorax as lorax
 
 
-pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("default")]
-
-
-@pytest.fixture(autouse=True)
-def _as_for_users():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = [
+    pytest.mark.interop,
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("as_for_users"),
+]
 
 
 # Each kind of layer

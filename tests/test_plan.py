@@ -162,13 +162,7 @@ def next_token_loss(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
 
 
-@pytest.fixture
-def _as_for_users():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def test_activations_are_near_those_compiled(_as_for_users):
+def test_activations_are_near_those_compiled(as_for_users):
     model = eqx.filter_eval_shape(lambda: Llama(500, 64, 256, 4, 4, 2, jr.key(0)))
     model = adapted(model, "blocks", rank=4)
     tokens = shaped(4, 128, dtype=jnp.int32)
@@ -184,7 +178,7 @@ def test_activations_are_near_those_compiled(_as_for_users):
     assert 0.6 < plan.activations / temporary < 1.6
 
 
-def test_seventy_billion_parameters(_as_for_users):
+def test_seventy_billion_parameters(as_for_users):
     gc.collect()
     before = sum(x.nbytes for x in jax.live_arrays())
     model = eqx.filter_eval_shape(
