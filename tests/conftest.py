@@ -3,9 +3,16 @@ import sys
 
 
 # Before JAX is imported: tests of sharded models need several devices.
-_FLAG = "--xla_force_host_platform_device_count"
-if _FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8"
+_FLAGS = {"--xla_force_host_platform_device_count": "8"}
+# The programs of the tests are small and many. Machine code that is not optimised takes
+# little more than half the time, most of which is compiling. The gate runs some of them
+# in either way.
+if os.environ.get("LORAX_OPTIMISED") != "1":
+    _FLAGS["--xla_backend_optimization_level"] = "0"
+    _FLAGS["--xla_llvm_disable_expensive_passes"] = "true"
+_given = os.environ.get("XLA_FLAGS", "")
+_more = [f"{name}={value}" for name, value in _FLAGS.items() if name not in _given]
+os.environ["XLA_FLAGS"] = " ".join([_given, *_more])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -71,10 +71,11 @@ class Program:
         assert self.status == status, self.out + self.err
 
     def end(self) -> None:
-        """Kills it and all that it has started."""
+        """Kills it and all that it has started, and waits until they are gone."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.wait_until_nothing_is_left()
 
     def processes(self) -> list[psutil.Process]:
         """It and all that it has started, also if it has ended itself, as far as they

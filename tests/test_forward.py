@@ -87,6 +87,7 @@ def test_the_whole_weight_is_formed_once_and_never_for_a_gradient(getkey):
     assert_no_dense(gradient, adapted, x)
 
 
+@pytest.mark.heavy
 def test_second_derivatives(getkey):
     adapted, call, x = make(getkey)
 
@@ -122,6 +123,7 @@ def test_by_the_function_door(getkey):
     assert_close(function(merged, x), function(params, x))
 
 
+@pytest.mark.heavy
 def test_within_a_stack(getkey):
     make_layer = eqx.filter_vmap(lambda key: eqx.nn.Linear(8, 8, key=key))
     stack = make_layer(jr.split(getkey(), 3))

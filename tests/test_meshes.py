@@ -80,6 +80,7 @@ def test_no_weight_is_moved_that_was_not_before(name):
         assert not ours
 
 
+@pytest.mark.heavy
 def test_what_data_parallel_training_exchanges():
     """Adapter-sized gradients and the loss, in sums alone."""
     way = WAYS["data"]
@@ -107,6 +108,7 @@ def test_the_check_finds_a_gathered_weight():
 # Files
 
 
+@pytest.mark.heavy
 def test_adapters_go_from_mesh_to_mesh(tmp_path):
     plain = meshes.make_llama()
     file = tmp_path / "adapter.safetensors"

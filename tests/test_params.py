@@ -275,6 +275,7 @@ def assert_identical_shapes(x, y):
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.heavy
 def test_wrap_optimizer_with_line_search(as_for_users):
     """One that is given the gradient and the function too."""
     params = lorax.init_lora(TREE, TREE_SPEC, jr.key(0))

@@ -29,9 +29,15 @@ def check_programs(seeds):
         assert not found, f"Seed {seed}:\n{source}\n{found}"
 
 
-@pytest.mark.parametrize("first", range(0, 300, 30))
+@pytest.mark.parametrize("first", range(0, 100, 20))
 def test_random_programs(first):
-    check_programs(range(first, first + 30))
+    check_programs(range(first, first + 20))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("first", range(100, 400, 50))
+def test_random_programs_beyond(first):
+    check_programs(range(first, first + 50))
 
 
 @pytest.mark.nightly

@@ -224,7 +224,7 @@ def test_nothing_to_save(tmp_path, getkey):
         lorax.save_adapter(tmp_path / "a", abstract)
     adapted = lorax.loraify(plain, rank=1, key=getkey())
     with pytest.raises(
-        ValueError, match=r"has no base.*lorax\.combine\(params, frozen"
+        ValueError, match=r"without its base.*lorax\.combine\(params, frozen"
     ):
         lorax.save_adapter(tmp_path / "a", lorax.partition(adapted)[0])
     with pytest.raises(TypeError, match="`metadata` is not what JSON can hold"):
@@ -438,6 +438,7 @@ lorax.save_adapter(path, model)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", ("begin", "half", "sync", "replace", "after"))
 def test_a_killed_writer(stage, saved):
     """At every stage there is the old file or the new one, whole."""
@@ -511,6 +512,7 @@ else:
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_large_file_costs_no_second_copy(tmp_path):
     with running(READER, "write", tmp_path / "a") as program:
