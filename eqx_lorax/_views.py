@@ -98,6 +98,10 @@ def convert(x: Viewed, dtype: DTypeLike) -> Viewed:
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise NotFactored(f"a weight of dtype {jnp.dtype(dtype).name} has no factors")
     lora = x.as_lora()
+    kinds = promote(lora.b.dtype, lora.a.dtype), dtype
+    was, is_complex = (jnp.issubdtype(x, jnp.complexfloating) for x in kinds)
+    if was and not is_complex:
+        raise NotFactored("the real part of an update has another rank")
     return lora.replace(w=convert(lora.w, dtype))
 
 

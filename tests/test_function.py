@@ -268,6 +268,19 @@ def test_convolutions(axes, groups):
     assert all(tuple(e.outvars[0].aval.shape) != kernel.shape for e in computed)
 
 
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_the_real_part_of_a_complex_weight():
+    """It is formed: that of `b · a` is no product of the factors' real parts."""
+    w = jax.tree.map(lambda x: (1 + 2j) * x, factored((5, 3), dtype="complex64"))
+    x = 1j * normal(4, 5, dtype="complex64")
+
+    def fn(w, x):
+        return x @ lax.convert_element_type(w, jnp.float32).astype(x.dtype)
+
+    expected = np.asarray(x) @ np.asarray(w.materialise()).real
+    assert_close(lorax.lora(fn, on_materialise="allow")(w, x), expected)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
 def test_dtypes(dtype):
     """Narrow products are rounded once, from float32, to the dtype of the plain ones;
