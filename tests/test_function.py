@@ -365,6 +365,7 @@ def check_product(shapes, axes, numbers, swapped, dtype):
     )  # fmt: skip
 
 
+@pytest.mark.heavy
 @given(products())
 @settings(deadline=None, max_examples=12)
 def test_any_dot_general(case):
@@ -431,6 +432,7 @@ def check_convolution(kernel, images, axes, dtype, **options):
     )  # fmt: skip
 
 
+@pytest.mark.heavy
 @given(convolutions())
 @settings(deadline=None, max_examples=12)
 def test_any_convolution(case):
@@ -544,6 +546,7 @@ def check_moves(shape, rows, columns, steps):
     assert_close(gradient(got), gradient(lambda w, c: fn(dense(w), c)), 1e-3)
 
 
+@pytest.mark.heavy
 @given(moves())
 @settings(deadline=None, max_examples=10)
 def test_any_structure(case):

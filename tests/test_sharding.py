@@ -325,6 +325,7 @@ KEPT = [  # A model of weights, how it is called, the shape of its input
 ]
 
 
+@pytest.mark.heavy
 @KINDS
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: case[0])
 def test_runs_wherever_the_plain_model_does(case, kind, mesh):

@@ -274,6 +274,7 @@ def contractions(draw):
     return shape, rows, columns, rank, order, x_labels, out_labels, sizes
 
 
+@pytest.mark.heavy
 @given(contractions(), st.integers(0, 2**31))
 @settings(deadline=None, max_examples=25)
 def test_any_contraction(contraction, seed):
