@@ -240,6 +240,7 @@ KERNELS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("axes", KERNELS.values(), ids=KERNELS)
 def test_convolutions(axes, groups):
