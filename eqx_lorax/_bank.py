@@ -98,7 +98,9 @@ class AdapterBank(eqx.Module):
         which, row = _located(as_array(index), self._size)
         return self._mapped(which, lambda x: _picked(x, row))
 
-    def mix(self, weights: Sequence[float] | Float[ArrayLike, " adapters"]) -> PyTree:
+    def mix(
+        self, weights: Sequence[int | float] | Float[ArrayLike, " adapters"]
+    ) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
         may be differentiated in. Heads are summed with them too."""
         weights = as_array(weights)
