@@ -83,17 +83,17 @@ def _broadcast_in_dim(equation: "Equation", x: Any) -> Sequence[Any]:
 
 
 def _concatenated(equation: "Equation", *values: Any) -> Sequence[Any]:
-    return [_concatenate.concatenate(values, equation.params["dimension"])]
+    return [_concatenate.concatenate(values, int(equation.params["dimension"]))]
 
 
 def _stack(equation: "Equation", *values: Any) -> Sequence[Any]:
-    axis = equation.params["axis"]
+    axis = int(equation.params["axis"])
     expanded = [_views.expand(x, [1], [axis]) for x in values]
     return [_concatenate.concatenate(expanded, axis)]
 
 
 def _unstack(equation: "Equation", x: Any) -> Sequence[Any]:
-    axis = equation.params["axis"]
+    axis = int(equation.params["axis"])
     starts, limits = [0] * x.ndim, list(x.shape)
     parts = []
     for i in range(x.shape[axis]):
@@ -114,7 +114,7 @@ def _slice(equation: "Equation", x: Any) -> Sequence[Any]:
 
 
 def _split(equation: "Equation", x: Any) -> Sequence[Any]:
-    axis = equation.params["axis"]
+    axis = int(equation.params["axis"])
     parts, start = [], 0
     for size in map(int, equation.params["sizes"]):
         starts, limits = [0] * x.ndim, list(x.shape)
