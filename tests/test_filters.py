@@ -323,6 +323,7 @@ UNFIT = {
 }
 
 
+@pytest.mark.own_errors  # The check adds frames to the stack.
 def test_passes_over_what_has_no_weight():
     model = _without_weights()
     with pytest.warns(UserWarning, match="Not adapted: ") as caught:
