@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.lax as lax
-from jaxtyping import Array, ArrayLike
+import numpy as np
+from jaxtyping import Array, ArrayLike, Num
 
 from ._arrays import as_array, multiply
 from ._forwarding import replaced
@@ -17,6 +18,8 @@ from ._weight import base_of, is_weight
 
 
 Path = tuple[str, ...]
+# A number for each adapter.
+Weights: TypeAlias = Sequence[ArrayLike] | Num[Array | np.ndarray, " adapters"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from ._aligned import base_arrays, rank_axis
+from ._aligned import base_arrays, rank_axis, Weights
 from ._arrays import as_array, check_real, multiply, promote, wide
 from ._lora import LoraWeight
 from ._many import stack
@@ -98,9 +98,7 @@ class AdapterBank(eqx.Module):
         which, row = _located(as_array(index), self._size)
         return self._mapped(which, lambda x: _picked(x, row))
 
-    def mix(
-        self, weights: Sequence[int | float] | Float[ArrayLike, " adapters"]
-    ) -> PyTree:
+    def mix(self, weights: Weights) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
         may be differentiated in. Heads are summed with them too."""
         weights = as_array(weights)

@@ -9,9 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, PyTree
 
-from ._aligned import align, base_arrays, base_of_column, Column, like, rank_axis
+from ._aligned import (
+    align,
+    base_arrays,
+    base_of_column,
+    Column,
+    like,
+    rank_axis,
+    Weights,
+)
 from ._arrays import check_real, multiply, promote, wide, zeros
 from ._lora import LoraWeight
 
@@ -22,7 +30,7 @@ _Adapter = TypeVar("_Adapter")
 @overload
 def weighted_sum(
     adapters: Sequence[_Adapter | None],
-    weights: Sequence[ArrayLike],
+    weights: Weights,
     method: Literal["exact", "svd"] = "exact",
     *,
     rank: int | None = None,
@@ -34,7 +42,7 @@ def weighted_sum(
 @overload
 def weighted_sum(
     adapters: Sequence[_Adapter | None],
-    weights: Sequence[ArrayLike],
+    weights: Weights,
     method: Literal["exact", "svd"] = "exact",
     *,
     rank: int | None = None,
@@ -45,7 +53,7 @@ def weighted_sum(
 
 def weighted_sum(
     adapters: Sequence[Any],
-    weights: Sequence[ArrayLike],
+    weights: Weights,
     method: Literal["exact", "svd"] = "exact",
     *,
     rank: int | None = None,
@@ -122,7 +130,7 @@ def weighted_sum(
     return adapter
 
 
-def _summed(column: Column, weights: Sequence[ArrayLike], base: Any) -> Array:
+def _summed(column: Column, weights: Weights, base: Any) -> Array:
     """What was trained as a whole, and so has an update only beside the base."""
     first = column.first
     if all(array is not None and _same(first, array) for array in column.nodes):
@@ -143,9 +151,7 @@ def _summed(column: Column, weights: Sequence[ArrayLike], base: Any) -> Array:
     return total.astype(first.dtype)
 
 
-def _side_by_side(
-    weights: Sequence[LoraWeight], factors: Sequence[ArrayLike]
-) -> LoraWeight:
+def _side_by_side(weights: Sequence[LoraWeight], factors: Weights) -> LoraWeight:
     first = weights[0]
     b_dtype = promote(*(wide(weight.b.dtype) for weight in weights))
     a_dtype = promote(*(weight.a.dtype for weight in weights))
