@@ -1,3 +1,3 @@
 """Where jax-lorax has these two."""
 
-from ._spec import LORA_FREEZE as LORA_FREEZE, LORA_FULL as LORA_FULL
+from ._trees import LORA_FREEZE as LORA_FREEZE, LORA_FULL as LORA_FULL

@@ -21,23 +21,35 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from ._adapter import adapter_of, put_into
-from ._atomic import replacing
-from ._fingerprint import base_digests
-from ._foreign import PEFT_CONFIG, PEFT_WEIGHTS
-from ._held import without_views
-from ._layer import is_layer
-from ._parts import check_whole
-from ._peft.folder import has_prefix, plain_names, PREFIX, read_folder
-from ._peft.names import Names
-from ._peft.reading import adapter_from
-from ._peft.sides import stored_in_out
-from ._peft.tied import check_ties, tied_tables
-from ._peft.writing import whole_modules, written
-from ._processes import on_hand, write_once
-from ._save import AdapterFileError, check_base, MALFORMED
-from ._select import Filter
-from ._tree import Places, rebuild
+from ._adapters import (
+    adapter_of,
+    AdapterFileError,
+    base_digests,
+    check_base,
+    MALFORMED,
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    put_into,
+    replacing,
+)
+from ._layers import is_layer
+from ._methods import check_whole
+from ._modules import without_views
+from ._peft import (
+    adapter_from,
+    check_ties,
+    has_prefix,
+    Names,
+    plain_names,
+    PREFIX,
+    read_folder,
+    stored_in_out,
+    tied_tables,
+    whole_modules,
+    written,
+)
+from ._shared import on_hand, write_once
+from ._trees import Filter, Places, rebuild
 
 
 __all__ = ["load", "save"]

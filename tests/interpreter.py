@@ -7,7 +7,7 @@ import jax.extend.core as jec
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_lorax import _compat
+from eqx_lorax._shared import compat as _compat
 
 
 def run(jaxpr, *arrays):

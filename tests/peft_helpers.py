@@ -9,7 +9,7 @@ import numpy as np
 
 from eqx_lorax._peft.layout import arrays_of
 from eqx_lorax._peft.names import expanded, template
-from eqx_lorax._tree import Places
+from eqx_lorax._trees import Places
 
 
 # PyTorch is imported where it is used: only those who run these tests have it.

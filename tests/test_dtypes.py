@@ -13,8 +13,8 @@ from functions import normal
 from helpers import assert_close, assert_identical, dense_weight, is_weight, trained
 
 import eqx_lorax as lorax
-from eqx_lorax import _views
-from eqx_lorax._fingerprint import digest
+from eqx_lorax._adapters.fingerprint import digest
+from eqx_lorax._factored import views as _views
 
 
 def known(*names):

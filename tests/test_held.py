@@ -14,7 +14,7 @@ from helpers import assert_close, assert_identical, dense_weight, is_weight, wid
 from test_save import Doubled
 
 import eqx_lorax as lorax
-from eqx_lorax import _views
+from eqx_lorax._factored import views as _views
 from eqx_lorax._layers import LoraLinear
 
 

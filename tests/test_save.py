@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import eqx_lorax as lorax
-from eqx_lorax import _save
-from eqx_lorax._fingerprint import digest
+from eqx_lorax._adapters import save as _save
+from eqx_lorax._adapters.fingerprint import digest
 
 
 HERE = Path(__file__).parent
@@ -413,7 +413,7 @@ WRITER = """
 import os, signal, sys
 import equinox as eqx, jax
 import eqx_lorax as lorax
-from eqx_lorax import _atomic, _save
+from eqx_lorax._adapters import atomic as _atomic, save as _save
 
 stage, path = sys.argv[1:]
 die = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from helpers import assert_close, assert_no_dense, dense_weight, equations, run,
 from hypothesis import given, settings, strategies as st
 
 import eqx_lorax as lorax
-from eqx_lorax._tangent import product_with_factor
+from eqx_lorax._factored.tangent import product_with_factor
 
 
 def make(key, shape=(5, 7), rank=2, dtype=jnp.float32, rows=(-2,), columns=(-1,)):

@@ -10,17 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ._arrays import is_array
-from ._fingerprint import digest
-from ._layer import is_layer
-from ._processes import on_hand
-from ._select import Filter
-from ._sharding import follow, placed, sharding_of
-from ._surgery import wrapping
-from ._targets import merged_targets, Target, target_of
-from ._train import trained_places
-from ._tree import Place, Places, rebuild
-from ._weight import AbstractLoraWeight, base_of, is_weight
+from .._layers import is_layer
+from .._methods import AbstractLoraWeight, base_of, is_weight
+from .._modules import merged_targets, Target, target_of, wrapping
+from .._shared import follow, is_array, on_hand, placed, sharding_of
+from .._training import trained_places
+from .._trees import Filter, Place, Places, rebuild
+from .fingerprint import digest
 
 
 _Model = TypeVar("_Model")

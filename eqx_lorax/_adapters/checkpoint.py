@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import jax.tree_util as jtu
 import numpy as np
 
-from ._fingerprint import base_digests, digest, digest_of
-from ._held import without_views
-from ._parts import check_frozen
-from ._save import AdapterFileError, differences, listed
-from ._settings import changes, settings_of_frozen, settings_of_state
-from ._state import (
+from .._methods import check_frozen
+from .._modules import without_views
+from .._trees import Places
+from .fingerprint import base_digests, digest, digest_of
+from .save import AdapterFileError, differences, listed
+from .settings import changes, settings_of_frozen, settings_of_state
+from .state import (
     check_agreement,
     check_storable,
     from_json,
@@ -33,7 +34,6 @@ from ._state import (
     split,
     to_json,
 )
-from ._tree import Places
 
 
 _State = TypeVar("_State")

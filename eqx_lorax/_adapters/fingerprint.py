@@ -17,10 +17,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._arrays import as_array, bits_of, is_array
-from ._processes import on_hand
-from ._tree import joined, Places
-from ._weight import is_weight
+from .._methods import is_weight
+from .._shared import as_array, bits_of, is_array, on_hand
+from .._trees import joined, Places
 
 
 def base_digests(

@@ -21,15 +21,14 @@ from jaxtyping import Array
 from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
-from ._adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
-from ._atomic import replacing
-from ._fingerprint import base_digests, digest_of
-from ._foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
-from ._held import without_views
-from ._parts import check_whole
-from ._processes import write_once
-from ._select import Filter
-from ._tree import joined, Places
+from .._methods import check_whole
+from .._modules import without_views
+from .._shared import write_once
+from .._trees import Filter, joined, Places
+from .adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
+from .atomic import replacing
+from .fingerprint import base_digests, digest_of
+from .foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
 
 
 _Model = TypeVar("_Model")

@@ -9,11 +9,11 @@ from typing import Any
 import jax.tree_util as jtu
 import numpy as np
 
-from ._arrays import is_array
-from ._fingerprint import digest
-from ._layer import is_layer
-from ._tree import joined, Places
-from ._weight import AbstractLoraWeight, is_weight
+from .._layers import is_layer
+from .._methods import AbstractLoraWeight, is_weight
+from .._shared import is_array
+from .._trees import joined, Places
+from .fingerprint import digest
 
 
 def settings_of_state(state: Any) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from ._arrays import as_array, bits_of, is_array
-from ._fingerprint import bits, digest_of, of_bits
-from ._save import listed
-from ._sharding import where_put
+from .._shared import as_array, bits_of, is_array, where_put
+from .fingerprint import bits, digest_of, of_bits
+from .save import listed
 
 
 # Trees

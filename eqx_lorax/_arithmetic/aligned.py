@@ -9,12 +9,10 @@ import jax.lax as lax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Num
 
-from ._arrays import as_array, multiply
-from ._forwarding import replaced
-from ._layer import is_layer
-from ._lora import LoraWeight
-from ._tree import children, Place, Places, rebuild
-from ._weight import base_of, is_weight
+from .._layers import is_layer, replaced
+from .._methods import base_of, is_weight, LoraWeight
+from .._shared import as_array, multiply
+from .._trees import children, Place, Places, rebuild
 
 
 Path = tuple[str, ...]

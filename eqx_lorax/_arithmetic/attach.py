@@ -6,12 +6,10 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 
-from ._arrays import is_array
-from ._forwarding import replaced
-from ._layer import is_layer
-from ._parts import lacks_arrays, misfits
-from ._tree import Place, Places, rebuild
-from ._weight import base_of, is_weight, upon
+from .._layers import is_layer, replaced
+from .._methods import base_of, is_weight, lacks_arrays, misfits, upon
+from .._shared import is_array
+from .._trees import Place, Places, rebuild
 
 
 _Model = TypeVar("_Model")

@@ -12,12 +12,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from ._aligned import base_arrays, rank_axis, Weights
-from ._arrays import as_array, check_real, multiply, promote, wide
-from ._lora import LoraWeight
-from ._many import stack
-from ._tree import Place, Places, rebuild
-from ._weight import is_weight
+from .._methods import is_weight, LoraWeight
+from .._shared import as_array, check_real, multiply, promote, wide
+from .._trees import Place, Places, rebuild
+from .aligned import base_arrays, rank_axis, Weights
+from .many import stack
 
 
 class AdapterBank(eqx.Module):

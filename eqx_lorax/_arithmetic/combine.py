@@ -8,11 +8,10 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from ._arrays import is_array
-from ._layer import is_layer
-from ._parts import lacks_arrays, misfits
-from ._tree import children
-from ._weight import base_of, is_weight
+from .._layers import is_layer
+from .._methods import base_of, is_weight, lacks_arrays, misfits
+from .._shared import is_array
+from .._trees import children
 
 
 _Model = TypeVar("_Model")

@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from ._aligned import align, base_arrays, base_of_column, common
-from ._arrays import as_array, check_real, multiply, zeros
-from ._lora import LoraWeight
-from ._sharding import created, sharding_of
-from ._weight import AbstractLoraWeight, is_weight
+from .._methods import AbstractLoraWeight, is_weight, LoraWeight
+from .._shared import as_array, check_real, created, multiply, sharding_of, zeros
+from .aligned import align, base_arrays, base_of_column, common
 
 
 _Adapter = TypeVar("_Adapter")

@@ -11,7 +11,9 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from ._aligned import (
+from .._methods import LoraWeight
+from .._shared import check_real, multiply, promote, wide, zeros
+from .aligned import (
     align,
     base_arrays,
     base_of_column,
@@ -20,8 +22,6 @@ from ._aligned import (
     rank_axis,
     Weights,
 )
-from ._arrays import check_real, multiply, promote, wide, zeros
-from ._lora import LoraWeight
 
 
 _Adapter = TypeVar("_Adapter")

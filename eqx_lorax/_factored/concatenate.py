@@ -9,13 +9,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ._arrays import is_array, promote
-from ._contract import Label, NotFactored, RANK
-from ._views import in_order, Viewed
+from .._shared import is_array, promote
+from .products import Label, NotFactored, RANK
+from .views import in_order, Viewed
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
+    from .._methods import LoraWeight
 
 
 def concatenate(

@@ -10,16 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from . import _contract, _views
-from ._arrays import is_array, promote
-from ._contract import Label, Labels, portable, Precision, RANK
-from ._merged import multiplied
-from ._sharding import explicit_sharding, of_product, relabelled
-from ._views import Viewed
+from .._shared import explicit_sharding, is_array, of_product, promote, relabelled
+from . import products, views
+from .fused import multiplied
+from .products import Label, Labels, portable, Precision, RANK
+from .views import Viewed
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
+    from .._methods import LoraWeight
 
 
 def contract(
@@ -115,7 +114,7 @@ def _contracted(
         out_sharding=out_sharding,
     )
     if is_array(w):
-        return _contract.product(
+        return products.product(
             x,
             x_labels,
             jnp.asarray(w),
@@ -141,10 +140,10 @@ def _merged(
     precision: Precision,
     out_sharding: NamedSharding | None,
 ) -> Array:
-    return _contract.product(
+    return products.product(
         x,
         x_labels,
-        _views.dense(lora.replace(order=None)),
+        views.dense(lora.replace(order=None)),
         stored,
         out_labels,
         x.dtype,
@@ -169,7 +168,7 @@ def _separate(
     low_rank_x = x if low_rank_x is None else low_rank_x
     gain, gain_labels = lora.gain, stored
     if gain is not None:
-        gain, gain_labels = _contract.varying(gain, stored)
+        gain, gain_labels = products.varying(gain, stored)
         if not set(gain_labels) <= set(out_labels):
             # What is summed over is scaled before.
             x, _ = _scaled_before(x, x_labels, gain, gain_labels)
@@ -211,7 +210,7 @@ def _separate(
     hidden_labels = [
         label for label in dict.fromkeys([*x_labels, *first_labels]) if label in wanted
     ]
-    hidden = _contract.product(
+    hidden = products.product(
         x,
         x_labels,
         first,
@@ -231,8 +230,8 @@ def _separate(
     hidden = hidden * lora.scale
     if lora.gate is not None:
         batch = [stored[axis] for axis in lora.batch_axes()]
-        hidden = _contract.scaled(hidden, hidden_labels, lora.gate, [*batch, RANK])
-    update = _contract.product(
+        hidden = products.scaled(hidden, hidden_labels, lora.gate, [*batch, RANK])
+    update = products.product(
         hidden,
         hidden_labels,
         second,
@@ -243,10 +242,10 @@ def _separate(
         precision=precision,
         out_sharding=explicit_sharding(base),
     )
-    y = _views.add(base, update)
+    y = views.add(base, update)
     if gain is None:
         return y
-    return _contract.scaled(y, out_labels, gain, gain_labels)
+    return products.scaled(y, out_labels, gain, gain_labels)
 
 
 def _scaled_before(
@@ -254,6 +253,6 @@ def _scaled_before(
 ) -> tuple[Array, Labels]:
     missing = [label for label in gain_labels if label not in x_labels]
     sizes = [gain.shape[gain_labels.index(label)] for label in missing]
-    x = _views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
+    x = views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
     x_labels = [*x_labels, *missing]
-    return _contract.scaled(x, x_labels, gain, gain_labels), x_labels
+    return products.scaled(x, x_labels, gain, gain_labels), x_labels

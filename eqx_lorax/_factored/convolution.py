@@ -8,15 +8,15 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import _contract
-from ._arrays import is_array, promote
-from ._contract import Label, NotFactored, portable, Precision, RANK
-from ._merged import multiplied
-from ._views import add, dense, Viewed
+from .._shared import is_array, promote
+from . import products
+from .fused import multiplied
+from .products import Label, NotFactored, portable, Precision, RANK
+from .views import add, dense, Viewed
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
+    from .._methods import LoraWeight
 
 
 def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
@@ -66,7 +66,7 @@ def convolve(
     `NotFactored` if both factors own axes of the window, or neither.
     """
     if is_array(w):
-        return _contract.convolution(
+        return products.convolution(
             x,
             jnp.asarray(w),
             x.dtype,
@@ -93,7 +93,7 @@ def _merged(
     lora: "LoraWeight",
     **arguments: Any,
 ) -> Array:
-    return _contract.convolution(x, dense(lora), x.dtype, **arguments)
+    return products.convolution(x, dense(lora), x.dtype, **arguments)
 
 
 def _separate(
@@ -140,7 +140,7 @@ def _separate(
         raise NotFactored("the kernel is scaled along its inputs or its window")
     feature = dimension_numbers.out_spec[1]
     gain = lora.gain.reshape(-1)
-    return _contract.scaled(y, range(y.ndim), gain, [feature])
+    return products.scaled(y, range(y.ndim), gain, [feature])
 
 
 def _mixer(lora: "LoraWeight", kernel_axes: Sequence[int]) -> str:
@@ -206,7 +206,7 @@ def _outputs_mixed(
         x = lax.transpose(x, lhs_spec)
         batch, channels, *spatial = x.shape
         x = x.reshape(batch * groups, channels // groups, *spatial)
-    hidden = _contract.convolution(
+    hidden = products.convolution(
         x,
         kernel,
         dtype,
@@ -225,7 +225,7 @@ def _outputs_mixed(
     else:
         hidden = hidden.reshape(-1, groups, *hidden.shape[1:])
         labels = ["batch", "group", *names[1:]]
-    update = _contract.product(
+    update = products.product(
         hidden,
         labels,
         mixer.reshape(groups, -1, mixer.shape[1]),
@@ -257,7 +257,7 @@ def _inputs_mixed(
     labels: list[Label] = list(range(x.ndim))
     labels[feature : feature + 1] = ["group", "in"]
     out_labels = [RANK if label == "in" else label for label in labels]
-    hidden = _contract.product(
+    hidden = products.product(
         x.reshape(shape),
         labels,
         mixer,
@@ -269,7 +269,7 @@ def _inputs_mixed(
     )
     hidden = lax.collapse(hidden, feature, feature + 2)
     out, *window = range(1, kernel.ndim)
-    return _contract.convolution(
+    return products.convolution(
         hidden,
         lax.transpose(kernel, [out, 0, *window]),
         hidden.dtype,

@@ -7,7 +7,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from ._arrays import wide
+from .._shared import wide
 
 
 def multiplied(

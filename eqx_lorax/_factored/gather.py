@@ -7,10 +7,10 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from . import _contract
-from ._arrays import is_array
-from ._contract import Label, NotFactored
-from ._views import add, dense, low_rank_product, renumbered, Viewed
+from .._shared import is_array
+from . import products
+from .products import Label, NotFactored
+from .views import add, dense, low_rank_product, renumbered, Viewed
 
 
 def gather(
@@ -105,7 +105,7 @@ def gather(
     low_rank = low_rank_product(b, b_labels, a, a_labels, w_labels, base)
     found = add(base, lora.scale * low_rank)
     if gain is not None:
-        found = _contract.scaled(found, w_labels, gain, gain_labels)
+        found = products.scaled(found, w_labels, gain, gain_labels)
     order = [w_labels.index(label) for label in out_labels]
     return lax.transpose(found, order).astype(x.dtype)
 

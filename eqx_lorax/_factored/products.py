@@ -21,10 +21,9 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from ._arrays import wide
-from ._barrier import apart_on_cpu
-from ._sharding import relabelled
-from ._tangent import product_with_factor
+from .._shared import relabelled, wide
+from .barrier import apart_on_cpu
+from .tangent import product_with_factor
 
 
 Label: TypeAlias = Hashable

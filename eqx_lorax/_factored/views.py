@@ -15,13 +15,13 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from . import _contract, _sharding
-from ._arrays import is_array, promote, wide
-from ._contract import Label, NotFactored
+from .._shared import is_array, promote, sharding, wide
+from . import products
+from .products import Label, NotFactored
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
+    from .._methods import LoraWeight
 
 # An array or a factored weight.
 Viewed: TypeAlias = Any
@@ -39,17 +39,17 @@ def dense(x: Viewed) -> Array:
     )
     whole = add(base, lora.scale * low_rank)
     if lora.gain is not None:
-        whole = _contract.scaled(whole, stored, lora.gain, stored)
+        whole = products.scaled(whole, stored, lora.gain, stored)
     return lax.transpose(whole, [axis % whole.ndim for axis in lora.shown_axes()])
 
 
 def explicit_sharding(x: Viewed) -> NamedSharding | None:
     """The sharding that the type of the array has, or would have, on explicit axes."""
     if is_array(x):
-        return _sharding.explicit_sharding(x)
+        return sharding.explicit_sharding(x)
     lora = x.as_lora()
     stored = range(-lora.w.ndim, 0)
-    return _sharding.relabelled(explicit_sharding(lora.w), stored, lora.shown_axes())
+    return sharding.relabelled(explicit_sharding(lora.w), stored, lora.shown_axes())
 
 
 def low_rank_product(
@@ -63,7 +63,7 @@ def low_rank_product(
     """`b · a`, in `wide` of their common dtype, where the `base` lies to which it is
     added."""
     dtype = promote(b.dtype, a.dtype)
-    return _contract.product(
+    return products.product(
         b,
         b_labels,
         a,
@@ -311,8 +311,8 @@ def in_order(lora: "LoraWeight") -> "LoraWeight":
     stored = range(-ndim, 0)
     return lora.replace(
         w=w,
-        b=ordered(lora.b, lora.b_axes(stored), [*batch, *rows, _contract.RANK]),
-        a=ordered(lora.a, lora.a_axes(stored), [*batch, _contract.RANK, *columns]),
+        b=ordered(lora.b, lora.b_axes(stored), [*batch, *rows, products.RANK]),
+        a=ordered(lora.a, lora.a_axes(stored), [*batch, products.RANK, *columns]),
         gain=None
         if lora.gain is None
         else lax.transpose(lora.gain, [axis % ndim for axis in shown]),

@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from . import _compat
-from ._interpreter import evaluate
-from ._lora import factor_shapes
-from ._report import Materialised, OnMaterialise, Report
-from ._views import explicit_sharding
-from ._weight import AbstractLoraWeight, is_weight, without_base
+from .._factored import explicit_sharding
+from .._methods import AbstractLoraWeight, factor_shapes, is_weight, without_base
+from .._shared import compat
+from .interpreter import evaluate
+from .report import Materialised, OnMaterialise, Report
 
 
 _Parameters = ParamSpec("_Parameters")
@@ -239,7 +238,7 @@ def _shaped(value: Any) -> Any:
 def _returned(value: Any, report: Report) -> Array:
     if not is_weight(value):
         return value
-    reason, at = "the function returns it", _compat.calling_line()
+    reason, at = "the function returns it", compat.calling_line()
     report.add(Materialised("return", value.shape, reason, at))
     return value.materialise()
 

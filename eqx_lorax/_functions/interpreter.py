@@ -17,12 +17,11 @@ import jax.extend.core as jec
 import numpy as np
 from jaxtyping import Array
 
-from . import _compat
-from ._compat import Jaxpr
-from ._contract import NotFactored
-from ._report import Materialised, Report
-from ._rules import LOOPS, RULES
-from ._weight import is_weight
+from .._factored import NotFactored
+from .._methods import is_weight
+from .._shared import compat, Jaxpr
+from .report import Materialised, Report
+from .rules import LOOPS, RULES
 
 
 class Equation:
@@ -125,7 +124,7 @@ class Equation:
 
     @property
     def _at(self) -> tuple[str, int] | None:
-        return _compat.source_line(self._equation)
+        return compat.source_line(self._equation)
 
 
 class Body:
@@ -136,8 +135,8 @@ class Body:
     """
 
     def __init__(self, jaxpr: Jaxpr):
-        self._jaxpr = _compat.closed(jaxpr)
-        self.is_library_code = _compat.is_library_code(self._jaxpr)
+        self._jaxpr = compat.closed(jaxpr)
+        self.is_library_code = compat.is_library_code(self._jaxpr)
         # What was found while it was traced, for every caller to report as its own.
         self.report = Report("allow")
 

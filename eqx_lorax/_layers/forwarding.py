@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 
-from ._function import call, Door
-from ._weight import is_weight
+from .._functions import call, Door
+from .._methods import is_weight
 
 
 NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)

@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 
-from ._forwarding import ARRAY_PROTOCOLS, attribute, SPECIAL, Special, values_of
-from ._function import AbstractOpaque
-from ._printing import layer_document
+from .._functions import AbstractOpaque
+from .._shared import layer_document
+from .forwarding import ARRAY_PROTOCOLS, attribute, SPECIAL, Special, values_of
 
 
 class AbstractLoraLayer(AbstractOpaque):

@@ -13,14 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Int, Key, PRNGKeyArray, UInt32
 
-from ._arrays import is_array
-from ._convolution import channels_first, convolve
-from ._forwarding import NORMS, run
-from ._geometry import conv_geometry
-from ._init import is_one_key
-from ._layer import AbstractLoraLayer, drops
-from ._operators import matmul
-from ._weight import AbstractLoraWeight
+from .._factored import channels_first, convolve
+from .._methods import AbstractLoraWeight, is_one_key, matmul
+from .._shared import is_array
+from .forwarding import NORMS, run
+from .geometry import conv_geometry
+from .layer import AbstractLoraLayer, drops
 
 
 # One key, or one for each layer of a stack.

@@ -11,17 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
-from ._arrays import multiply
-from ._contract import Label, Labels, RANK
-from ._printing import weight_document
-from ._sharding import chosen, follow, Placement, sharding_of
-from ._weight import (
-    AbstractLoraWeight,
-    Factor,
-    Weight,
-    without_base,
-    without_factors,
-)
+from .._factored import Label, Labels, RANK
+from .._shared import chosen, follow, multiply, Placement, sharding_of, weight_document
+from .weight import AbstractLoraWeight, Factor, Weight, without_base, without_factors
 
 
 class LoraWeight(AbstractLoraWeight):

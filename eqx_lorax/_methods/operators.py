@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from ._contract import Label, Labels
-from ._gather import take
+from .._factored import Label, Labels, take
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
-    from ._weight import AbstractLoraWeight
+    from .lora import LoraWeight
+    from .weight import AbstractLoraWeight
 
 
 def matmul(

@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from ._arrays import is_array
-from ._weight import base_of, is_weight
+from .._shared import is_array
+from .weight import base_of, is_weight
 
 
 def check_whole(

@@ -20,14 +20,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from . import _operators, _views
-from ._arrays import is_inexact
-from ._contract import Labels, Precision
-from ._contraction import contract
+from .._factored import contract, Labels, Precision, views
+from .._shared import is_inexact
+from . import operators
 
 
 if TYPE_CHECKING:
-    from ._lora import LoraWeight
+    from .lora import LoraWeight
 
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too, and so
@@ -116,7 +115,7 @@ class AbstractLoraWeight(eqx.Module):
         rounded once to `dtype`. Differentiable in the factors, not in the base."""
         if self.w is None:
             raise without_base(self)
-        return _views.dense(self).astype(self.dtype)
+        return views.dense(self).astype(self.dtype)
 
     def materialize(self) -> Array:
         """As `materialise`, by the name that it has in jax-lorax."""
@@ -134,10 +133,10 @@ class AbstractLoraWeight(eqx.Module):
         )
 
     def __matmul__(self, x: ArrayLike) -> Array:
-        return _round(_operators.matmul(self, x), self, x)
+        return _round(operators.matmul(self, x), self, x)
 
     def __rmatmul__(self, x: ArrayLike) -> Array:
-        return _round(_operators.matmul(self, x, contract=-2), self, x)
+        return _round(operators.matmul(self, x, contract=-2), self, x)
 
     @property
     def T(self) -> "LoraWeight":
@@ -153,7 +152,7 @@ class AbstractLoraWeight(eqx.Module):
     def astype(self, dtype: DTypeLike) -> "LoraWeight":
         """The weight of another dtype: that of the base. The factors, which may be
         wider, keep theirs."""
-        return _views.convert(self, dtype)
+        return views.convert(self, dtype)
 
     def __getitem__(self, item: Any) -> "LoraWeight | Array":
         """Indexing, as of an array, by integers, integer arrays and slices.
@@ -162,7 +161,7 @@ class AbstractLoraWeight(eqx.Module):
         An integer or an integer array along a row or column axis is a lookup (what an
         embedding does) and gives an array.
         """
-        return _operators.getitem(self.as_lora(), item)
+        return operators.getitem(self.as_lora(), item)
 
     def contract(
         self,

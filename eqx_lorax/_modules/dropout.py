@@ -10,12 +10,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from ._forwarding import replaced
-from ._init import check_key, key_for_words, words_of
-from ._layer import drops, is_layer
-from ._layers import kernel_axes
-from ._tree import joined, Places, rebuild
-from ._weight import base_of, is_weight
+from .._layers import drops, is_layer, kernel_axes, replaced
+from .._methods import base_of, check_key, is_weight, key_for_words, words_of
+from .._trees import joined, Places, rebuild
 
 
 _Model = TypeVar("_Model")

@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from ._layers import is_known, kernel_axes
-from ._options import deciding, per_array
-from ._select import Pattern
-from ._sharding import Placement
-from ._spec import LoraSpec
-from ._targets import Target
-from ._tree import Place
+from .._layers import is_known, kernel_axes
+from .._shared import Placement
+from .._trees import LoraSpec, Pattern, Place
+from .options import deciding, per_array
+from .targets import Target
 
 
 Axes = tuple[int, ...]

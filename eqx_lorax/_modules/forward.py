@@ -2,11 +2,9 @@
 
 from typing import Any, TypeVar
 
-from ._arrays import wide
-from ._parts import check_whole
-from ._select import available, Filter, named_places, without
-from ._tree import Place, Places, rebuild
-from ._weight import is_weight
+from .._methods import check_whole, is_weight
+from .._shared import wide
+from .._trees import available, Filter, named_places, Place, Places, rebuild, without
 
 
 _Model = TypeVar("_Model")

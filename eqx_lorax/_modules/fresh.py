@@ -9,14 +9,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._arrays import wide, zeros
-from ._form import Form
-from ._init import Init, initial_factor
-from ._lora import factor_shapes, factor_shardings, LoraWeight
-from ._sharding import created
-from ._targets import Target
-from ._tree import Place
-from ._weight import base_of, is_weight
+from .._methods import (
+    base_of,
+    factor_shapes,
+    factor_shardings,
+    Init,
+    initial_factor,
+    is_weight,
+    LoraWeight,
+)
+from .._shared import created, wide, zeros
+from .._trees import Place
+from .form import Form
+from .targets import Target
 
 
 def adapted(

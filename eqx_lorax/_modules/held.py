@@ -12,10 +12,9 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from . import _contract, _views
-from ._lora import LoraWeight
-from ._tree import Place, Places, rebuild
-from ._weight import is_weight
+from .._factored import products, views
+from .._methods import is_weight, LoraWeight
+from .._trees import Place, Places, rebuild
 
 
 _Model = TypeVar("_Model")
@@ -63,7 +62,7 @@ def bare(weight: Any) -> Array:
     if not isinstance(weight, LoraWeight) or weight.gain is None:
         return base
     stored = range(-base.ndim, 0)
-    scaled = _contract.scaled(_views.dense(base), stored, weight.gain, stored)
+    scaled = products.scaled(views.dense(base), stored, weight.gain, stored)
     return scaled.astype(base.dtype)
 
 
@@ -105,7 +104,7 @@ def _on_stored_base(weight: Any) -> Any:
     if isinstance(weight, LoraWeight):
         weight = _without_gate(weight)
         is_moved = weight.shown_axes() != tuple(range(-weight.w.ndim, 0))
-        weight = _views.in_order(weight) if is_moved else weight.replace(order=None)
+        weight = views.in_order(weight) if is_moved else weight.replace(order=None)
     base = weight.w
     if not is_weight(base):
         return weight

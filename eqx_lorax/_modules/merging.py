@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from ._sharding import sharding_of
-from ._tree import Place
-from ._weight import AbstractLoraWeight, base_of
+from .._methods import AbstractLoraWeight, base_of
+from .._shared import sharding_of
+from .._trees import Place
 
 
 def merged(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:

@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from ._select import matches_around, no_match, Pattern
-from ._targets import summarised, Target
-from ._tree import Place
+from .._trees import matches_around, no_match, Pattern, Place
+from .targets import summarised, Target
 
 
 _Value = TypeVar("_Value")

@@ -9,21 +9,16 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from ._form import forms_of
-from ._fresh import adapted
-from ._held import bare, without_views
-from ._init import check_key, Init, key_for
-from ._keywords import suggests
-from ._layer import is_layer
-from ._merging import merged
-from ._options import per_module, PerTarget
-from ._parts import check_whole
-from ._select import Filter
-from ._sharding import Placement
-from ._spec import LoraSpec
-from ._targets import find_targets, summarised, Target
-from ._tree import Place, Places, rebuild
-from ._weight import base_of, is_weight
+from .._layers import is_layer
+from .._methods import base_of, check_key, check_whole, Init, is_weight, key_for
+from .._shared import Placement, suggests
+from .._trees import Filter, LoraSpec, Place, Places, rebuild
+from .form import forms_of
+from .fresh import adapted
+from .held import bare, without_views
+from .merging import merged
+from .options import per_module, PerTarget
+from .targets import find_targets, summarised, Target
 
 
 _Model = TypeVar("_Model")

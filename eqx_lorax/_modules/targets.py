@@ -7,12 +7,26 @@ from typing import Any, Literal, TypeAlias
 import equinox as eqx
 import jax.numpy as jnp
 
-from ._forwarding import NORMS
-from ._layer import AbstractLoraLayer
-from ._layers import is_default, is_known, is_part_of_kind, layer_for, LoraModule
-from ._select import available, Filter, in_short, Named, named_places, without
-from ._tree import Place, Places
-from ._weight import is_weight
+from .._layers import (
+    AbstractLoraLayer,
+    is_default,
+    is_known,
+    is_part_of_kind,
+    layer_for,
+    LoraModule,
+    NORMS,
+)
+from .._methods import is_weight
+from .._trees import (
+    available,
+    Filter,
+    in_short,
+    Named,
+    named_places,
+    Place,
+    Places,
+    without,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

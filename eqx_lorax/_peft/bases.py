@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._processes import on_hand
+from .._shared import on_hand
 from .homes import Home
 from .layout import Linear
 

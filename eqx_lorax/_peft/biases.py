@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array
 
-from .._adapter import Adapter
-from .._arrays import is_inexact
-from .._tree import Place, Places
-from .._weight import is_weight
+from .._adapters import Adapter
+from .._methods import is_weight
+from .._shared import is_inexact
+from .._trees import Place, Places
 from .layout import Factors, is_module, layout_for, template_for, torch_shape
 from .names import expanded, Index, Names, template
 

@@ -6,15 +6,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .._foreign import (
+from .._adapters import (
+    AdapterFileError,
     foreign_file,
     foreign_folder,
     foreign_tensors,
     is_native,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    read_tensors,
 )
-from .._save import AdapterFileError, read_tensors
 from .config import check_config
 from .names import few
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .._form import axes_of
-from .._lora import factor_shapes
-from .._targets import target_of
-from .._tree import Place, Places
+from .._methods import factor_shapes
+from .._modules import axes_of, target_of
+from .._trees import Place, Places
 from .layout import Layout, layout_for, named, template_for
 from .names import expanded, Index, Names, template
 from .sides import InOut

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import equinox as eqx
 import numpy as np
 
-from .._arrays import is_inexact
 from .._layers import kernel_axes
-from .._tree import Place, Places
+from .._shared import is_inexact
+from .._trees import Place, Places
 from .names import expanded, Names, template
 
 

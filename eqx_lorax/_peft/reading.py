@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._adapter import Adapted, Adapter
-from .._arrays import promote, wide
-from .._form import axes_of
-from .._tree import Place, Places
+from .._adapters import Adapted, Adapter
+from .._modules import axes_of
+from .._shared import promote, wide
+from .._trees import Place, Places
 from .bases import other_bases
 from .biases import read_biases
 from .config import alpha_of, rank_of

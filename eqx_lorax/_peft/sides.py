@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Set
 
 from .._layers import layer_for, LoraModule
-from .._select import Filter, named_places
-from .._targets import target_of
-from .._tree import Place, Places
+from .._modules import target_of
+from .._trees import Filter, named_places, Place, Places
 from .layout import layout_of, Linear
 
 

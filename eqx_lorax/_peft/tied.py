@@ -15,9 +15,9 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._adapter import Adapter
-from .._tree import Place, Places
-from .._weight import is_weight
+from .._adapters import Adapter
+from .._methods import is_weight
+from .._trees import Place, Places
 from .config import alpha_of, rank_of
 from .homes import Home
 from .layout import Embedding, Layout, Linear, named

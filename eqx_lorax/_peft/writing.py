@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from .._adapter import Adapter
-from .._form import axes_of
-from .._tree import Place, Places
-from .._weight import is_weight
+from .._adapters import Adapter
+from .._methods import is_weight
+from .._modules import axes_of
+from .._trees import Place, Places
 from .biases import trained_biases
 from .config import new_config
 from .layout import (

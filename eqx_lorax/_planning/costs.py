@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.extend.core as jec
 
-from ._compat import closed, Jaxpr, manual_axes, scan_counts
+from .._shared import closed, Jaxpr, manual_axes, scan_counts
 
 
 @dataclasses.dataclass(frozen=True)

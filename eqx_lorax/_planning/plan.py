@@ -10,22 +10,21 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from ._arrays import is_array
-from ._costs import flops, peak, Program, program, Value, Weight, weight_reads
-from ._devices import (
+from .._methods import check_whole
+from .._modules import without_keys
+from .._shared import (
     arrays_of,
     device_count,
     device_nbytes,
+    is_array,
     local_shape,
     mesh_axes,
     optimizer_state,
     plain,
 )
-from ._dropout import without_keys
-from ._parts import check_whole
-from ._select import Filter
-from ._summary import in_bytes
-from ._train import partition
+from .._training import in_bytes, partition
+from .._trees import Filter
+from .costs import flops, peak, Program, program, Value, Weight, weight_reads
 
 
 @dataclasses.dataclass(frozen=True)

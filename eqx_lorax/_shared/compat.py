@@ -21,7 +21,7 @@ Jaxpr: TypeAlias = Any
 _PACKAGES = tuple(
     os.path.dirname(os.path.abspath(module.__file__ or "")) + os.sep
     for module in (jax, jaxlib, eqx, np)
-) + (os.path.dirname(os.path.abspath(__file__)) + os.sep,)
+) + (os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,)
 
 
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "stdlib"))

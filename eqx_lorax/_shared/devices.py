@@ -10,8 +10,8 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 
-from ._arrays import is_array
-from ._sharding import mesh_names
+from .arrays import is_array
+from .sharding import mesh_names
 
 
 def arrays_of(tree: PyTree) -> list[Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from ._arrays import as_array
+from .arrays import as_array
 
 
 Lying: TypeAlias = Sharding | PartitionSpec | None

@@ -8,8 +8,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from ._spec import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
-from ._weight import is_weight
+from .._methods import is_weight
+from .._trees import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 
 
 @jax.tree_util.register_static

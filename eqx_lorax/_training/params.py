@@ -11,14 +11,17 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._arrays import as_array, is_array, is_inexact, zeros
-from ._init import key_for
-from ._lora import factor_shapes, factor_shardings, LoraWeight
-from ._parts import check_whole
-from ._sharding import created, Placement
-from ._spec import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
-from ._surgery import unloraify
-from ._weight import is_weight
+from .._methods import (
+    check_whole,
+    factor_shapes,
+    factor_shardings,
+    is_weight,
+    key_for,
+    LoraWeight,
+)
+from .._modules import unloraify
+from .._shared import as_array, created, is_array, is_inexact, Placement, zeros
+from .._trees import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
 
 
 def init_lora(

@@ -11,15 +11,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ._arrays import is_array, is_inexact
-from ._devices import arrays_of, device_nbytes, nbytes, optimizer_state
-from ._dropout import without_keys
-from ._lora import LoraWeight
-from ._parts import check_whole
-from ._select import Filter
-from ._train import adapter_spec, trainable
-from ._tree import Place, Places
-from ._weight import base_of, is_weight, without_base
+from .._methods import base_of, check_whole, is_weight, LoraWeight, without_base
+from .._modules import without_keys
+from .._shared import (
+    arrays_of,
+    device_nbytes,
+    is_array,
+    is_inexact,
+    nbytes,
+    optimizer_state,
+)
+from .._trees import Filter, Place, Places
+from .train import adapter_spec, trainable
 
 
 @dataclasses.dataclass(frozen=True)

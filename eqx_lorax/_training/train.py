@@ -8,13 +8,20 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ._arrays import is_inexact
-from ._held import without_gates
-from ._layer import is_layer
-from ._parts import check_whole
-from ._select import available, Filter, Named, named_places, without
-from ._tree import Place, Places, rebuild
-from ._weight import is_weight
+from .._layers import is_layer
+from .._methods import check_whole, is_weight
+from .._modules import without_gates
+from .._shared import is_inexact
+from .._trees import (
+    available,
+    Filter,
+    Named,
+    named_places,
+    Place,
+    Places,
+    rebuild,
+    without,
+)
 
 
 _Model = TypeVar("_Model")

@@ -11,9 +11,9 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from ._layers import is_known
-from ._tree import children, Place, Places
-from ._weight import is_weight
+from .._layers import is_known
+from .._methods import is_weight
+from .places import children, Place, Places
 
 
 Pattern: TypeAlias = str | re.Pattern[str]

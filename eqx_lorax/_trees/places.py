@@ -12,9 +12,9 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
-from ._arrays import is_array
-from ._layer import is_layer
-from ._weight import is_weight
+from .._layers import is_layer
+from .._methods import is_weight
+from .._shared import is_array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from ._sharding import Placement
-from ._tree import children
-from ._weight import is_weight
+from .._methods import is_weight
+from .._shared import Placement
+from .places import children
 
 
 LORA_FREEZE = 0

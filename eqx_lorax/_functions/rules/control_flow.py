@@ -11,12 +11,13 @@ import jax.lax as lax
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .. import _compat, _views
-from .._weight import is_weight
+from ..._factored import views
+from ..._methods import is_weight
+from ..._shared import compat
 
 
 if TYPE_CHECKING:
-    from .._interpreter import Body, Equation
+    from ..interpreter import Body, Equation
 
 
 def _call(equation: "Equation", *values: Any) -> Sequence[Any]:
@@ -58,7 +59,7 @@ def _remat(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(*values)
-    jaxpr, consts = _compat.opened(traced)
+    jaxpr, consts = compat.opened(traced)
     leaves = [*consts, *jax.tree.leaves(values)]
     outputs = equation.primitive.bind(*leaves, **params | dict(jaxpr=jaxpr))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
@@ -146,7 +147,7 @@ def _while(equation: "Equation", *values: Any) -> Sequence[Any]:
 
 def _scan(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
-    num_consts, num_carry = _compat.scan_counts(params, len(values))
+    num_consts, num_carry = compat.scan_counts(params, len(values))
     consts = values[:num_consts]
     carry = values[num_consts : num_consts + num_carry]
     xs = [_sliceable(equation, x) for x in values[num_consts + num_carry :]]
@@ -181,7 +182,7 @@ def _sliceable(equation: "Equation", x: Any) -> Any:
         return equation.dense(x, reason)
     if first == -lora.w.ndim:
         return lora
-    return _views.in_order(lora)
+    return views.in_order(lora)
 
 
 def _shard_map(equation: "Equation", *values: Any) -> Sequence[Any]:
@@ -198,7 +199,7 @@ def _shard_map(equation: "Equation", *values: Any) -> Sequence[Any]:
         in_specs=tuple(map(_spec, values, params["in_specs"])),
         out_specs=list(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=_compat.manual_axes(params),
+        axis_names=compat.manual_axes(params),
     )
     return mapped(*values)
 

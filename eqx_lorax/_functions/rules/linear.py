@@ -8,17 +8,23 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .. import _views
-from .._arrays import is_array, promote, wide
-from .._contract import Label, Labels, NotFactored, portable, product, RANK
-from .._contraction import contract
-from .._convolution import convolve
-from .._sharding import explicit_sharding, of_product
-from .._weight import AbstractLoraWeight, is_weight
+from ..._factored import (
+    contract,
+    convolve,
+    Label,
+    Labels,
+    NotFactored,
+    portable,
+    product,
+    RANK,
+    views,
+)
+from ..._methods import AbstractLoraWeight, is_weight
+from ..._shared import explicit_sharding, is_array, of_product, promote, wide
 
 
 if TYPE_CHECKING:
-    from .._interpreter import Equation
+    from ..interpreter import Equation
 
 
 def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
@@ -122,7 +128,7 @@ def _contract_weights(
         out_sharding=of_product(
             explicit_sharding(first),
             first_labels,
-            _views.explicit_sharding(y),
+            views.explicit_sharding(y),
             labels,
             hidden_labels,
         ),
@@ -137,7 +143,7 @@ def _contract_weights(
         precision=portable(precision),
         out_sharding=explicit_sharding(base),
     )
-    return _views.add(base, lora.scale * update)
+    return views.add(base, lora.scale * update)
 
 
 def _can_be_taken_apart(x: AbstractLoraWeight) -> bool:

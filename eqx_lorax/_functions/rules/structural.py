@@ -10,15 +10,13 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from .. import _concatenate, _gather, _views
-from .._arrays import wide
-from .._contract import NotFactored
-from .._sharding import relabelled
-from .._weight import is_weight
+from ..._factored import concatenate, gather, NotFactored, views
+from ..._methods import is_weight
+from ..._shared import relabelled, wide
 
 
 if TYPE_CHECKING:
-    from .._interpreter import Equation
+    from ..interpreter import Equation
 
 
 def _settled(x: Any) -> Any:
@@ -59,37 +57,37 @@ def _optimization_barrier(equation: "Equation", *values: Any) -> Sequence[Any]:
 
 
 def _transpose(equation: "Equation", x: Any) -> Sequence[Any]:
-    return [_views.transpose(x, equation.params["permutation"])]
+    return [views.transpose(x, equation.params["permutation"])]
 
 
 def _reshape(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     if params["dimensions"] is not None or params.get("sharding") is not None:
         raise NotFactored("it also moves axes")
-    return [_settled(_views.reshape(x, params["new_sizes"]))]
+    return [_settled(views.reshape(x, params["new_sizes"]))]
 
 
 def _rev(equation: "Equation", x: Any) -> Sequence[Any]:
-    return [_views.reverse(x, equation.params["dimensions"])]
+    return [views.reverse(x, equation.params["dimensions"])]
 
 
 def _squeeze(equation: "Equation", x: Any) -> Sequence[Any]:
-    return [_settled(_views.squeeze(x, equation.params["dimensions"]))]
+    return [_settled(views.squeeze(x, equation.params["dimensions"]))]
 
 
 def _broadcast_in_dim(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
-    return [_views.broadcast_in_dim(x, params["shape"], params["broadcast_dimensions"])]
+    return [views.broadcast_in_dim(x, params["shape"], params["broadcast_dimensions"])]
 
 
 def _concatenated(equation: "Equation", *values: Any) -> Sequence[Any]:
-    return [_concatenate.concatenate(values, int(equation.params["dimension"]))]
+    return [concatenate.concatenate(values, int(equation.params["dimension"]))]
 
 
 def _stack(equation: "Equation", *values: Any) -> Sequence[Any]:
     axis = int(equation.params["axis"])
-    expanded = [_views.expand(x, [1], [axis]) for x in values]
-    return [_concatenate.concatenate(expanded, axis)]
+    expanded = [views.expand(x, [1], [axis]) for x in values]
+    return [concatenate.concatenate(expanded, axis)]
 
 
 def _unstack(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -98,19 +96,19 @@ def _unstack(equation: "Equation", x: Any) -> Sequence[Any]:
     parts = []
     for i in range(x.shape[axis]):
         starts[axis], limits[axis] = i, i + 1
-        part = _views.slice_(x, tuple(starts), tuple(limits))
-        parts.append(_settled(_views.squeeze(part, [axis])))
+        part = views.slice_(x, tuple(starts), tuple(limits))
+        parts.append(_settled(views.squeeze(part, [axis])))
     return parts
 
 
 def _convert(equation: "Equation", x: Any) -> Sequence[Any]:
-    return [_views.convert(x, equation.params["new_dtype"])]
+    return [views.convert(x, equation.params["new_dtype"])]
 
 
 def _slice(equation: "Equation", x: Any) -> Sequence[Any]:
     params = equation.params
     starts, limits = params["start_indices"], params["limit_indices"]
-    return [_settled(_views.slice_(x, starts, limits, params["strides"]))]
+    return [_settled(views.slice_(x, starts, limits, params["strides"]))]
 
 
 def _split(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -120,20 +118,20 @@ def _split(equation: "Equation", x: Any) -> Sequence[Any]:
         starts, limits = [0] * x.ndim, list(x.shape)
         starts[axis], limits[axis] = start, start + size
         start += size
-        parts.append(_settled(_views.slice_(x, starts, limits)))
+        parts.append(_settled(views.slice_(x, starts, limits)))
     return parts
 
 
 def _dynamic_slice(equation: "Equation", x: Any, *starts: Any) -> Sequence[Any]:
     sizes = equation.params["slice_sizes"]
-    return [_settled(_views.dynamic_slice(x, starts, sizes))]
+    return [_settled(views.dynamic_slice(x, starts, sizes))]
 
 
 def _gather_rule(equation: "Equation", x: Any, indices: Any) -> Sequence[Any]:
     params = equation.params
     return [
         _settled(
-            _gather.gather(
+            gather.gather(
                 x,
                 indices,
                 params["dimension_numbers"],
@@ -163,14 +161,14 @@ def _div(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
 
 
 def _neg(equation: "Equation", x: Any) -> Sequence[Any]:
-    return [_views.scaled(x, jnp.asarray(-1, x.dtype))]
+    return [views.scaled(x, jnp.asarray(-1, x.dtype))]
 
 
 def _scaled(equation: "Equation", x: Any, factor: Any) -> Any:
     (out,) = equation.out_avals
     if out.shape != x.shape:
         raise NotFactored("the weight is broadcast")
-    return _views.scaled(x, jnp.asarray(factor))
+    return views.scaled(x, jnp.asarray(factor))
 
 
 def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:

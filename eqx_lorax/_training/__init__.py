@@ -1,0 +1,22 @@
+from .optimizer import (
+    value_and_grad_from_state as value_and_grad_from_state,
+    wrap_optimizer as wrap_optimizer,
+)
+from .params import (
+    init_lora as init_lora,
+    merge_params as merge_params,
+    split_lora_params as split_lora_params,
+)
+from .summary import (
+    in_bytes as in_bytes,
+    Summary as Summary,
+    summary as summary,
+    TargetSummary as TargetSummary,
+)
+from .train import (
+    filter_grad as filter_grad,
+    filter_value_and_grad as filter_value_and_grad,
+    partition as partition,
+    trainable as trainable,
+    trained_places as trained_places,
+)
