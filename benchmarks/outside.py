@@ -41,7 +41,7 @@ def readme(params: Sequence[Any], x: Any) -> Any:
     return jnp.sum(x)
 
 
-def nbytes(tree: Any) -> int:
+def count_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
@@ -72,16 +72,16 @@ def main() -> None:
         new.weight.w is old.weight for new, old in zip(adapted, model, strict=True)
     )
     params, _ = lorax.partition(adapted)
-    state = nbytes(optax.adam(1e-3).init(params))
+    state = count_bytes(optax.adam(1e-3).init(params))
     print(
-        f"{flags.layers} × ({dim} × {dim}), rank {rank}: {nbytes(model) / 1e9:.2f} GB"
+        f"{flags.layers} × ({dim} × {dim}), rank {rank}: {count_bytes(model) / 1e9:.2f} GB"
     )
     print(f"loraify, cold           {cold:8.3f} s")
     print(f"loraify, warm           {warm:8.3f} s")
     print(f"bases shared            {str(shared):>8}")
-    print(f"factors                 {nbytes(params) / 1e9:8.3f} GB")
+    print(f"factors                 {count_bytes(params) / 1e9:8.3f} GB")
     print(f"state of Adam           {state / 1e9:8.3f} GB")
-    print(f"  over the factors      {state / nbytes(params):8.5f}")
+    print(f"  over the factors      {state / count_bytes(params):8.5f}")
 
     weights = [layer.weight for layer in model]
     lora_weights = [layer.weight for layer in adapted]

@@ -48,7 +48,7 @@ from ._peft import (
     whole_modules,
     written,
 )
-from ._shared import on_hand, write_once
+from ._shared import replicate, write_once
 from ._trees import Filter, Places, rebuild
 
 
@@ -145,7 +145,7 @@ def save(
     digests = base_digests(places, whole.saved)
     folder = Path(directory)
     arrays = {
-        PREFIX + name: np.array(on_hand(x), order="C") for name, x in tensors.items()
+        PREFIX + name: np.array(replicate(x), order="C") for name, x in tensors.items()
     }
     metadata = {"format": "pt", _BASE: json.dumps(digests)}
     if config.get("target_parameters"):

@@ -55,7 +55,7 @@ def _evaluate(equation, values):
 
 
 def _run(jaxpr, values):
-    return run(_compat.closed(jaxpr), *values)
+    return run(_compat.close(jaxpr), *values)
 
 
 def _scan(params, values):

@@ -38,17 +38,17 @@ every_fp8 = pytest.mark.parametrize("dtype", FP8, ids=str)
 every_narrow = pytest.mark.parametrize("dtype", [*FP8, *SCALES, *SUB_BYTE], ids=str)
 
 
-def bits_of(dtype):
+def count_bits(dtype):
     floats = jnp.issubdtype(dtype, jnp.floating)
     return (jnp.finfo if floats else jnp.iinfo)(dtype).bits
 
 
 def every_value(dtype):
     """An array with each of its bit patterns."""
-    codes = np.arange(2 ** bits_of(dtype), dtype=np.uint8)
+    codes = np.arange(2 ** count_bits(dtype), dtype=np.uint8)
     if jnp.issubdtype(dtype, jnp.signedinteger):
         # Whoever made them, they are sign-extended.
-        half = 2 ** (bits_of(dtype) - 1)
+        half = 2 ** (count_bits(dtype) - 1)
         return (codes.astype(np.int8) - half).astype(dtype).reshape(2, -1)
     return codes.view(dtype).reshape(2, -1)
 

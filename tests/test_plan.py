@@ -21,7 +21,7 @@ def shaped(*shape, dtype=jnp.float32, sharding=None):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def placed(tree, *spec):
+def place_array(tree, *spec):
     """The tree, abstract, with its matrices sharded by the last two axes."""
 
     def place(x):
@@ -39,7 +39,7 @@ def adapted(model, filter=None, *, rank):
     return eqx.filter_eval_shape(adapt, model)
 
 
-def nbytes(tree):
+def count_bytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(eqx.filter(tree, eqx.is_array)))
 
 
@@ -63,9 +63,9 @@ X, TWENTY = (shaped(n, 12, dtype=jnp.bfloat16) for n in (5, 20))
 def test_bytes_are_those_of_the_arrays(mlp, optimizer):
     plan = lorax.plan(mean_square, mlp, X, optimizer=optimizer)
     params, frozen = lorax.partition(mlp)
-    assert plan.base == nbytes(frozen)
-    assert plan.adapters == plan.gradients == nbytes(params)
-    assert plan.optimizer == nbytes((optimizer or optax.adam(1e-3)).init(params))
+    assert plan.base == count_bytes(frozen)
+    assert plan.adapters == plan.gradients == count_bytes(params)
+    assert plan.optimizer == count_bytes((optimizer or optax.adam(1e-3)).init(params))
     parts = (plan.base, plan.adapters, plan.gradients, plan.optimizer)
     assert plan.total == sum(parts) + plan.activations
     assert (plan.devices, plan.received) == (1, 0)
@@ -184,7 +184,7 @@ def test_seventy_billion_parameters(as_for_users):
     model = eqx.filter_eval_shape(
         lambda: Llama(128_256, 8192, 28_672, 80, 64, 8, jr.key(0))
     )
-    model = placed(adapted(model, rank=16), "model", "data")
+    model = place_array(adapted(model, rank=16), "model", "data")
     batch = shaped(4, 1024, dtype=jnp.int32, sharding=SHARDED)
     plan = lorax.plan(next_token_loss, model, batch)
     assert 70e9 * 4 / 8 < plan.base < 71e9 * 4 / 8

@@ -13,7 +13,7 @@ import numpy as np
 from .._layers import is_layer
 from .._methods import AbstractLoraWeight, base_of, is_weight
 from .._modules import merged_targets, Target, target_of, wrapping
-from .._shared import follow, is_array, on_hand, placed, sharding_of
+from .._shared import inherit_sharding, is_array, known_sharding, place_array, replicate
 from .._training import trained_places
 from .._trees import Filter, Place, Places, rebuild
 from .fingerprint import digest
@@ -52,14 +52,14 @@ class Adapted:
         # An adapter upon another one is replaced alone.
         base = base.w if is_weight(base) else base
         weight = self.alone_on(base)
-        axes, lying = weight.array_axes(), sharding_of(base_of(base))
+        axes, lying = weight.array_axes(), known_sharding(base_of(base))
 
         def put(name: str) -> Any:
             if there is not None:
-                sharding = sharding_of(getattr(there, name))
+                sharding = known_sharding(getattr(there, name))
             else:
-                sharding = follow(lying, weight.w.ndim, axes[name])
-            return placed(getattr(weight, name), sharding)
+                sharding = inherit_sharding(lying, weight.w.ndim, axes[name])
+            return place_array(getattr(weight, name), sharding)
 
         return eqx.tree_at(
             lambda weight: [getattr(weight, name) for name in self.arrays],
@@ -102,7 +102,8 @@ def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
             "`also` what else was trained."
         )
     others = {
-        place.path: on_hand(place.node) for place in trained_places(model, places, also)
+        place.path: replicate(place.node)
+        for place in trained_places(model, places, also)
     }
     adapter = Adapter([_adapted(place) for place in weights], others)
     abstract = [
@@ -149,7 +150,7 @@ def _adapted(place: Place) -> Adapted:
         arrays={name: x for name, x in values.items() if is_array(x)},
     )
     _check_nothing_is_lost(adapted, weight)
-    arrays = {name: on_hand(x) for name, x in adapted.arrays.items()}
+    arrays = {name: replicate(x) for name, x in adapted.arrays.items()}
     return dataclasses.replace(adapted, arrays=arrays)
 
 
@@ -251,8 +252,8 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     for target in merged_targets(fresh):
         edits[target.module.steps] = wrapping(target, rates[target.module])
     for path, array in adapter.others.items():
-        edits[by_path[path].steps] = lambda old, new=array: placed(
-            new, sharding_of(old)
+        edits[by_path[path].steps] = lambda old, new=array: place_array(
+            new, known_sharding(old)
         )
     return rebuild(model, edits)
 

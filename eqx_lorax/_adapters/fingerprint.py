@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._methods import is_weight
-from .._shared import as_array, bits_of, is_array, on_hand
+from .._shared import as_array, count_bits, is_array, replicate
 from .._trees import joined, Places
 
 
@@ -36,7 +36,7 @@ def base_digests(
 
 def digest(array: Any) -> str:
     """16 hexadecimal digits that depend on the dtype, the shape and every bit."""
-    words = np.asarray(jax.device_get(on_hand(_mixed(_bits(array)))), np.uint64)
+    words = np.asarray(jax.device_get(replicate(_mixed(_bits(array)))), np.uint64)
     kind = f"{array.dtype} {tuple(array.shape)}".encode()
     salt = np.frombuffer(kind + bytes(-len(kind) % 4), np.uint32)
     high, low = (int(word) for word in words)
@@ -73,7 +73,7 @@ def _bits(x: Any) -> Array:
         return jnp.stack([_bits(x.real), _bits(x.imag)])
     if x.dtype == bool:
         return as_array(x, jnp.uint8)
-    if bits_of(x.dtype) < 8:
+    if count_bits(x.dtype) < 8:
         return as_array(bits(x))
     unsigned = np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     if isinstance(x, np.ndarray):
@@ -87,7 +87,7 @@ def _bits(x: Any) -> Array:
 
 def bits(x: Any) -> Any:
     """The bits of entries of at most a byte, in a byte each."""
-    count = bits_of(x.dtype)
+    count = count_bits(x.dtype)
     if isinstance(x, np.ndarray | np.generic):
         # NumPy's bits above these are whatever they are.
         return np.array(x, order="C").view(np.uint8) & np.uint8(2**count - 1)
@@ -96,7 +96,7 @@ def bits(x: Any) -> Any:
 
 def of_bits(x: Any, dtype: DTypeLike) -> Any:
     """The array of `dtype` of which `bits` gives `x`."""
-    count = bits_of(dtype)
+    count = count_bits(dtype)
     if not isinstance(x, np.ndarray):
         return lax.bitcast_convert_type(x.astype(f"uint{count}"), dtype)
     if not jnp.issubdtype(dtype, jnp.signedinteger):

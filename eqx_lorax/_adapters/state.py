@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from .._shared import as_array, bits_of, is_array, where_put
+from .._shared import as_array, committed_sharding, count_bits, is_array
 from .fingerprint import bits, digest_of, of_bits
 from .save import listed
 
@@ -80,7 +80,7 @@ def is_packed(x: Any) -> bool:
     return (
         not _is_key(x)
         and x.dtype.name not in ("bool", "int8", "uint8")
-        and (bits_of(x.dtype) <= 8)
+        and (count_bits(x.dtype) <= 8)
     )
 
 
@@ -96,7 +96,7 @@ def raw(x: Any) -> Any:
 def raw_kind(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
     """What `raw(like)` is restored as, if it was stored as its bits or not. It has a
     sharding if Orbax is to place it."""
-    sharding = where_put(like)
+    sharding = committed_sharding(like)
     if sharding is not None and _is_of_one_process(sharding):
         sharding = None
     kind = jax.ShapeDtypeStruct(like.shape, like.dtype)
@@ -119,7 +119,7 @@ def restored(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
         x = as_array(x)
     if _is_key(like):
         x = jax.random.wrap_key_data(x, impl=impl)
-    sharding = where_put(like)
+    sharding = committed_sharding(like)
     return x if sharding is None else jax.device_put(x, sharding)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from .._methods import is_weight, LoraWeight
-from .._shared import as_array, check_real, multiply, promote, wide
+from .._shared import accumulation_dtype, as_array, check_real, multiply, promote
 from .._trees import Place, Places, rebuild
 from .aligned import base_arrays, rank_axis, Weights
 from .many import stack
@@ -123,7 +123,9 @@ class AdapterBank(eqx.Module):
             check_real("weights", weights, "an adapter", x.b.dtype)
             # In the scale alpha is divided by the rank of all of them.
             of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
-            dtype = promote(wide(x.b.dtype), wide(x.a.dtype))
+            dtype = promote(
+                accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
+            )
             each = multiply(weights.astype(dtype), of_all).astype(dtype)
             gate = jnp.repeat(each, x.rank // self._size)
             batch = x.b.shape[: x.b.ndim - 1 - len(x.rows)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._methods import AbstractLoraWeight, is_weight, LoraWeight
-from .._shared import as_array, check_real, created, multiply, sharding_of, zeros
+from .._shared import as_array, check_real, create, known_sharding, multiply, zeros
 from .aligned import align, base_arrays, base_of_column, common
 
 
@@ -120,7 +120,9 @@ def _stacked_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
 
     def stacked(get: Callable[[LoraWeight], Array]) -> Array:
         array = get(like)
-        nothing = created(zeros, (array.shape, array.dtype), array, sharding_of(array))
+        nothing = create(
+            zeros, (array.shape, array.dtype), array, known_sharding(array)
+        )
         return jnp.stack([nothing if w is None else get(w) for w in weights])
 
     return like.replace(b=stacked(lambda w: w.b), a=stacked(lambda w: w.a))

@@ -12,7 +12,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from .._methods import LoraWeight
-from .._shared import check_real, multiply, promote, wide, zeros
+from .._shared import accumulation_dtype, check_real, multiply, promote, zeros
 from .aligned import (
     align,
     base_arrays,
@@ -142,7 +142,7 @@ def _summed(column: Column, weights: Weights, base: Any) -> Array:
             "partition without `also`."
         )
     start = base_of_column(column, base, "weighted_sum")
-    total = start.astype(wide(first.dtype))
+    total = start.astype(accumulation_dtype(first.dtype))
     for array, factor in zip(column.nodes, weights):
         if array is not None:
             check_real("weights", factor, column.place.dotted, first.dtype)
@@ -153,7 +153,7 @@ def _summed(column: Column, weights: Weights, base: Any) -> Array:
 
 def _side_by_side(weights: Sequence[LoraWeight], factors: Weights) -> LoraWeight:
     first = weights[0]
-    b_dtype = promote(*(wide(weight.b.dtype) for weight in weights))
+    b_dtype = promote(*(accumulation_dtype(weight.b.dtype) for weight in weights))
     a_dtype = promote(*(weight.a.dtype for weight in weights))
     for factor in factors:
         check_real("weights", factor, "an adapter", b_dtype)
@@ -172,7 +172,9 @@ def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     axis = rank_axis(weight)
     total = weight.rank
     batch = weight.a.shape[:axis]
-    dtype = promote(wide(weight.b.dtype), wide(weight.a.dtype))
+    dtype = promote(
+        accumulation_dtype(weight.b.dtype), accumulation_dtype(weight.a.dtype)
+    )
     b = weight.b.reshape(*batch, -1, total).astype(dtype)
     a = weight.a.reshape(*batch, total, -1).astype(dtype)
     new_b, new_a, error = _nearest(b, a, rank)

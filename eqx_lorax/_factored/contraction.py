@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .._shared import explicit_sharding, is_array, of_product, promote, relabelled
+from .._shared import explicit_sharding, is_array, product_sharding, promote, relabel
 from . import products, views
 from .fused import multiplied
 from .products import Label, Labels, portable, Precision, RANK
@@ -49,7 +49,7 @@ def contract(
         out_labels=natural,
         is_frozen=is_frozen,
         precision=precision,
-        out_sharding=relabelled(out_sharding, out_labels, natural),
+        out_sharding=relabel(out_sharding, out_labels, natural),
     )
     return _reordered(y, natural, out_labels)
 
@@ -219,7 +219,7 @@ def _separate(
         dtype,
         y_is_frozen=is_frozen,
         precision=precision,
-        out_sharding=of_product(
+        out_sharding=product_sharding(
             explicit_sharding(x),
             x_labels,
             explicit_sharding(first),

@@ -7,7 +7,7 @@ import jax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from .._shared import wide
+from .._shared import accumulation_dtype
 
 
 def multiplied(
@@ -24,7 +24,11 @@ def multiplied(
     shape.
     """
     # What is cast to a narrow dtype on the way would lose small updates.
-    if not weight.is_merged or low_rank_x is not None or x.dtype != wide(x.dtype):
+    if (
+        not weight.is_merged
+        or low_rank_x is not None
+        or x.dtype != accumulation_dtype(x.dtype)
+    ):
         return separate(x, weight, low_rank_x)
     leaves, treedef = jax.tree.flatten((x, weight))
 

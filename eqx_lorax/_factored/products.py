@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from .._shared import relabelled, wide
+from .._shared import accumulation_dtype, relabel
 from .barrier import apart_on_cpu
 from .tangent import product_with_factor
 
@@ -79,7 +79,7 @@ def _accumulate(
     layer are: differentiating through `preferred_element_type` would make them products
     of wide arrays (and for a convolution, whose operands must agree, an error).
     """
-    accumulator = wide(x.dtype)
+    accumulator = accumulation_dtype(x.dtype)
     preferred = None if accumulator == x.dtype else accumulator
     return _with_tangents(product, x, y, y_is_frozen, tangent_in_y, preferred)
 
@@ -171,7 +171,7 @@ def product(
             dimension_numbers,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            out_sharding=relabelled(out_sharding, out_labels, batch + x_free + y_free),
+            out_sharding=relabel(out_sharding, out_labels, batch + x_free + y_free),
         )
 
     def with_factor(x, y_dot):

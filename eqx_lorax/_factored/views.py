@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from .._shared import is_array, promote, sharding, wide
+from .._shared import accumulation_dtype, is_array, promote, sharding
 from . import products
 from .products import Label, NotFactored
 
@@ -30,7 +30,7 @@ Viewed: TypeAlias = Any
 def dense(x: Viewed) -> Array:
     """The array that `x` stands for, in `wide` of its dtype, frozen where it is."""
     if is_array(x):
-        return jnp.asarray(x, wide(x.dtype))
+        return jnp.asarray(x, accumulation_dtype(x.dtype))
     lora = x.as_lora()
     stored = range(-lora.w.ndim, 0)
     base = dense(lora.base())
@@ -49,7 +49,7 @@ def explicit_sharding(x: Viewed) -> NamedSharding | None:
         return sharding.explicit_sharding(x)
     lora = x.as_lora()
     stored = range(-lora.w.ndim, 0)
-    return sharding.relabelled(explicit_sharding(lora.w), stored, lora.shown_axes())
+    return sharding.relabel(explicit_sharding(lora.w), stored, lora.shown_axes())
 
 
 def low_rank_product(

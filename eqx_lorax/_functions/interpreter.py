@@ -135,7 +135,7 @@ class Body:
     """
 
     def __init__(self, jaxpr: Jaxpr):
-        self._jaxpr = compat.closed(jaxpr)
+        self._jaxpr = compat.close(jaxpr)
         self.is_library_code = compat.is_library_code(self._jaxpr)
         # What was found while it was traced, for every caller to report as its own.
         self.report = Report("allow")

@@ -12,7 +12,14 @@ from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
 from .._factored import Label, Labels, RANK
-from .._shared import chosen, follow, multiply, Placement, sharding_of, weight_document
+from .._shared import (
+    inherit_sharding,
+    known_sharding,
+    multiply,
+    Placement,
+    resolve_sharding,
+    weight_document,
+)
 from .weight import AbstractLoraWeight, Factor, Weight, without_base, without_factors
 
 
@@ -285,14 +292,16 @@ def factor_shardings(
     placement: Placement = None,
 ) -> tuple[Sharding | None, Sharding | None]:
     """Where `b` and `a` of a fresh adapter lie; `name` is what errors say."""
-    lying = sharding_of(base)
+    lying = known_sharding(base)
     shapes = factor_shapes(base.shape, rows, columns, rank)
     axes = _factor_axes(base.ndim, rows, columns)
     # A specification is a tuple too, in some versions of JAX.
     if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
         placement = (placement, placement)
     b, a = (
-        chosen(name, shape, each, lying, follow(lying, base.ndim, labels))
+        resolve_sharding(
+            name, shape, each, lying, inherit_sharding(lying, base.ndim, labels)
+        )
         for each, shape, labels in zip(placement, shapes, axes, strict=True)
     )
     return b, a

@@ -3,7 +3,7 @@
 from typing import Any, TypeVar
 
 from .._methods import check_whole, is_weight
-from .._shared import wide
+from .._shared import accumulation_dtype
 from .._trees import available, Filter, named_places, Place, Places, rebuild, without
 
 
@@ -88,4 +88,4 @@ def _is_adapter(place: Place) -> bool:
 
 
 def _is_narrow(weight: Any) -> bool:
-    return wide(weight.dtype) != weight.dtype
+    return accumulation_dtype(weight.dtype) != weight.dtype

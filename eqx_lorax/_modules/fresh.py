@@ -18,7 +18,7 @@ from .._methods import (
     is_weight,
     LoraWeight,
 )
-from .._shared import created, wide, zeros
+from .._shared import accumulation_dtype, create, zeros
 from .._trees import Place
 from .form import Form
 from .targets import Target
@@ -43,7 +43,7 @@ def adapted(
     )
     dtype = _factor_dtype(dtype, array)
     fan_in = math.prod(shape[axis] for axis in columns)
-    a = created(
+    a = create(
         initial_factor,
         (key, init, a_shape, dtype, rank, fan_in, target.layer.is_lookup),
         base,
@@ -51,7 +51,7 @@ def adapted(
     )
     if is_weight(w):
         _check_fresh_key(array, a)
-    b = created(zeros, (b_shape, dtype), base, b_sharding)
+    b = create(zeros, (b_shape, dtype), base, b_sharding)
     return LoraWeight(
         w, b, a, form.alpha, rows, columns, rank_stabilised=form.rank_stabilised
     )
@@ -60,7 +60,7 @@ def adapted(
 def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
     base = jnp.dtype(array.node.dtype)
     if dtype is None:
-        return wide(base)
+        return accumulation_dtype(base)
     dtype = jnp.dtype(dtype)
     is_complex = [jnp.issubdtype(x, jnp.complexfloating) for x in (dtype, base)]
     if not jnp.issubdtype(dtype, jnp.inexact) or is_complex[0] != is_complex[1]:

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array
 
 from .._methods import AbstractLoraWeight, base_of
-from .._shared import sharding_of
+from .._shared import known_sharding
 from .._trees import Place
 
 
@@ -50,7 +50,7 @@ def merged(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]
 def _merged(weight: AbstractLoraWeight, donate: bool) -> Array:
     base = base_of(weight)
     is_base = jax.tree.map(lambda x: x is base, weight)
-    return _merging(sharding_of(base), donate)(*eqx.partition(weight, is_base))
+    return _merging(known_sharding(base), donate)(*eqx.partition(weight, is_base))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._shared import on_hand
+from .._shared import replicate
 from .homes import Home
 from .layout import Linear
 
@@ -27,7 +27,7 @@ def other_bases(path: str, home: Home, left: dict[str, Any]) -> Iterator[str]:
         if array is None:
             yield f"{key} is in the file, and {home.place.dotted} has none beside it"
             continue
-        here = np.asarray(on_hand(array[home.index]))
+        here = np.asarray(replicate(array[home.index]))
         if name == "bias":
             saved, here = saved.reshape(-1), here.reshape(-1)
         elif isinstance(home.layout, Linear) and home.layout.exchanged:

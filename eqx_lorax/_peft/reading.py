@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from .._adapters import Adapted, Adapter
 from .._modules import axes_of
-from .._shared import promote, wide
+from .._shared import accumulation_dtype, promote
 from .._trees import Place, Places
 from .bases import other_bases
 from .biases import read_biases
@@ -225,7 +225,9 @@ def _as_like(
     """`(b, a)` of `part` with the rank and the scale of `like`."""
     b, a = part.b, part.a
     if part.scale != like.scale:
-        b = (b.astype(wide(b.dtype)) * (part.scale / like.scale)).astype(b.dtype)
+        b = (b.astype(accumulation_dtype(b.dtype)) * (part.scale / like.scale)).astype(
+            b.dtype
+        )
     more, axis = like.rank - part.rank, a.ndim - 1 - len(columns)
     b = np.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)])
     return b, np.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.extend.core as jec
 
-from .._shared import closed, Jaxpr, manual_axes, scan_counts
+from .._shared import close, Jaxpr, manual_axes, scan_counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Program:
 def program(jaxpr: Jaxpr, inputs: Sequence[Value]) -> Program:
     """The program of a traced function."""
     operations: list[Operation] = []
-    outputs = frozenset(_inline(closed(jaxpr), inputs, operations))
+    outputs = frozenset(_inline(close(jaxpr), inputs, operations))
     return Program(_needed(operations, outputs), outputs)
 
 
@@ -186,12 +186,12 @@ def _operation(
             inner, times = [_round(equation, reads)], params["length"]
         case "while", params:
             # Not more than once: how often is not known.
-            called = [closed(params[name]) for name in ("cond_jaxpr", "body_jaxpr")]
+            called = [close(params[name]) for name in ("cond_jaxpr", "body_jaxpr")]
             inner = [program(jaxpr, _unknown(jaxpr)) for jaxpr in called]
         case "cond", params:
             inner = [program(branch, reads[1:]) for branch in params["branches"]]
         case "shard_map", params:
-            called = closed(params["jaxpr"])
+            called = close(params["jaxpr"])
             inner = [program(called, _unknown(called))]
             sizes = params["mesh"].shape
             everywhere = math.prod(sizes[name] for name in manual_axes(params))
@@ -202,7 +202,7 @@ def _operation(
 
 def _round(equation: Any, reads: Sequence[Value]) -> Program:
     """One round of a `scan`."""
-    called = closed(equation.params["jaxpr"])
+    called = close(equation.params["jaxpr"])
     constants, carried = scan_counts(equation.params, len(reads))
     whole = constants + carried
     slices = tuple(
@@ -221,11 +221,11 @@ def _called(equation: Any) -> Jaxpr | None:
     for jaxpr in found:
         if not isinstance(jaxpr, jec.ClosedJaxpr | jec.Jaxpr):
             continue
-        inner = closed(jaxpr).jaxpr
+        inner = close(jaxpr).jaxpr
         if _same(inner.invars, equation.invars) and _same(
             inner.outvars, equation.outvars
         ):
-            return closed(jaxpr)
+            return close(jaxpr)
     return None
 
 

@@ -14,13 +14,13 @@ from .._methods import check_whole
 from .._modules import without_keys
 from .._shared import (
     arrays_of,
-    device_count,
-    device_nbytes,
+    count_device_bytes,
+    count_devices,
     is_array,
     local_shape,
     mesh_axes,
-    optimizer_state,
     plain,
+    plan_optimizer_state,
 )
 from .._training import in_bytes, partition
 from .._trees import Filter
@@ -177,11 +177,11 @@ def plan(
     local = trace(plain(batch, local_shape)) if divided else everywhere
     read, gathered = weight_reads(local)
     return Plan(
-        devices=device_count((model, batch)),
-        base=device_nbytes(without_keys(frozen)),
-        adapters=device_nbytes(params),
-        gradients=device_nbytes(params),
-        optimizer=device_nbytes(optimizer_state(optimizer, params)),
+        devices=count_devices((model, batch)),
+        base=count_device_bytes(without_keys(frozen)),
+        adapters=count_device_bytes(params),
+        gradients=count_device_bytes(params),
+        optimizer=count_device_bytes(plan_optimizer_state(optimizer, params)),
         activations=peak(local),
         flops=flops(everywhere),
         read=read,

@@ -1,46 +1,46 @@
 from . import compat as compat, sharding as sharding
 from .arrays import (
+    accumulation_dtype as accumulation_dtype,
     as_array as as_array,
-    bits_of as bits_of,
     check_real as check_real,
+    count_bits as count_bits,
     is_array as is_array,
     is_inexact as is_inexact,
     multiply as multiply,
     promote as promote,
-    wide as wide,
     zeros as zeros,
 )
 from .compat import (
-    closed as closed,
+    close as close,
     Jaxpr as Jaxpr,
     manual_axes as manual_axes,
     scan_counts as scan_counts,
 )
 from .devices import (
     arrays_of as arrays_of,
-    device_count as device_count,
-    device_nbytes as device_nbytes,
+    count_bytes as count_bytes,
+    count_device_bytes as count_device_bytes,
+    count_devices as count_devices,
     local_shape as local_shape,
     mesh_axes as mesh_axes,
-    nbytes as nbytes,
-    optimizer_state as optimizer_state,
     plain as plain,
+    plan_optimizer_state as plan_optimizer_state,
 )
 from .keywords import suggests as suggests
 from .printing import (
     layer_document as layer_document,
     weight_document as weight_document,
 )
-from .processes import on_hand as on_hand, write_once as write_once
+from .processes import replicate as replicate, write_once as write_once
 from .sharding import (
-    chosen as chosen,
-    created as created,
+    committed_sharding as committed_sharding,
+    create as create,
     explicit_sharding as explicit_sharding,
-    follow as follow,
-    of_product as of_product,
-    placed as placed,
+    inherit_sharding as inherit_sharding,
+    known_sharding as known_sharding,
+    place_array as place_array,
     Placement as Placement,
-    relabelled as relabelled,
-    sharding_of as sharding_of,
-    where_put as where_put,
+    product_sharding as product_sharding,
+    relabel as relabel,
+    resolve_sharding as resolve_sharding,
 )

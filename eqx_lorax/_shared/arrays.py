@@ -14,7 +14,7 @@ def is_array(x: Any) -> TypeGuard[Array]:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-def bits_of(dtype: DTypeLike) -> int:
+def count_bits(dtype: DTypeLike) -> int:
     """How many bits an entry has, which for some dtypes are fewer than a byte."""
     dtype = jnp.dtype(dtype)
     if jnp.issubdtype(dtype, jnp.floating):
@@ -44,7 +44,7 @@ def _is_tiny(dtype: DTypeLike) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
-def wide(dtype: DTypeLike) -> jnp.dtype:
+def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype in which sums of products of `dtype` are accumulated."""
     dtype = jnp.dtype(dtype)
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
@@ -69,7 +69,7 @@ def multiply(x: Array, number: ArrayLike) -> Array:
     """`x` times one or several numbers, not yet rounded: in a dtype that is wide enough
     for both."""
     number = as_array(number)
-    dtype = promote(wide(x.dtype), number.dtype)
+    dtype = promote(accumulation_dtype(x.dtype), number.dtype)
     return x.astype(dtype) * number.astype(dtype)
 
 

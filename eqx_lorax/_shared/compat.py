@@ -27,13 +27,13 @@ _PACKAGES = tuple(
 _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "stdlib"))
 
 
-def closed(jaxpr: Jaxpr) -> Jaxpr:
+def close(jaxpr: Jaxpr) -> Jaxpr:
     """`jaxpr`, whichever kind it is of, as one that holds its constants."""
     is_closed = isinstance(jaxpr, jec.ClosedJaxpr)
     return jaxpr if is_closed else jec.ClosedJaxpr(jaxpr, ())
 
 
-def opened(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+def hoist_constants(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
     """A jaxpr that takes its constants as its first inputs, and these."""
     inner = jaxpr.jaxpr
     taking = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])

@@ -19,12 +19,12 @@ def arrays_of(tree: PyTree) -> list[Any]:
     return [x for x in jax.tree.leaves(tree) if is_array(x)]
 
 
-def nbytes(tree: PyTree) -> int:
+def count_bytes(tree: PyTree) -> int:
     """The bytes of all arrays."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays_of(tree))
 
 
-def device_nbytes(tree: PyTree) -> int:
+def count_device_bytes(tree: PyTree) -> int:
     """The bytes of all arrays on one device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in arrays_of(tree))
 
@@ -36,7 +36,7 @@ def local_shape(x: Any) -> tuple[int, ...]:
     return tuple(x.shape if sharding is None else sharding.shard_shape(tuple(x.shape)))
 
 
-def device_count(tree: PyTree) -> int:
+def count_devices(tree: PyTree) -> int:
     """On how many devices the arrays are, or would be."""
     shardings = (getattr(x, "sharding", None) for x in arrays_of(tree))
     return max((x.num_devices for x in shardings if x is not None), default=1)
@@ -51,7 +51,7 @@ def mesh_axes(x: Any) -> dict[str, int]:
     return {name: sharding.mesh.shape[name] for name in names}
 
 
-def optimizer_state(
+def plan_optimizer_state(
     optimizer: optax.GradientTransformation, params: PyTree
 ) -> PyTree[jax.ShapeDtypeStruct]:
     """The state of an optimizer, abstract. What it holds for a parameter, and is of the

@@ -9,14 +9,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 
-def is_shared(x: Any) -> bool:
+def spans_processes(x: Any) -> bool:
     """Whether parts of `x` belong to other processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
-def on_hand(x: Any) -> Any:
+def replicate(x: Any) -> Any:
     """`x` with all of its entries in every process. All of them have to ask."""
-    if not is_shared(x) or x.is_fully_replicated:
+    if not spans_processes(x) or x.is_fully_replicated:
         return x
     if not isinstance(x.sharding, NamedSharding):
         return multihost_utils.process_allgather(x, tiled=True)
@@ -32,7 +32,7 @@ def write_once(write: Callable[[], None], leaves: Iterable[Any]) -> None:
 
     `OSError` in the others if it failed in the first.
     """
-    if not any(map(is_shared, leaves)):
+    if not any(map(spans_processes, leaves)):
         return write()
     error = None
     if jax.process_index() == 0:

@@ -21,7 +21,7 @@ Placement: TypeAlias = Lying | tuple[Lying, Lying]
 _Labels: TypeAlias = Sequence[Any]
 
 
-def where_put(x: Any) -> Sharding | None:
+def committed_sharding(x: Any) -> Sharding | None:
     """Where the array `x`, which is not traced, was put by anyone; `None` for NumPy
     arrays and for what JAX has put on its default device."""
     if isinstance(x, jax.Array):
@@ -29,12 +29,12 @@ def where_put(x: Any) -> Sharding | None:
     return getattr(x, "sharding", None)
 
 
-def sharding_of(x: Any) -> Sharding | None:
+def known_sharding(x: Any) -> Sharding | None:
     """Where the array `x` lies, by axes that others can follow, as far as it is known
     and was chosen by anyone."""
     if isinstance(x, jax.core.Tracer):
         return explicit_sharding(x)
-    sharding = where_put(x)
+    sharding = committed_sharding(x)
     if sharding is None or isinstance(sharding, NamedSharding):
         return sharding
     if sharding.num_devices == 1:
@@ -56,7 +56,7 @@ def _is_explicit(sharding: Sharding) -> bool:
     return is_named and AxisType.Explicit in sharding.mesh.axis_types
 
 
-def relabelled(
+def relabel(
     sharding: NamedSharding | None, labels: _Labels, wanted: _Labels
 ) -> NamedSharding | None:
     """`sharding`, of an array with the axes `labels`, for one with the axes `wanted`,
@@ -68,15 +68,17 @@ def relabelled(
     return NamedSharding(sharding.mesh, spec)
 
 
-def follow(base: Sharding | None, ndim: int, labels: _Labels) -> Sharding | None:
+def inherit_sharding(
+    base: Sharding | None, ndim: int, labels: _Labels
+) -> Sharding | None:
     """Where an array with the axes `labels` lies if it goes with a base of `ndim` axes.
     The labels are those axes, counted from the end, and others."""
     if not isinstance(base, NamedSharding):
         return base
-    return relabelled(base, range(-ndim, 0), labels)
+    return relabel(base, range(-ndim, 0), labels)
 
 
-def chosen(
+def resolve_sharding(
     name: str,
     shape: Sequence[int],
     wanted: Lying,
@@ -124,7 +126,7 @@ def _mesh(name: str, wanted: PartitionSpec, base: Sharding | None) -> Any:
     return mesh
 
 
-def created(
+def create(
     make: Callable[..., Array],
     arguments: tuple[Any, ...],
     base: Any,
@@ -164,7 +166,7 @@ def _moved(x: Array, sharding: Sharding) -> Array:
     return lax.with_sharding_constraint(x, sharding)
 
 
-def placed(x: Any, sharding: Sharding | None) -> Array:
+def place_array(x: Any, sharding: Sharding | None) -> Array:
     """The array `x`, which every process has whole, where it is to lie."""
     if sharding is None:
         return as_array(x)
@@ -172,7 +174,7 @@ def placed(x: Any, sharding: Sharding | None) -> Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-def of_product(
+def product_sharding(
     x: NamedSharding | None,
     x_labels: _Labels,
     y: NamedSharding | None,

@@ -20,7 +20,7 @@ from .._methods import (
     LoraWeight,
 )
 from .._modules import unloraify
-from .._shared import as_array, created, is_array, is_inexact, Placement, zeros
+from .._shared import as_array, create, is_array, is_inexact, Placement, zeros
 from .._trees import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
 
 
@@ -90,8 +90,8 @@ def init_lora(
         drawn = key_for(rng, path), stddev, a_shape, dtype
         return LoraWeight(
             x,
-            created(zeros, (b_shape, dtype), x, b_lies),
-            created(_normal, drawn, x, a_lies),
+            create(zeros, (b_shape, dtype), x, b_lies),
+            create(_normal, drawn, x, a_lies),
             alpha if spec.alpha is None else spec.alpha,
             rows,
             columns,

@@ -15,11 +15,11 @@ from .._methods import base_of, check_whole, is_weight, LoraWeight, without_base
 from .._modules import without_keys
 from .._shared import (
     arrays_of,
-    device_nbytes,
+    count_bytes,
+    count_device_bytes,
     is_array,
     is_inexact,
-    nbytes,
-    optimizer_state,
+    plan_optimizer_state,
 )
 from .._trees import Filter, Place, Places
 from .train import adapter_spec, trainable
@@ -170,14 +170,16 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
             if is_array(place.node) and is_array(trained.get(place.steps))
         ),
         trained=_count(params),
-        trained_bytes=nbytes(params),
+        trained_bytes=count_bytes(params),
         frozen=_count(frozen),
-        frozen_bytes=nbytes(frozen),
-        adam_bytes=nbytes(adam),
-        full_adam_bytes=0 if is_alone else nbytes(_adam(eqx.filter(base, is_inexact))),
-        device_trained_bytes=device_nbytes(params),
-        device_frozen_bytes=device_nbytes(frozen),
-        device_adam_bytes=device_nbytes(adam),
+        frozen_bytes=count_bytes(frozen),
+        adam_bytes=count_bytes(adam),
+        full_adam_bytes=0
+        if is_alone
+        else count_bytes(_adam(eqx.filter(base, is_inexact))),
+        device_trained_bytes=count_device_bytes(params),
+        device_frozen_bytes=count_device_bytes(frozen),
+        device_adam_bytes=count_device_bytes(adam),
     )
 
 
@@ -227,7 +229,7 @@ def _count(tree: PyTree) -> int:
 
 
 def _adam(params: PyTree) -> PyTree:
-    return optimizer_state(optax.adam(1e-3), params)
+    return plan_optimizer_state(optax.adam(1e-3), params)
 
 
 def in_bytes(count: int | float) -> str:

@@ -59,7 +59,7 @@ def _remat(equation: "Equation", *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
     traced, shapes = jax.make_jaxpr(body, return_shape=True)(*values)
-    jaxpr, consts = compat.opened(traced)
+    jaxpr, consts = compat.hoist_constants(traced)
     leaves = [*consts, *jax.tree.leaves(values)]
     outputs = equation.primitive.bind(*leaves, **params | dict(jaxpr=jaxpr))
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)

@@ -20,7 +20,13 @@ from ..._factored import (
     views,
 )
 from ..._methods import AbstractLoraWeight, is_weight
-from ..._shared import explicit_sharding, is_array, of_product, promote, wide
+from ..._shared import (
+    accumulation_dtype,
+    explicit_sharding,
+    is_array,
+    product_sharding,
+    promote,
+)
 
 
 if TYPE_CHECKING:
@@ -39,7 +45,9 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     out_labels += [y_labels[j] for j in range(y.ndim) if j not in paired[1]]
     (out,) = equation.out_avals
     dtype = x.dtype if x.dtype == y.dtype else promote(x.dtype, y.dtype)
-    if out.dtype != dtype and promote(out.dtype, wide(dtype)) != wide(dtype):
+    if out.dtype != dtype and promote(
+        out.dtype, accumulation_dtype(dtype)
+    ) != accumulation_dtype(dtype):
         dtype = out.dtype
     # Of two weights, one that is neither scaled nor nested is taken apart.
     if is_weight(x) and (not is_weight(y) or _can_be_taken_apart(y)):
@@ -125,7 +133,7 @@ def _contract_weights(
         hidden_labels,
         dtype,
         precision=portable(precision),
-        out_sharding=of_product(
+        out_sharding=product_sharding(
             explicit_sharding(first),
             first_labels,
             views.explicit_sharding(y),

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from ..._factored import concatenate, gather, NotFactored, views
 from ..._methods import is_weight
-from ..._shared import relabelled, wide
+from ..._shared import accumulation_dtype, relabel
 
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def _div(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
         raise NotFactored("it divides by a weight")
     # In float32 at least: a reciprocal that was rounded would be off by the same amount
     # everywhere.
-    return [_scaled(equation, x, 1 / jnp.asarray(y, wide(x.dtype)))]
+    return [_scaled(equation, x, 1 / jnp.asarray(y, accumulation_dtype(x.dtype)))]
 
 
 def _neg(equation: "Equation", x: Any) -> Sequence[Any]:
@@ -177,7 +177,7 @@ def _sharding_constraint(equation: "Equation", x: Any) -> Sequence[Any]:
     if not isinstance(sharding, NamedSharding) or is_weight(lora.w):
         raise NotFactored(f"it asks for {sharding}")
     stored = range(-x.ndim, 0)
-    moved = relabelled(sharding, lora.shown_axes(), stored)
+    moved = relabel(sharding, lora.shown_axes(), stored)
     # Where the factors lie then is left to the compiler.
     return [lora.replace(w=lax.with_sharding_constraint(lora.w, moved))]
 
@@ -190,7 +190,7 @@ def _reshard(equation: "Equation", x: Any) -> Sequence[Any]:
         lora = x.as_lora()
         shown = lora.shown_axes()
         return lora.map_arrays(
-            lambda part, labels: to(part, relabelled(sharding, shown, labels))
+            lambda part, labels: to(part, relabel(sharding, shown, labels))
         )
 
     return [to(x, equation.params["dst_sharding"])]
