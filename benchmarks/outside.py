@@ -74,7 +74,8 @@ def main() -> None:
     params, _ = lorax.partition(adapted)
     state = count_bytes(optax.adam(1e-3).init(params))
     print(
-        f"{flags.layers} × ({dim} × {dim}), rank {rank}: {count_bytes(model) / 1e9:.2f} GB"
+        f"{flags.layers} × ({dim} × {dim}), rank {rank}: "
+        f"{count_bytes(model) / 1e9:.2f} GB"
     )
     print(f"loraify, cold           {cold:8.3f} s")
     print(f"loraify, warm           {warm:8.3f} s")
