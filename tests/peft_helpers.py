@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_lorax._peft.layout import arrays_of
-from eqx_lorax._peft.names import expanded, template
+from eqx_lorax._peft.pytorch import arrays_of, expanded, template
 from eqx_lorax._trees import Places
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._shared import replicate
-from .homes import Home
-from .layout import Linear
+from .tensors import Home, Linear
 
 
 def other_bases(path: str, home: Home, left: dict[str, Any]) -> Iterator[str]:

@@ -10,8 +10,16 @@ from .._adapters import Adapter
 from .._methods import is_weight
 from .._shared import is_inexact
 from .._trees import Place, Places
-from .layout import Factors, is_module, layout_for, template_for, torch_shape
-from .names import expanded, Index, Names, template
+from .pytorch import (
+    expanded,
+    Index,
+    is_module,
+    Names,
+    template,
+    template_for,
+    torch_shape,
+)
+from .tensors import Factors, layout_for
 
 
 class Biases(NamedTuple):

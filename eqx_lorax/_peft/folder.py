@@ -17,7 +17,7 @@ from .._adapters import (
     read_tensors,
 )
 from .config import check_config
-from .names import few
+from .pytorch import few
 
 
 _T = TypeVar("_T")

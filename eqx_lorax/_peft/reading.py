@@ -13,28 +13,41 @@ from .._shared import accumulation_dtype, promote
 from .._trees import Place, Places
 from .bases import other_bases
 from .biases import read_biases
-from .config import alpha_of, rank_of
-from .homes import Home, homes
-from .layout import (
-    arrays_of,
-    Experts,
-    Factors,
-    is_module,
-    modules_with_arrays,
-    torch_shape,
-    warn_of_convolution,
-)
-from .names import expanded, few, Index, Names, template
-from .nesting import by_module, check_order, found_order, prefix_at, prefixes
-from .promises import (
+from .config import (
+    alpha_of,
     broken_promises,
     Contents,
     is_parameter_targeted,
+    rank_of,
     warn_of_idle_patterns,
 )
-from .sides import InOut
+from .pytorch import (
+    arrays_of,
+    expanded,
+    few,
+    Index,
+    is_module,
+    modules_with_arrays,
+    Names,
+    template,
+    torch_shape,
+)
+from .tensors import (
+    by_module,
+    can_be,
+    check_order,
+    Experts,
+    Factors,
+    found_order,
+    Home,
+    homes,
+    InOut,
+    layout_in_file,
+    prefix_at,
+    prefixes,
+    warn_of_convolution,
+)
 from .tied import check_tied_tensors, Tied
-from .versions import can_be, layout_in_file
 
 
 def adapter_from(

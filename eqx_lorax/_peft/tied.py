@@ -19,8 +19,8 @@ from .._adapters import Adapter
 from .._methods import is_weight
 from .._trees import Place, Places
 from .config import alpha_of, rank_of
-from .homes import Home
-from .layout import Embedding, Layout, Linear, named
+from .pytorch import named
+from .tensors import Embedding, Home, Layout, Linear
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,22 +12,29 @@ from .._methods import is_weight
 from .._modules import axes_of
 from .._trees import Place, Places
 from .biases import trained_biases
-from .config import new_config
-from .layout import (
+from .config import is_said_alone, new_config, upwards
+from .pytorch import (
     arrays_of,
+    expanded,
+    few,
+    modules_with_arrays,
+    Names,
+    template,
+    template_for,
+    torch_shape,
+)
+from .tensors import (
+    by_module,
+    check_order,
     Factors,
+    InOut,
     Layout,
     layout_for,
     Linear,
-    modules_with_arrays,
-    template_for,
-    torch_shape,
+    order_to_write,
+    prefixes,
     warn_of_convolution,
 )
-from .matching import is_said_alone, upwards
-from .names import expanded, few, Names, template
-from .nesting import by_module, check_order, order_to_write, prefixes
-from .sides import InOut
 from .tied import Tied, tied_pair
 
 

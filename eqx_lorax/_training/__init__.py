@@ -1,3 +1,10 @@
+"""What of a model is trained: partitions, gradients and optimizers that leave out the
+rest, the interface for trees of parameters, and the table of what training takes.
+
+How a module gets its adapters is in `_modules`, and what a step costs before it has run
+is in `_planning`. Saving what was trained is in `_adapters`.
+"""
+
 from .optimizer import (
     value_and_grad_from_state as value_and_grad_from_state,
     wrap_optimizer as wrap_optimizer,

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from ..pytorch import few
 from .matching import (
     ALL_LINEAR,
     ends_with,
@@ -14,7 +15,6 @@ from .matching import (
     is_saved_whole,
     is_targeted,
 )
-from .names import few
 
 
 # What PEFT adds to `modules_to_save` for a task, whether the model has it or not.

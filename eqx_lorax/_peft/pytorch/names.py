@@ -5,7 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from .._trees import matches
+from ..._trees import matches
 
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .._methods import factor_shapes
-from .._modules import axes_of, target_of
-from .._trees import Place, Places
-from .layout import Layout, layout_for, named, template_for
-from .names import expanded, Index, Names, template
+from ..._methods import factor_shapes
+from ..._modules import axes_of, target_of
+from ..._trees import Place, Places
+from ..pytorch import expanded, Index, named, Names, template, template_for
+from .layout import Layout, layout_for
 from .sides import InOut
 
 

@@ -3,16 +3,13 @@
 import abc
 import dataclasses
 import warnings
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
 import numpy as np
 
-from .._layers import kernel_axes
-from .._shared import is_inexact
-from .._trees import Place, Places
-from .names import expanded, Names, template
+from ..._layers import kernel_axes
+from ..._trees import Place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,50 +227,3 @@ def warn_of_convolution(place: Place) -> None:
             "here, which are those of the merged kernel.",
             stacklevel=4,
         )
-
-
-def template_for(place: Place, names: Names) -> str:
-    path = named(place)
-    torch = template(names, path)
-    if torch is None:
-        dotted = ".".join(path)
-        raise ValueError(f"`names` has nothing for {dotted!r}.")
-    return torch
-
-
-def named(place: Place) -> tuple[str, ...]:
-    """What `names` is asked about an array: the module whose weight it is."""
-    return place.path[:-1] if place.path[-1] == "weight" else place.path
-
-
-def torch_shape(array: Place, shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape in PyTorch of an array of a module that is saved whole, of this `shape`
-    here: biases of convolutions have axes of size one more."""
-    module: Any = array.owner.module if array.owner is not None else None
-    if array.path[-1] == "bias" and hasattr(module, "num_spatial_dims"):
-        return tuple(shape[: len(shape) - module.num_spatial_dims])
-    return tuple(shape)
-
-
-def arrays_of(module: Place, places: Places) -> list[Place]:
-    return [
-        place
-        for place in places.beneath(module)
-        if place.owner is module and is_inexact(place.node)
-    ]
-
-
-def is_module(place: Place) -> bool:
-    return isinstance(place.node, eqx.Module) and bool(place.path)
-
-
-def modules_with_arrays(places: Places, names: Names) -> list[str]:
-    """The paths in PyTorch of all modules that have arrays of their own."""
-    return [
-        path
-        for module in places.all
-        if is_module(module)
-        and (torch := template(names, module.path)) is not None
-        and (arrays := [x for x in places.beneath(module) if x.owner is module])
-        for _, path in expanded(torch, getattr(arrays[0].node, "shape", ()))
-    ]

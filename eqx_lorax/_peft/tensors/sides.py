@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Set
 
-from .._layers import layer_for, LoraModule
-from .._modules import target_of
-from .._trees import Filter, named_places, Place, Places
+from ..._layers import layer_for, LoraModule
+from ..._modules import target_of
+from ..._trees import Filter, named_places, Place, Places
 from .layout import layout_of, Linear
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import rank_of
+from ..config import rank_of
 from .homes import Home
 from .layout import Layout
 
