@@ -1,5 +1,5 @@
-"""Adapters apart from their models: taken out of a model and put into one, this library's
-own file format, checkpoints of a run, and what every other file format needs.
+"""Adapters apart from their models: taken out of a model and put into one, this
+library's own file format, checkpoints of a run, and what every other file format needs.
 
 Other formats have rooms of their own, as PEFT's has in `_peft`. What is trained of a
 model is decided in `_training`, and arithmetic on adapters is in `_arithmetic`.

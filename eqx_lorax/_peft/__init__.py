@@ -1,10 +1,10 @@
 """PEFT's format: a folder with a configuration and tensors, read into an adapter and
 written from one.
 
-Three rooms inside stand on each other: `pytorch` (paths and shapes there), `config` (the
-configuration) and `tensors` (the factors); the files beside them put these together.
-What formats share, such as reading safetensors or comparing bases, is in `_adapters`,
-and the public functions are in `peft.py`.
+Three rooms inside stand on each other: `pytorch` (paths and shapes there), `config`
+(the configuration) and `tensors` (the factors); the files beside them put these
+together. What formats share, such as reading safetensors or comparing bases, is in
+`_adapters`, and the public functions are in `peft.py`.
 """
 
 from .folder import (

@@ -1,5 +1,5 @@
-"""The factors as PEFT stores them: a layout for each kind of layer, in which order their
-sides are, and where the array that they adapt is in a model here.
+"""The factors as PEFT stores them: a layout for each kind of layer, in which order
+their sides are, and where the array that they adapt is in a model here.
 
 What is no factor (biases, whole modules, bases) is in the files of the room around this
 one, and options and paths are in `config` and `pytorch`.
