@@ -2,6 +2,7 @@ from . import compat as compat, sharding as sharding
 from .arrays import (
     accumulation_dtype as accumulation_dtype,
     as_array as as_array,
+    axes_from_end as axes_from_end,
     check_real as check_real,
     count_bits as count_bits,
     is_array as is_array,

@@ -14,6 +14,11 @@ def is_array(x: Any) -> TypeGuard[Array]:
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
+def axes_from_end(ndim: int) -> range:
+    """The axes of an array, counted from its end: `-ndim, ..., -1`."""
+    return range(-ndim, 0)
+
+
 def count_bits(dtype: DTypeLike) -> int:
     """How many bits an entry has, which for some dtypes are fewer than a byte."""
     dtype = jnp.dtype(dtype)
