@@ -233,7 +233,7 @@ def load(
 def _for_inference(model: _Model) -> _Model:
     """With the dropout of adapted layers switched off; that of the model stays."""
     edits = {
-        place.steps: lambda layer: eqx.tree_at(
+        place.indices: lambda layer: eqx.tree_at(
             lambda layer: layer.dropout.inference, layer, True
         )
         for place in Places(model).all

@@ -64,8 +64,8 @@ def filled_from(model, named, names, is_turned=lambda path: False):
             ]
             if is_turned(array.path):
                 parts = [part.T for part in parts]
-            found[array.steps] = np.stack(parts).reshape(array.node.shape)
-    steps = [place.steps for place in places.all if place.is_array]
+            found[array.indices] = np.stack(parts).reshape(array.node.shape)
+    steps = [place.indices for place in places.all if place.is_array]
     assert found.keys() == set(steps)
     leaves, treedef = jax.tree.flatten(model)
     arrays = iter(steps)

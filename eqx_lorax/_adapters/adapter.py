@@ -12,7 +12,7 @@ import numpy as np
 
 from .._layers import is_layer
 from .._methods import AbstractLoraWeight, base_of, is_weight
-from .._modules import merged_targets, Target, target_of, wrapping
+from .._modules import find_target, join_targets, make_wrapper, Target
 from .._shared import inherit_sharding, is_array, known_sharding, place_array, replicate
 from .._training import trained_places
 from .._trees import Filter, Place, Places, rebuild
@@ -244,15 +244,15 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     for adapted in adapter.adapted:
         place = by_path[adapted.path]
         weight = adapted.on(place.node)
-        edits[place.steps] = lambda _, weight=weight: weight
-        target = target_of(place)
+        edits[place.indices] = lambda _, weight=weight: weight
+        target = find_target(place)
         if target is not None and not is_weight(place.node):
             fresh.append(target)
-            rates[target.module] = rates.get(target.module) or adapted.dropout or 0.0
-    for target in merged_targets(fresh):
-        edits[target.module.steps] = wrapping(target, rates[target.module])
+            rates[target.place] = rates.get(target.place) or adapted.dropout or 0.0
+    for target in join_targets(fresh):
+        edits[target.place.indices] = make_wrapper(target, rates[target.place])
     for path, array in adapter.others.items():
-        edits[by_path[path].steps] = lambda old, new=array: place_array(
+        edits[by_path[path].indices] = lambda old, new=array: place_array(
             new, known_sharding(old)
         )
     return rebuild(model, edits)

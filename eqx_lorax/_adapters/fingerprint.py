@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from .._methods import is_weight
 from .._shared import as_array, count_bits, is_array, replicate
-from .._trees import joined, Places
+from .._trees import join_path, Places
 
 
 def base_digests(
@@ -28,7 +28,7 @@ def base_digests(
     """A digest of every array of a model that is frozen, by its path in the plain
     model: all but the factors of adapters, and but those at `without`."""
     return {
-        joined(path): digest(array)
+        join_path(path): digest(array)
         for path, array in _frozen(places)
         if path not in without
     }

@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from .._methods import check_whole
 from .._modules import without_views
 from .._shared import write_once
-from .._trees import Filter, joined, Places
+from .._trees import Filter, join_path, Places
 from .adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
 from .atomic import replacing
 from .fingerprint import base_digests, digest_of
@@ -124,14 +124,14 @@ def save_adapter(
             "settings": adapted.settings,
             "dropout": adapted.dropout,
             "tensors": {
-                name: stored(f"{joined(adapted.path)}.{name}", array)
+                name: stored(f"{join_path(adapted.path)}.{name}", array)
                 for name, array in adapted.arrays.items()
             },
         }
         for adapted in adapter.adapted
     ]
     others = [
-        {"path": path, "tensor": stored(joined(path), array)}
+        {"path": path, "tensor": stored(join_path(path), array)}
         for path, array in adapter.others.items()
     ]
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from .._layers import is_layer
 from .._methods import AbstractLoraWeight, is_weight
 from .._shared import is_array
-from .._trees import joined, Places
+from .._trees import join_path, Places
 from .fingerprint import digest
 
 
@@ -33,12 +33,12 @@ def settings_of_frozen(frozen: Any) -> dict[str, Any]:
         node = place.node
         if is_weight(node):
             others = {name: getattr(node, name) for name in node.frozen if name != "w"}
-            found[joined(place.path)] = _static(node) | {
+            found[join_path(place.path)] = _static(node) | {
                 name: digest(x) for name, x in others.items() if is_array(x)
             }
         elif is_layer(node) and node.has_dropout:
             rate = 0.0 if node.dropout is None else float(node.dropout.p)
-            found[joined(place.path)] = {"dropout": rate}
+            found[join_path(place.path)] = {"dropout": rate}
     return found
 
 

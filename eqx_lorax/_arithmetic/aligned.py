@@ -9,10 +9,10 @@ import jax.lax as lax
 import numpy as np
 from jaxtyping import Array, ArrayLike, Num
 
-from .._layers import is_layer, replaced
+from .._layers import is_layer, replace_fields
 from .._methods import base_of, is_weight, LoraWeight
 from .._shared import as_array, multiply
-from .._trees import children, Place, Places, rebuild
+from .._trees import flatten_one_level, Place, Places, rebuild
 
 
 Path = tuple[str, ...]
@@ -51,7 +51,7 @@ class Aligned:
     def filled(self, new: Sequence[Any]) -> Any:
         """An adapter with other things in these places."""
         edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-            column.place.steps: lambda _, value=value: value
+            column.place.indices: lambda _, value=value: value
             for column, value in zip(self.columns, new, strict=True)
         }
         return rebuild(self.union, edits)
@@ -96,8 +96,8 @@ def united(nodes: Sequence[Any], path: Path = ()) -> Any:
         return next(iter(weights or nodes), None)
     if layers:
         wrapped = [node.wrapped if is_layer(node) else node for node in nodes]
-        return replaced(layers[0], wrapped=united(wrapped, path))
-    levels = [level for level in map(children, nodes) if level is not None]
+        return replace_fields(layers[0], wrapped=united(wrapped, path))
+    levels = [level for level in map(flatten_one_level, nodes) if level is not None]
     if len(levels) < len(nodes):
         return nodes[0]
     names = [[name for name, _ in named] for named, _ in levels]

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 
-from .._layers import is_layer, replaced
+from .._layers import is_layer, replace_fields
 from .._methods import base_of, is_weight, lacks_arrays, misfits, upon
 from .._shared import is_array
 from .._trees import Place, Places, rebuild
@@ -57,7 +57,7 @@ def attach(model: _Model, params: Any) -> _Model:
     arrays = {place.path: place for place in places if place.is_array}
     nodes = {place.path: place for place in places if not place.is_array}
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: _without_adapter for place in places if _has_adapter(place.node)
+        place.indices: _without_adapter for place in places if _has_adapter(place.node)
     }
     problems: list[str] = []
     for place in new:
@@ -70,7 +70,7 @@ def attach(model: _Model, params: Any) -> _Model:
             continue
         made, wrong = _joined(target, place.node)
         problems += [f"{place.dotted}: {line}" for line in wrong]
-        edits[target.steps] = made
+        edits[target.indices] = made
     if problems:
         more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
         lines = "".join(f"\n  {line}" for line in problems[:12])
@@ -150,7 +150,7 @@ def _layer(node: Any, new: Any) -> Any:
         changes["dropout"] = eqx.nn.Dropout(0.0, inference=True)
         if is_adapted and node.has_dropout and node.dropout is not None:
             changes |= {"dropout": node.dropout, "key": node.key}
-    return replaced(new, **changes)
+    return replace_fields(new, **changes)
 
 
 def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:

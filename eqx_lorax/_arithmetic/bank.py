@@ -74,7 +74,7 @@ class AdapterBank(eqx.Module):
             return jnp.concatenate([place.node, jnp.expand_dims(last, 0)])
 
         edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-            place.steps: lambda _, new=laid_out(place): new
+            place.indices: lambda _, new=laid_out(place): new
             for place in Places(stacked).all
             if place.is_array
         }

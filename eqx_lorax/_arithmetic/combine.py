@@ -11,7 +11,7 @@ import numpy as np
 from .._layers import is_layer
 from .._methods import base_of, is_weight, lacks_arrays, misfits
 from .._shared import is_array
-from .._trees import children
+from .._trees import flatten_one_level
 
 
 _Model = TypeVar("_Model")
@@ -163,7 +163,7 @@ def _differences(x: Any, y: Any, path: tuple[str, ...]) -> Iterator[str]:
         if is_weight(x.w) or is_weight(y.w):
             yield from _differences(x.w, y.w, (*path, "w"))
         return
-    level, partner_level = children(x), children(y)
+    level, partner_level = flatten_one_level(x), flatten_one_level(y)
     if level is None or partner_level is None:
         return
     (mine, structure), (theirs, other) = level, partner_level
@@ -183,7 +183,7 @@ def _differences(x: Any, y: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 def _has_structure(node: Any) -> bool:
     """Whether it is more than a leaf, or than what is in the other part."""
-    return is_weight(node) or node is not None and children(node) is not None
+    return is_weight(node) or node is not None and flatten_one_level(node) is not None
 
 
 def _kind(node: Any) -> str:

@@ -1,15 +1,15 @@
-from .forwarding import NORMS as NORMS, replaced as replaced
+from .forwarding import NORMS as NORMS, replace_fields as replace_fields
 from .layer import (
     AbstractLoraLayer as AbstractLoraLayer,
-    drops as drops,
+    has_active_dropout as has_active_dropout,
     is_layer as is_layer,
 )
 from .layers import (
-    is_default as is_default,
-    is_known as is_known,
-    is_part_of_kind as is_part_of_kind,
+    find_layer as find_layer,
+    is_adapted_by_default as is_adapted_by_default,
+    is_field_of_kind as is_field_of_kind,
+    is_known_layer as is_known_layer,
     kernel_axes as kernel_axes,
-    layer_for as layer_for,
     LoraConv as LoraConv,
     LoraEmbedding as LoraEmbedding,
     LoraLinear as LoraLinear,

@@ -27,19 +27,21 @@ ARRAY_PROTOCOLS = ("__array__", "__jax_array__")
 """What NumPy and JAX look for in an object itself, and not in its type."""
 
 
-def run(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """`fn(module, *args, **kwargs)` for the module that `layer` stands for, whose
     factored weights `fn` sees as arrays."""
     module = layer.wrapped
-    result = call(_settled(fn), (module, *args), kwargs, _door(module))
+    result = call(
+        _encode_result(fn), (module, *args), kwargs, _interpreter_options(module)
+    )
     match result:
-        case _Itself():
+        case _SameModule():
             return layer
-        case _Items(items=items):
+        case _Iterated(items=items):
             return iter(items)
-        case _Function():
+        case _Closure():
             # It was made while `fn` was traced, so it has to be made anew.
-            return lambda *more, **named: run(
+            return lambda *more, **named: run_module(
                 layer,
                 lambda module, *more, **named: fn(module, *args, **kwargs)(
                     *more, **named
@@ -50,37 +52,38 @@ def run(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any
     is_changed = type(result) is type(module) and any(
         map(is_weight, jax.tree.leaves(result, is_leaf=is_weight))
     )
-    return replaced(layer, wrapped=result) if is_changed else result
+    return replace_fields(layer, wrapped=result) if is_changed else result
 
 
-def attribute(layer: Any, name: str) -> Any:
+def get_attribute(layer: Any, name: str) -> Any:
     """What `name` is of the module that `layer` stands for."""
     module = layer.wrapped
     if name in vars(module):
         return getattr(module, name)
     kind = type(module)
-    of_class = inspect.getattr_static(kind, name, None)
-    if isinstance(of_class, staticmethod | classmethod):
+    definition = inspect.getattr_static(kind, name, None)
+    if isinstance(definition, staticmethod | classmethod):
         return getattr(module, name)
-    if isinstance(of_class, _METHODS) or callable(of_class) and _binds(of_class):
+    is_descriptor = hasattr(type(definition), "__get__")
+    if isinstance(definition, _METHODS) or callable(definition) and is_descriptor:
         return eqx.module_update_wrapper(_Method(layer, name))
-    if _binds(of_class) or of_class is None and hasattr(kind, "__getattr__"):
-        return run(layer, lambda module: getattr(module, name))
+    if is_descriptor or definition is None and hasattr(kind, "__getattr__"):
+        return run_module(layer, lambda module: getattr(module, name))
     return getattr(module, name)
 
 
-def replaced(layer: Any, **changes: Any) -> Any:
+def replace_fields(layer: Any, **changes: Any) -> Any:
     """`layer` with other values in some of its fields."""
-    return type(layer)(*values_of(layer, **changes))
+    return type(layer)(*get_fields(layer, **changes))
 
 
-def values_of(layer: Any, **changes: Any) -> tuple[Any, ...]:
+def get_fields(layer: Any, **changes: Any) -> tuple[Any, ...]:
     """The values of its fields, or the `changes` of these."""
     names = [field.name for field in dataclasses.fields(type(layer))]
     return tuple(changes.get(name, getattr(layer, name)) for name in names)
 
 
-class Special:
+class SpecialMethod:
     """A special method, which Python looks up in the type of an object, for layers
     whose type cannot know whether the module has it."""
 
@@ -91,17 +94,19 @@ class Special:
         if layer is None:
             return self
         kind = type(layer.wrapped)
-        own, inherited = (_in_class(x, self.name) for x in (kind, eqx.Module))
+        own, inherited = (_look_up(x, self.name) for x in (kind, eqx.Module))
         if own is not None and own is not inherited:
             return functools.partial(
-                run, layer, lambda module, *args: getattr(module, self.name)(*args)
+                run_module,
+                layer,
+                lambda module, *args: getattr(module, self.name)(*args),
             )
         if inherited is not None:
             return inherited.__get__(layer)
         if self.name in _BUILT_IN:
             function, names = _BUILT_IN[self.name]
-            if any(_in_class(kind, name) is not None for name in names):
-                return functools.partial(run, layer, function)
+            if any(_look_up(kind, name) is not None for name in names):
+                return functools.partial(run_module, layer, function)
         if self.name == "__bool__":
             return lambda: True
         if self.name in _BINARY:
@@ -132,7 +137,7 @@ _BINARY = [
 
 # Not those that turn into a number of Python's own: a type that has them passes for a
 # number, and a traced array cannot.
-SPECIAL = (
+SPECIAL_METHODS = (
     *("__len__", "__getitem__", *_BUILT_IN, "__enter__", "__exit__"),
     *("__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"),
     *("__neg__", "__pos__", "__abs__", "__invert__", *_BINARY),
@@ -153,49 +158,45 @@ class _Method(eqx.Module):
         def method(module: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(module, self.name)(*args, **kwargs)
 
-        return run(self.layer, method, *args, **kwargs)
+        return run_module(self.layer, method, *args, **kwargs)
 
 
 _METHODS = (functools.partialmethod, functools.singledispatchmethod)
 
 
-def _binds(of_class: Any) -> bool:
-    return hasattr(type(of_class), "__get__")
-
-
-def _in_class(kind: type, name: str) -> Any:
+def _look_up(kind: type, name: str) -> Any:
     """As Python looks up special methods: not in the type of the type."""
     return next((vars(x)[name] for x in kind.__mro__ if name in vars(x)), None)
 
 
-class _Itself(NamedTuple):
+class _SameModule(NamedTuple):
     """The module was returned."""
 
 
-class _Items(NamedTuple):
+class _Iterated(NamedTuple):
     """What an iterator gave, which outlives the trace in which it was made."""
 
     items: tuple[Any, ...]
 
 
-class _Function(NamedTuple):
+class _Closure(NamedTuple):
     """Something was returned that is going to compute with the module."""
 
 
-def _settled(fn: Callable[..., Any]) -> Callable[..., Any]:
+def _encode_result(fn: Callable[..., Any]) -> Callable[..., Any]:
     """`fn`, but what it returns holds nothing that was traced, except in its leaves."""
 
-    def settled(module: Any, /, *args: Any, **kwargs: Any) -> Any:
+    def run_and_encode(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = fn(module, *args, **kwargs)
         if result is module:
-            return _Itself()
+            return _SameModule()
         if isinstance(result, Iterator):
-            return _Items(tuple(result))
+            return _Iterated(tuple(result))
         if isinstance(result, KeysView | ValuesView | ItemsView):
             return tuple(result)
-        return _Function() if _is_function(result) else result
+        return _Closure() if _is_function(result) else result
 
-    return settled
+    return run_and_encode
 
 
 def _is_function(x: Any) -> bool:
@@ -209,7 +210,7 @@ def _is_function(x: Any) -> bool:
     return inner is not x and _is_function(inner)
 
 
-def _door(module: Any) -> Door:
+def _interpreter_options(module: Any) -> Door:
     name = type(module).__name__
     return Door(
         on_materialise="allow" if isinstance(module, NORMS) else "warn",

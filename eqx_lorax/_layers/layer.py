@@ -6,7 +6,13 @@ import equinox as eqx
 
 from .._functions import AbstractOpaque
 from .._shared import layer_document
-from .forwarding import ARRAY_PROTOCOLS, attribute, SPECIAL, Special, values_of
+from .forwarding import (
+    ARRAY_PROTOCOLS,
+    get_attribute,
+    get_fields,
+    SPECIAL_METHODS,
+    SpecialMethod,
+)
 
 
 class AbstractLoraLayer(AbstractOpaque):
@@ -33,12 +39,12 @@ class AbstractLoraLayer(AbstractOpaque):
         is_special = name.startswith("__") and name not in ARRAY_PROTOCOLS
         if name == "wrapped" or is_special:
             raise AttributeError(name)
-        return attribute(self, name)
+        return get_attribute(self, name)
 
     @property
     def is_opaque(self) -> bool:
         # Only the layer knows which branch its dropout is for.
-        return drops(self)
+        return has_active_dropout(self)
 
     # Models ask `isinstance(layer, eqx.nn.Linear)` and would take another branch.
     # `type(layer)` remains the truth.
@@ -52,11 +58,11 @@ class AbstractLoraLayer(AbstractOpaque):
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         # The default is refused by `pickle`, because of `__class__`.
-        return type(self), values_of(self)
+        return type(self), get_fields(self)
 
 
-for _name in SPECIAL:
-    setattr(AbstractLoraLayer, _name, Special(_name))
+for _name in SPECIAL_METHODS:
+    setattr(AbstractLoraLayer, _name, SpecialMethod(_name))
 
 
 def is_layer(node: Any) -> bool:
@@ -65,7 +71,7 @@ def is_layer(node: Any) -> bool:
 
 
 # Functions, because every attribute of a layer's own hides one of its module.
-def drops(layer: AbstractLoraLayer) -> bool:
+def has_active_dropout(layer: AbstractLoraLayer) -> bool:
     """Whether it has active dropout."""
     dropout: Any = layer.dropout if layer.has_dropout else None
     return dropout is not None and not dropout.inference

@@ -16,9 +16,9 @@ from jaxtyping import Array, ArrayLike, Int, Key, PRNGKeyArray, UInt32
 from .._factored import channels_first, convolve
 from .._methods import AbstractLoraWeight, is_one_key, matmul
 from .._shared import is_array
-from .forwarding import NORMS, run
+from .forwarding import NORMS, run_module
 from .geometry import conv_geometry
-from .layer import AbstractLoraLayer, drops
+from .layer import AbstractLoraLayer, has_active_dropout
 
 
 # One key, or one for each layer of a stack.
@@ -56,7 +56,7 @@ class LoraLinear(AbstractLoraLayer):
         """
         linear = self.wrapped
         if not isinstance(linear.weight, AbstractLoraWeight):
-            return run(self, operator.call, jnp.asarray(x), key=key)
+            return run_module(self, operator.call, jnp.asarray(x), key=key)
         _check_unstacked(linear, linear.weight, 2)
         with jax.named_scope("lorax.LoraLinear"):
             x = jnp.asarray(x)
@@ -108,7 +108,7 @@ class LoraConv(AbstractLoraLayer):
         """
         conv = self.wrapped
         if not isinstance(conv.weight, AbstractLoraWeight):
-            return run(self, operator.call, x, key=key)
+            return run_module(self, operator.call, x, key=key)
         _check_unstacked(conv, conv.weight, conv.num_spatial_dims + 2)
         if x.ndim != conv.num_spatial_dims + 1:
             raise ValueError(
@@ -186,13 +186,13 @@ class LoraModule(AbstractLoraLayer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the module itself: same arguments, same result."""
         with jax.named_scope("lorax.LoraModule"):
-            return run(self, operator.call, *args, **kwargs)
+            return run_module(self, operator.call, *args, **kwargs)
 
 
 _STANDARD = (LoraLinear, LoraConv, LoraEmbedding)
 
 
-def layer_for(module: Any) -> type[AbstractLoraLayer]:
+def find_layer(module: Any) -> type[AbstractLoraLayer]:
     """The layer that stands for `module`: the one for its kind if it computes as all
     of that kind do, and else the one that runs any module's own code."""
     kind, layer = _kind_of(module)
@@ -200,17 +200,17 @@ def layer_for(module: Any) -> type[AbstractLoraLayer]:
     return layer if is_plain else LoraModule
 
 
-def is_known(module: Any) -> bool:
+def is_known_layer(module: Any) -> bool:
     """Whether `module` is a layer of a kind that can be adapted by its name alone."""
     return _kind_of(module)[0] is not None or type(module) in NORMS
 
 
-def is_default(module: Any) -> bool:
+def is_adapted_by_default(module: Any) -> bool:
     """Whether `module` is adapted where only what is around it is named."""
     return _kind_of(module)[1].by_default
 
 
-def is_part_of_kind(module: Any, field: str) -> bool:
+def is_field_of_kind(module: Any, field: str) -> bool:
     """Whether `module` has its field `field` as all of its kind have it, rather than as
     the subclass that it is an instance of."""
     kind, _ = _kind_of(module)
@@ -281,7 +281,7 @@ def _dropped(
     if dropout is None:
         return None
     key = layer.key if key is None else key
-    if drops(layer):
+    if has_active_dropout(layer):
         _check_key(key, dropout.p)
     return dropout(x, key=key)
 

@@ -1,10 +1,14 @@
-from .dropout import dropout_key as dropout_key, without_keys as without_keys
-from .form import axes_of as axes_of
+from .dropout import dropout_key as dropout_key, remove_keys as remove_keys
+from .form import infer_axes as infer_axes
 from .forward import merged_forward as merged_forward
 from .held import without_gates as without_gates, without_views as without_views
-from .surgery import loraify as loraify, unloraify as unloraify, wrapping as wrapping
+from .surgery import (
+    loraify as loraify,
+    make_wrapper as make_wrapper,
+    unloraify as unloraify,
+)
 from .targets import (
-    merged_targets as merged_targets,
+    find_target as find_target,
+    join_targets as join_targets,
     Target as Target,
-    target_of as target_of,
 )

@@ -10,9 +10,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from .._layers import drops, is_layer, kernel_axes, replaced
+from .._layers import has_active_dropout, is_layer, kernel_axes, replace_fields
 from .._methods import base_of, check_key, is_weight, key_for_words, words_of
-from .._trees import joined, Places, rebuild
+from .._trees import join_path, Places, rebuild
 
 
 _Model = TypeVar("_Model")
@@ -68,23 +68,23 @@ def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
         keys = [None] * len(layers)
     else:
         check_key(key)
-        layers = [place for place in layers if drops(place.node)]
-        words = [words_of(joined(place.path)) for place in layers]
+        layers = [place for place in layers if has_active_dropout(place.node)]
+        words = [words_of(join_path(place.path)) for place in layers]
         shapes = [_stack_shape(place.node) for place in layers]
-        keys = _keys(key, words, shapes) if layers else []
+        keys = _derive_keys(key, words, shapes) if layers else []
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: lambda layer, key=key: replaced(layer, key=key)
+        place.indices: lambda layer, key=key: replace_fields(layer, key=key)
         for place, key in zip(layers, keys, strict=True)
     }
     return rebuild(model, edits)
 
 
-def without_keys(model: _Model) -> _Model:
+def remove_keys(model: _Model) -> _Model:
     """`model`, which may be anything, without keys for dropout."""
     layers = [place for place in Places(model).all if is_layer(place.node)]
     keyed = [x for x in layers if x.node.has_dropout and x.node.key is not None]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: lambda layer: replaced(layer, key=None) for place in keyed
+        place.indices: lambda layer: replace_fields(layer, key=None) for place in keyed
     }
     return rebuild(model, edits)
 
@@ -96,17 +96,17 @@ def _stack_shape(layer: Any) -> tuple[int, ...]:
     return tuple(shape[: len(shape) - own])
 
 
-def _keys(
+def _derive_keys(
     key: PRNGKeyArray,
     words: Sequence[tuple[int, int]],
     shapes: Sequence[tuple[int, ...]],
 ) -> list[Array]:
     # One program for all of them: each `fold_in` on its own takes long to compile.
-    return _derived(key, jax.device_put(np.array(words, np.uint32)), tuple(shapes))
+    return _derive(key, jax.device_put(np.array(words, np.uint32)), tuple(shapes))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _derived(
+def _derive(
     key: PRNGKeyArray,
     words: UInt32[Array, "layers 2"],
     shapes: tuple[tuple[int, ...], ...],

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .._layers import is_known, kernel_axes
+from .._layers import is_known_layer, kernel_axes
 from .._shared import Placement
 from .._trees import LoraSpec, Pattern, Place
-from .options import deciding, per_array
+from .options import group_by_pattern, resolve_per_array
 from .targets import Target
 
 
@@ -33,7 +33,7 @@ class Form:
     sharding: Placement
 
 
-def forms_of(
+def resolve_forms(
     targets: Sequence[Target],
     *,
     rank: Any,
@@ -48,11 +48,11 @@ def forms_of(
     `ValueError` or `TypeError` if an option is out of range for any array, or if axes
     that nobody said cannot be meant.
     """
-    ranks = per_array(rank, targets, "rank", None)
-    alphas = per_array(alpha, targets, "alpha", None)
-    shardings = per_array(sharding, targets, "sharding", None)
-    asked = {array: _Asked(array, value) for array, value in ranks.items()}
-    _check_fit([x for x in asked.values() if x.is_wrong], rank, targets)
+    ranks = resolve_per_array(rank, targets, "rank", None)
+    alphas = resolve_per_array(alpha, targets, "alpha", None)
+    shardings = resolve_per_array(sharding, targets, "sharding", None)
+    asked = {array: _Request(array, value) for array, value in ranks.items()}
+    _check_fit([x for x in asked.values() if x.is_invalid], rank, targets)
     forms = {}
     for array, one in asked.items():
         alpha_ = alphas[array] if one.spec.alpha is None else one.spec.alpha
@@ -69,7 +69,7 @@ def forms_of(
     return forms
 
 
-def axes_of(array: Place) -> tuple[Axes, Axes]:
+def infer_axes(array: Place) -> tuple[Axes, Axes]:
     """The row and the column axes of an array of a module, counted from the end, where
     nobody says them."""
     assert array.owner is not None
@@ -78,7 +78,7 @@ def axes_of(array: Place) -> tuple[Axes, Axes]:
     return kernel_axes(array.owner.module, len(array.node.shape))
 
 
-class _Asked:
+class _Request:
     """What `rank` asks for one array."""
 
     def __init__(self, array: Place, value: Any):
@@ -88,7 +88,7 @@ class _Asked:
         spec = value if isinstance(value, LoraSpec) else LoraSpec(value or 0)
         says_axes = not (spec.rows is None and spec.columns is None and not spec.batch)
         try:
-            axes = spec.axes(len(self.shape)) if says_axes else axes_of(array)
+            axes = spec.axes(len(self.shape)) if says_axes else infer_axes(array)
         except ValueError as error:
             raise ValueError(f"{array.dotted} {self.shape}: {error}") from None
         self.rows, self.columns = axes
@@ -96,8 +96,8 @@ class _Asked:
         # last two may or may not be a matrix.
         is_matrix = len(self.shape) == 2
         self.is_guess = not (says_axes or is_matrix or _has_known_axes(array))
-        self.wished = _DEFAULT_RANK if value is None else spec.rank
-        rank = min(self.wished, self.limit) if value is None else self.wished
+        self.requested = _DEFAULT_RANK if value is None else spec.rank
+        rank = min(self.requested, self.limit) if value is None else self.requested
         self.spec = dataclasses.replace(spec, rank=rank)
 
     @property
@@ -119,12 +119,12 @@ class _Asked:
         return self.spec.rank * sum(self.sides) * (base // matrix), base
 
     @property
-    def is_wrong(self) -> bool:
+    def is_invalid(self) -> bool:
         is_large = self.is_guess and self.sizes[0] >= self.sizes[1]
         return self.spec.rank > self.limit or is_large
 
     @property
-    def remedy(self) -> Any:
+    def suggestion(self) -> Any:
         """What could be asked in its place."""
         if not self.is_guess:
             spec = dataclasses.replace(self.spec, rank=self.limit)
@@ -138,7 +138,7 @@ class _Asked:
         limit = min(math.prod(shape[:cut]), math.prod(shape[cut:]))
         return dataclasses.replace(
             self.spec,
-            rank=min(self.wished, limit),
+            rank=min(self.requested, limit),
             rows=tuple(range(cut)),
             columns=tuple(range(cut, ndim)),
         )
@@ -160,30 +160,31 @@ def _has_known_axes(array: Place) -> bool:
     assert array.owner is not None
     is_weight = array.path[-1] == "weight"
     return is_weight and (
-        is_known(array.owner.module) or axes_of(array) != ((-2,), (-1,))
+        is_known_layer(array.owner.module) or infer_axes(array) != ((-2,), (-1,))
     )
 
 
-def _check_fit(wrong: Sequence[_Asked], rank: Any, targets: Sequence[Target]) -> None:
+def _check_fit(wrong: Sequence[_Request], rank: Any, targets: Sequence[Target]) -> None:
     if not wrong:
         return
-    groups = _grouped(wrong, targets)
-    listed = [_what_is_wrong(pattern, found) for pattern, found in groups.items()]
+    groups = _group_problems(wrong, targets)
+    listed = [_describe_problems(pattern, found) for pattern, found in groups.items()]
     more = f"; and {len(listed) - 5} more" if len(listed) > 5 else ""
     fix: dict[Pattern, Any] = {
-        pattern: found[0].remedy for pattern, found in groups.items()
+        pattern: found[0].suggestion for pattern, found in groups.items()
     }
     others = rank if isinstance(rank, Mapping) else {} if rank is None else {"*": rank}
     fix |= {pattern: value for pattern, value in others.items() if pattern not in fix}
     items = ", ".join(
-        f"{pattern!r}: {_written(fix[pattern])}" for pattern in deciding(fix, targets)
+        f"{pattern!r}: {_format(fix[pattern])}"
+        for pattern in group_by_pattern(fix, targets)
     )
     guesses = [x for x in wrong if x.is_guess]
     if guesses:
         hint = (
             f"Say which axes are rows and which are columns: `rank={{{items}}}`. Where "
             "leading axes do number layers or experts, they are `batch`: "
-            f"`{_written(guesses[0].confirmation)}`."
+            f"`{_format(guesses[0].confirmation)}`."
         )
     else:
         hint = f"Give these a rank of their own, `rank={{{items}}}`, or no rank at all"
@@ -191,7 +192,7 @@ def _check_fit(wrong: Sequence[_Asked], rank: Any, targets: Sequence[Target]) ->
     raise ValueError(f"{'; '.join(listed[:5])}{more}. {hint}")
 
 
-def _what_is_wrong(pattern: Pattern, found: Sequence[_Asked]) -> str:
+def _describe_problems(pattern: Pattern, found: Sequence[_Request]) -> str:
     first, count = found[0], len(found)
     name = pattern if count > 1 else first.array.dotted
     several = f" × {count}" if count > 1 else ""
@@ -210,35 +211,35 @@ def _what_is_wrong(pattern: Pattern, found: Sequence[_Asked]) -> str:
     )
 
 
-def _grouped(
-    wrong: Sequence[_Asked], targets: Sequence[Target]
-) -> dict[Pattern, list[_Asked]]:
+def _group_problems(
+    wrong: Sequence[_Request], targets: Sequence[Target]
+) -> dict[Pattern, list[_Request]]:
     """What is wrong by patterns that match nothing else, numbered siblings as one where
     the same helps them all."""
-    alike: dict[tuple[str, str], list[_Asked]] = {}
+    alike: dict[tuple[str, str], list[_Request]] = {}
     for one in wrong:
         names = [glob.escape(name) for name in one.array.dotted.split(".")]
         siblings = ".".join("*" if name.isdigit() else name for name in names)
-        alike.setdefault((siblings, repr(one.remedy)), []).append(one)
-    groups: dict[Pattern, list[_Asked]] = {}
+        alike.setdefault((siblings, repr(one.suggestion)), []).append(one)
+    groups: dict[Pattern, list[_Request]] = {}
     for (siblings, _), found in alike.items():
         arrays = {one.array for one in found}
-        if len(found) > 1 and set(_matched(siblings, targets)) == arrays:
+        if len(found) > 1 and set(_match_arrays(siblings, targets)) == arrays:
             groups[siblings] = found
             continue
         for one in found:
             exact: Pattern = glob.escape(one.array.dotted)
-            if _matched(exact, targets) != [one.array]:
+            if _match_arrays(exact, targets) != [one.array]:
                 exact = re.compile(re.escape(one.array.dotted))
             groups[exact] = [one]
     return groups
 
 
-def _matched(pattern: Pattern, targets: Sequence[Target]) -> list[Place]:
-    return deciding([pattern], targets).get(pattern, [])
+def _match_arrays(pattern: Pattern, targets: Sequence[Target]) -> list[Place]:
+    return group_by_pattern([pattern], targets).get(pattern, [])
 
 
-def _written(value: Any) -> str:
+def _format(value: Any) -> str:
     """`value` as it is written in a program."""
     if not isinstance(value, LoraSpec):
         return repr(value)

@@ -4,7 +4,15 @@ from typing import Any, TypeVar
 
 from .._methods import check_whole, is_weight
 from .._shared import accumulation_dtype
-from .._trees import available, Filter, named_places, Place, Places, rebuild, without
+from .._trees import (
+    exclude_places,
+    Filter,
+    list_available,
+    match_filter,
+    Place,
+    Places,
+    rebuild,
+)
 
 
 _Model = TypeVar("_Model")
@@ -58,15 +66,17 @@ def merged_forward(
         raise ValueError("`model` has no adapters. Call `lorax.loraify` first.")
     if filter is not None:
         weights = []
-        for part in named_places(model, places, filter, "filter", _is_adapter):
-            of_part = [place for place in part.covered(places) if _is_adapter(place)]
+        for part in match_filter(model, places, filter, "filter", _is_adapter):
+            of_part = [
+                place for place in part.find_covered(places) if _is_adapter(place)
+            ]
             if not of_part:
                 raise ValueError(
                     f"{part.label} names no adapter. Available: "
-                    f"{available(places, _is_adapter)}."
+                    f"{list_available(places, _is_adapter)}."
                 )
             weights += of_part
-    weights = without(model, places, exclude, weights, _is_adapter)
+    weights = exclude_places(model, places, exclude, weights, _is_adapter)
     narrow = [place for place in weights if _is_narrow(place.node)]
     if narrow and enabled:
         raise ValueError(
@@ -77,7 +87,7 @@ def merged_forward(
     return rebuild(
         model,
         {
-            place.steps: lambda weight: weight.replace(is_merged=enabled)
+            place.indices: lambda weight: weight.replace(is_merged=enabled)
             for place in weights
         },
     )

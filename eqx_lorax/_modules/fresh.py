@@ -24,7 +24,7 @@ from .form import Form
 from .targets import Target
 
 
-def adapted(
+def make_adapter(
     target: Target,
     array: Place,
     form: Form,

@@ -35,7 +35,7 @@ def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
     if not allow_scaled:
         _check_unscaled(places)
     views = [place for place in places if _is_view(place.node)]
-    return rebuild(model, {place.steps: _stored for place in views})
+    return rebuild(model, {place.indices: _stored for place in views})
 
 
 def without_gates(model: _Model) -> _Model:
@@ -51,14 +51,14 @@ def without_gates(model: _Model) -> _Model:
         return model
     places = [place for place in Places(model).all if is_weight(place.node)]
     _check_unscaled(places)
-    return rebuild(model, {place.steps: _without_gate for place in places})
+    return rebuild(model, {place.indices: _without_gate for place in places})
 
 
-def bare(weight: Any) -> Array:
+def strip_adapters(weight: Any) -> Array:
     """What is left of a weight in `without_views` without its adapters."""
     if not is_weight(weight):
         return weight
-    base = bare(weight.w)
+    base = strip_adapters(weight.w)
     if not isinstance(weight, LoraWeight) or weight.gain is None:
         return base
     stored = range(-base.ndim, 0)

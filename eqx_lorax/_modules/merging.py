@@ -17,7 +17,7 @@ from .._shared import known_sharding
 from .._trees import Place
 
 
-def merged(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:
+def merge_weights(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:
     """What the weights of a model stand for, each where its base lies.
 
     **Arguments:**
@@ -34,27 +34,27 @@ def merged(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nodes)):
         arrays = [node.materialise() for node in nodes]
         return [
-            eqx.error_if(array, ~jnp.isfinite(array).all(), _not_finite([path]))
+            eqx.error_if(array, ~jnp.isfinite(array).all(), _explain_not_finite([path]))
             for path, array in zip(dotted, arrays)
         ]
     if donate:
-        _check_finite(dotted, [_merges_to_finite(node) for node in nodes])
+        _check_finite(dotted, [_is_merge_finite(node) for node in nodes])
         # What is also found elsewhere, as a tied embedding is, stays.
         uses = collections.Counter(id(x) for x in jax.tree.leaves(model))
-        return [_merged(node, uses[id(base_of(node))] == 1) for node in nodes]
-    arrays = [_merged(node, False) for node in nodes]
+        return [_merge(node, uses[id(base_of(node))] == 1) for node in nodes]
+    arrays = [_merge(node, False) for node in nodes]
     _check_finite(dotted, [jnp.isfinite(array).all() for array in arrays])
     return arrays
 
 
-def _merged(weight: AbstractLoraWeight, donate: bool) -> Array:
+def _merge(weight: AbstractLoraWeight, donate: bool) -> Array:
     base = base_of(weight)
     is_base = jax.tree.map(lambda x: x is base, weight)
-    return _merging(known_sharding(base), donate)(*eqx.partition(weight, is_base))
+    return _compile_merge(known_sharding(base), donate)(*eqx.partition(weight, is_base))
 
 
 @functools.lru_cache(maxsize=1024)
-def _merging(sharding: Sharding | None, donate: bool) -> Callable[..., Array]:
+def _compile_merge(sharding: Sharding | None, donate: bool) -> Callable[..., Array]:
     return jax.jit(
         lambda base, others: eqx.combine(base, others).materialise(),
         donate_argnums=0 if donate else (),
@@ -63,17 +63,17 @@ def _merging(sharding: Sharding | None, donate: bool) -> Callable[..., Array]:
 
 
 @jax.jit
-def _merges_to_finite(weight: AbstractLoraWeight) -> Array:
+def _is_merge_finite(weight: AbstractLoraWeight) -> Array:
     return jnp.isfinite(weight.materialise()).all()
 
 
 def _check_finite(dotted: Sequence[str], flags: Sequence[Array]) -> None:
     bad = [path for path, flag in zip(dotted, flags) if not bool(jax.device_get(flag))]
     if bad:
-        raise ValueError(_not_finite(bad))
+        raise ValueError(_explain_not_finite(bad))
 
 
-def _not_finite(dotted: Sequence[str]) -> str:
+def _explain_not_finite(dotted: Sequence[str]) -> str:
     more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
     return (
         f"Merging gives values that are not finite in {', '.join(dotted[:8])}"

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from .._trees import matches_around, no_match, Pattern, Place
-from .targets import summarised, Target
+from .._trees import explain_no_match, matches_around, Pattern, Place
+from .targets import list_targets, Target
 
 
 _Value = TypeVar("_Value")
@@ -13,7 +13,7 @@ PerTarget: TypeAlias = _Value | Mapping[Pattern, _Value]
 _Paths: TypeAlias = list[tuple[str, ...]]
 
 
-def per_array(
+def resolve_per_array(
     option: Any, targets: Sequence[Target], argument: str, default: Any
 ) -> dict[Place, Any]:
     """The value of `option` for each array of each target: `option` itself or, if it is
@@ -25,11 +25,11 @@ def per_array(
     """
     arrays = [(target, array) for target in targets for array in target.arrays]
     paths = [[array.path, *_paths_of(target)] for target, array in arrays]
-    values = _chosen(option, paths, targets, argument, default)
+    values = _resolve(option, paths, targets, argument, default)
     return {array: value for (_, array), value in zip(arrays, values)}
 
 
-def per_module(
+def resolve_per_target(
     option: Any, targets: Sequence[Target], argument: str, default: Any
 ) -> list[Any]:
     """As `per_array`, but one value for all arrays of a target."""
@@ -37,10 +37,10 @@ def per_module(
         [*_paths_of(target), *(array.path for array in target.arrays)]
         for target in targets
     ]
-    return _chosen(option, paths, targets, argument, default)
+    return _resolve(option, paths, targets, argument, default)
 
 
-def deciding(
+def group_by_pattern(
     patterns: Iterable[Pattern], targets: Sequence[Target]
 ) -> dict[Pattern, list[Place]]:
     """For each pattern the arrays for which it decides, being the first that matches.
@@ -49,17 +49,17 @@ def deciding(
     found: dict[Pattern, list[Place]] = {}
     for target in targets:
         for array in target.arrays:
-            for pattern in _first(patterns, [array.path, *_paths_of(target)]):
+            for pattern in _find_first(patterns, [array.path, *_paths_of(target)]):
                 found.setdefault(pattern, []).append(array)
     return {pattern: found[pattern] for pattern in patterns if pattern in found}
 
 
 def _paths_of(target: Target) -> _Paths:
     owners = [array.owner.path for array in target.arrays if array.owner is not None]
-    return [target.module.path, *owners]
+    return [target.place.path, *owners]
 
 
-def _first(patterns: Iterable[Pattern], paths: _Paths) -> list[Pattern]:
+def _find_first(patterns: Iterable[Pattern], paths: _Paths) -> list[Pattern]:
     """The first pattern that matches any of the paths, if one does."""
     for pattern in patterns:
         if any(matches_around(pattern, path) for path in paths):
@@ -67,7 +67,7 @@ def _first(patterns: Iterable[Pattern], paths: _Paths) -> list[Pattern]:
     return []
 
 
-def _chosen(
+def _resolve(
     option: Any,
     paths: Sequence[_Paths],
     targets: Sequence[Target],
@@ -76,26 +76,28 @@ def _chosen(
 ) -> list[Any]:
     if not isinstance(option, Mapping):
         return [option] * len(paths)
-    firsts = [_first(option, one) for one in paths]
+    firsts = [_find_first(option, one) for one in paths]
     used = {pattern for first in firsts for pattern in first}
     for pattern in option:
         if pattern not in used:
-            raise ValueError(_undecided(pattern, paths, targets, argument))
+            raise ValueError(_explain_unused(pattern, paths, targets, argument))
     return [option[first[0]] if first else default for first in firsts]
 
 
-def _undecided(
+def _explain_unused(
     pattern: Pattern,
     paths: Sequence[_Paths],
     targets: Sequence[Target],
     argument: str,
 ) -> str:
-    if any(_first([pattern], one) for one in paths):
+    if any(_find_first([pattern], one) for one in paths):
         return (
             f"`{argument}` has a pattern {pattern!r} that decides nothing: another "
             "before it matches all the same targets. The first that matches counts, so "
             "put the general ones last."
         )
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    message = no_match(argument, text, [target.module.path for target in targets])
-    return f"{message} It has to match a target of `filter`: {summarised(targets)}."
+    message = explain_no_match(
+        argument, text, [target.place.path for target in targets]
+    )
+    return f"{message} It has to match a target of `filter`: {list_targets(targets)}."

@@ -11,20 +11,20 @@ from jaxtyping import PRNGKeyArray
 
 from .._layers import is_layer
 from .._methods import base_of, check_key, check_whole, Init, is_weight, key_for
-from .._shared import Placement, suggests
+from .._shared import Placement, suggest_keywords
 from .._trees import Filter, LoraSpec, Place, Places, rebuild
-from .form import forms_of
-from .fresh import adapted
-from .held import bare, without_views
-from .merging import merged
-from .options import per_module, PerTarget
-from .targets import find_targets, summarised, Target
+from .form import resolve_forms
+from .fresh import make_adapter
+from .held import strip_adapters, without_views
+from .merging import merge_weights
+from .options import PerTarget, resolve_per_target
+from .targets import find_targets, list_targets, Target
 
 
 _Model = TypeVar("_Model")
 
 
-@suggests(
+@suggest_keywords(
     r="`rank`",
     rank_pattern="a mapping as `rank`",
     lora_alpha="`alpha`",
@@ -138,18 +138,18 @@ def loraify(
     before = [target for target in targets if target.is_adapted]
     if before and not nested:
         raise ValueError(
-            f"`model` already has adapters at {summarised(before)}. Pass `nested=True` "
-            "to put second ones on top of them, take them out with `lorax.unloraify`, "
-            "or leave them out with `exclude`."
+            f"`model` already has adapters at {list_targets(before)}. Pass "
+            "`nested=True` to put second ones on top of them, take them out with "
+            "`lorax.unloraify`, or leave them out with `exclude`."
         )
-    forms = forms_of(
+    forms = resolve_forms(
         targets,
         rank=rank,
         alpha=alpha,
         rank_stabilised=rank_stabilised,
         sharding=sharding,
     )
-    dropouts = per_module(dropout, targets, "dropout", 0.0)
+    dropouts = resolve_per_target(dropout, targets, "dropout", 0.0)
     _check_dropouts(targets, dropouts)
     _warn_of_passed_over(passed_over)
 
@@ -158,11 +158,11 @@ def loraify(
     for target, rate in zip(targets, dropouts):
         for array in target.arrays:
             key_ = key_for(key, key_paths[array])
-            weight = adapted(
+            weight = make_adapter(
                 target, array, forms[array], init=init, dtype=dtype, key=key_
             )
-            edits[array.steps] = lambda _, weight=weight: weight
-        edits[target.module.steps] = wrapping(target, rate)
+            edits[array.indices] = lambda _, weight=weight: weight
+        edits[target.place.indices] = make_wrapper(target, rate)
     return rebuild(model, edits)
 
 
@@ -206,18 +206,18 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
             "merges none. Leave out one of them."
         )
     if merge:
-        arrays = merged(model, weights, donate=donate)
+        arrays = merge_weights(model, weights, donate=donate)
     else:
-        arrays = [bare(place.node) for place in weights]
+        arrays = [strip_adapters(place.node) for place in weights]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: lambda _, array=array: array
+        place.indices: lambda _, array=array: array
         for place, array in zip(weights, arrays)
     }
-    edits |= {place.steps: lambda layer: layer.wrapped for place in layers}
+    edits |= {place.indices: lambda layer: layer.wrapped for place in layers}
     return rebuild(model, edits)
 
 
-def wrapping(target: Target, rate: int | float) -> Callable[[Any], Any]:
+def make_wrapper(target: Target, rate: int | float) -> Callable[[Any], Any]:
     """What puts the layer for the module of `target` around it."""
     layer: Any = target.layer
 
@@ -289,8 +289,8 @@ def _check_dropouts(targets: Sequence[Target], dropouts: Sequence[Any]) -> None:
             )
         if rate and not target.layer.has_dropout:
             raise ValueError(
-                f"`dropout={rate}` cannot be applied in {target.module.dotted}, a "
-                f"{type(target.module.module).__name__}: only linear layers and "
+                f"`dropout={rate}` cannot be applied in {target.place.dotted}, a "
+                f"{type(target.place.module).__name__}: only linear layers and "
                 "convolutions have it. Give the others alone a rate, "
                 "`dropout={'<pattern>': ...}`, or leave it out with `exclude`."
             )

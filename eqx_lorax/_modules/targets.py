@@ -9,23 +9,23 @@ import jax.numpy as jnp
 
 from .._layers import (
     AbstractLoraLayer,
-    is_default,
-    is_known,
-    is_part_of_kind,
-    layer_for,
+    find_layer,
+    is_adapted_by_default,
+    is_field_of_kind,
+    is_known_layer,
     LoraModule,
     NORMS,
 )
 from .._methods import is_weight
 from .._trees import (
-    available,
+    exclude_places,
     Filter,
-    in_short,
-    Named,
-    named_places,
+    FilterMatch,
+    list_available,
+    list_briefly,
+    match_filter,
     Place,
     Places,
-    without,
 )
 
 
@@ -33,7 +33,7 @@ from .._trees import (
 class Target:
     """A module, and those of its arrays that are to become factored weights."""
 
-    module: Place
+    place: Place
     """The module that a layer is to stand for."""
 
     arrays: tuple[Place, ...]
@@ -47,13 +47,13 @@ class Target:
     @property
     def layer(self) -> type[AbstractLoraLayer]:
         """The layer that is to stand for the module."""
-        weight = (*self.module.path, "weight")
+        weight = (*self.place.path, "weight")
         is_standard = any(array.path == weight for array in self.arrays)
-        return layer_for(self.module.module) if is_standard else LoraModule
+        return find_layer(self.place.module) if is_standard else LoraModule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Unfit:
+class Unadaptable:
     """What was named, or is a layer, and yet cannot be adapted."""
 
     place: Place
@@ -62,7 +62,7 @@ class Unfit:
     """How the user hears of it."""
 
 
-_Item: TypeAlias = Target | Unfit
+_Item: TypeAlias = Target | Unadaptable
 
 
 def find_targets(
@@ -77,19 +77,19 @@ def find_targets(
     adapted.
     """
     if filter is None:
-        found = _layers_beneath(places.root, places)
+        found = _find_layers(places.root, places)
     else:
-        named = named_places(model, places, filter, "filter", is_target)
+        named = match_filter(model, places, filter, "filter", is_target)
         found = [item for part in named for item in _resolve(part, places)]
-    targets = merged_targets(item for item in found if isinstance(item, Target))
-    unfit = [item for item in found if isinstance(item, Unfit)]
+    targets = join_targets(item for item in found if isinstance(item, Target))
+    unfit = [item for item in found if isinstance(item, Unadaptable)]
     if exclude is not None:
         among = [array for target in targets for array in target.arrays]
         among += [item.place for item in unfit]
-        left = set(without(model, places, exclude, among, is_target))
+        left = set(exclude_places(model, places, exclude, among, is_target))
         unfit = [item for item in unfit if item.place in left]
         kept = [
-            Target(target.module, tuple(x for x in target.arrays if x in left))
+            Target(target.place, tuple(x for x in target.arrays if x in left))
             for target in targets
         ]
         targets = [target for target in kept if target.arrays]
@@ -107,20 +107,20 @@ def find_targets(
         raise ValueError(
             "There is nothing to adapt. `filter=None`, or naming a container, adapts "
             f"every `eqx.nn.Linear` and convolution in it, and there is none.{listed} "
-            f"Name what to adapt: {available(places, is_target)}."
+            f"Name what to adapt: {list_available(places, is_target)}."
         )
     return targets, reasons["warning"]
 
 
 def is_target(array: Place) -> bool:
     """Whether `array` can be adapted."""
-    return target_of(array) is not None
+    return find_target(array) is not None
 
 
-def target_of(array: Place) -> Target | None:
+def find_target(array: Place) -> Target | None:
     """The target that adapting `array` makes; `None` if it cannot be adapted."""
     owner = array.owner
-    while owner is not None and _makes_an_array(owner.module):
+    while owner is not None and _is_array_like(owner.module):
         # Only what is around it computes with it.
         owner = owner.owner
     if owner is None or not array.is_array or len(array.node.shape) < 2:
@@ -128,7 +128,7 @@ def target_of(array: Place) -> Target | None:
     if not jnp.issubdtype(array.node.dtype, jnp.inexact) or 0 in array.node.shape:
         return None
     field = array.path[len(owner.path)]
-    if field != "weight" and is_part_of_kind(owner.module, field):
+    if field != "weight" and is_field_of_kind(owner.module, field):
         # A stacked bias looks like a matrix.
         return None
     norm = owner.owner
@@ -142,78 +142,78 @@ def target_of(array: Place) -> Target | None:
     return Target(owner, (array,))
 
 
-def merged_targets(targets: Iterable[Target]) -> list[Target]:
+def join_targets(targets: Iterable[Target]) -> list[Target]:
     """Each module once, with all of its arrays, in the order of the model."""
     modules: dict[Place, dict[Place, None]] = {}
     for target in targets:
-        modules.setdefault(target.module, {}).update(dict.fromkeys(target.arrays))
-    in_order = sorted(modules, key=lambda place: place.steps)
+        modules.setdefault(target.place, {}).update(dict.fromkeys(target.arrays))
+    in_order = sorted(modules, key=lambda place: place.indices)
     return [
-        Target(module, tuple(sorted(modules[module], key=lambda place: place.steps)))
+        Target(module, tuple(sorted(modules[module], key=lambda place: place.indices)))
         for module in in_order
     ]
 
 
-def summarised(targets: Sequence[Target]) -> str:
+def list_targets(targets: Sequence[Target]) -> str:
     """The targets in a few words."""
-    return in_short([target.module for target in targets])
+    return list_briefly([target.place for target in targets])
 
 
-def _resolve(part: Named, places: Places) -> list[_Item]:
+def _resolve(part: FilterMatch, places: Places) -> list[_Item]:
     """What one part of a filter means by what it names."""
     found: list[_Item] = []
     left: list[Place] = []
     for place in part.places:
-        items = _items_at(place, places, part)
+        items = _find_items(place, places, part)
         found += items
         if not items:
             left.append(place)
-    if part.one_by_one:
+    if part.is_leafwise:
         # Marking a bias together with its weight is how specs usually look.
-        owners = {item.module for item in found if isinstance(item, Target)}
+        owners = {item.place for item in found if isinstance(item, Target)}
         left = [place for place in left if place.owner not in owners]
-    if left and (part.one_by_one or not found):
+    if left and (part.is_leafwise or not found):
         reasons = "; ".join(
-            f"{place.dotted} is {_what_it_is(place)}" for place in left[:3]
+            f"{place.dotted} is {_describe(place)}" for place in left[:3]
         )
         raise ValueError(
             f"{part.label} names what cannot be adapted: {reasons}. To train it as it "
             "is, name it in `also` of `lorax.partition`. Available: "
-            f"{available(places, is_target)}."
+            f"{list_available(places, is_target)}."
         )
     return found
 
 
-def _items_at(place: Place, places: Places, part: Named) -> list[_Item]:
+def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
     if place.is_array:
-        target = target_of(place)
+        target = find_target(place)
         return [] if target is None else [target]
-    if is_known(place.module) and type(place.module) not in NORMS:
-        return [_layer(place, places, is_named=True)]
+    if is_known_layer(place.module) and type(place.module) not in NORMS:
+        return [_resolve_layer(place, places, is_named=True)]
     own = [x for x in places.beneath(place) if x.owner is place and is_target(x)]
-    is_shallow = part.is_shallow and not is_known(place.module)
-    found = [] if is_shallow else _layers_beneath(place, places)
-    found += [x for y in own if y.path[-1] == "weight" and (x := target_of(y))]
+    is_shallow = part.is_shallow and not is_known_layer(place.module)
+    found = [] if is_shallow else _find_layers(place, places)
+    found += [x for y in own if y.path[-1] == "weight" and (x := find_target(y))]
     if not found and own:
         listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in own)
         reason = (
             f"{part.label} names {place.dotted}, a {type(place.module).__name__}. "
             f"Which of its arrays is to be adapted? Name them: {listed}"
         )
-        found.append(Unfit(place, reason, "error"))
+        found.append(Unadaptable(place, reason, "error"))
     return found
 
 
-def _layers_beneath(place: Place, places: Places) -> list[_Item]:
+def _find_layers(place: Place, places: Places) -> list[_Item]:
     """The layers of the kinds that need not be named, at or beneath `place`."""
     return [
-        _layer(layer, places, is_named=False)
+        _resolve_layer(layer, places, is_named=False)
         for layer in places.beneath(place)
-        if is_default(layer.module)
+        if is_adapted_by_default(layer.module)
     ]
 
 
-def _layer(layer: Place, places: Places, is_named: bool) -> _Item:
+def _resolve_layer(layer: Place, places: Places, is_named: bool) -> _Item:
     """The target that a layer of a known kind is, or why it is none."""
     inside = list(places.beneath(layer))
     weight = next((x for x in inside if x.path == (*layer.path, "weight")), None)
@@ -221,47 +221,47 @@ def _layer(layer: Place, places: Places, is_named: bool) -> _Item:
         others = [x.dotted for x in inside if x.owner is layer and is_target(x)]
         hint = f"; it has {', '.join(others)}, to be named" if others else ""
         reason = f"{layer.dotted} has no `weight`: that is `None`, or computed{hint}"
-        return Unfit(layer, reason, "error" if is_named else "warning")
+        return Unadaptable(layer, reason, "error" if is_named else "warning")
     if not weight.is_array:
-        return _without_array(layer, weight, places, is_named)
+        return _explain_no_array(layer, weight, places, is_named)
     if 0 in weight.node.shape:
         reason = (
             f"{weight.dotted} has shape {tuple(weight.node.shape)}: a layer without "
             "inputs or without outputs has nothing to adapt"
         )
-        return Unfit(weight, reason, "error" if is_named else "warning")
-    target = target_of(weight)
+        return Unadaptable(weight, reason, "error" if is_named else "warning")
+    target = find_target(weight)
     if target is None:
         reason = (
             f"{weight.dotted} has dtype {weight.node.dtype}, which cannot carry an "
             "adapter. Cast it to a floating dtype"
         )
-        return Unfit(weight, reason, "error")
+        return Unadaptable(weight, reason, "error")
     return target
 
 
-def _without_array(
+def _explain_no_array(
     layer: Place, weight: Place, places: Places, is_named: bool
-) -> Unfit:
-    shared = _owner_of_shared(weight, places)
+) -> Unadaptable:
+    shared = _find_shared_owner(weight, places)
     if shared is not None:
         reason = (
             f"{layer.dotted} was named, whose weight `eqx.nn.Shared` takes from "
             f"elsewhere. Name its owner: {shared!r}"
         )
-        return Unfit(weight, reason, "error" if is_named else "silent")
+        return Unadaptable(weight, reason, "error" if is_named else "silent")
     inside = [x.dotted for x in places.beneath(weight) if is_target(x)]
     hint = f"it holds {', '.join(inside)}, to be named" if inside else "not adaptable"
     kind = type(weight.node).__name__
     reason = f"{weight.dotted} is not an array but a {kind}: {hint}"
-    return Unfit(weight, reason, "error" if is_named else "warning")
+    return Unadaptable(weight, reason, "error" if is_named else "warning")
 
 
-def _makes_an_array(module: Any) -> bool:
+def _is_array_like(module: Any) -> bool:
     return hasattr(type(module), "__jax_array__")
 
 
-def _what_it_is(place: Place) -> str:
+def _describe(place: Place) -> str:
     if not place.is_array:
         return f"a {type(place.module).__name__} without a matrix"
     shape = tuple(place.node.shape)
@@ -276,7 +276,7 @@ def _what_it_is(place: Place) -> str:
     return f"not the weight of its {type(place.owner.module).__name__}"
 
 
-def _owner_of_shared(placeholder: Place, places: Places) -> str | None:
+def _find_shared_owner(placeholder: Place, places: Places) -> str | None:
     around = [
         place.node
         for place in places.all

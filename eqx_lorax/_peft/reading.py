@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from .._adapters import Adapted, Adapter
-from .._modules import axes_of
+from .._modules import infer_axes
 from .._shared import accumulation_dtype, promote
 from .._trees import Place, Places
 from .bases import other_bases
@@ -202,7 +202,7 @@ def _joined(place: Place, parts: Mapping[Index, Factors], dropout: float) -> Ada
     `b`."""
     depth = len(next(iter(parts)))
     stack = place.node.shape[:depth]
-    rows, columns = axes_of(place)
+    rows, columns = infer_axes(place)
     like = max(parts.values(), key=lambda part: part.rank)
     dtypes = [
         promote(*(getattr(x, name).dtype for x in parts.values())) for name in "ba"

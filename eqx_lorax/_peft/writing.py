@@ -9,7 +9,7 @@ import numpy as np
 
 from .._adapters import Adapter
 from .._methods import is_weight
-from .._modules import axes_of
+from .._modules import infer_axes
 from .._trees import Place, Places
 from .biases import trained_biases
 from .config import is_said_alone, new_config, upwards
@@ -140,7 +140,7 @@ def _parts(
 ) -> Iterator[tuple[str, Layout, Factors]]:
     """What PyTorch has for the weight at `place`: a layer of a stack each."""
     weight = place.node.as_lora()
-    if (weight.rows, weight.columns) != axes_of(place):
+    if (weight.rows, weight.columns) != infer_axes(place):
         raise ValueError(
             f"{place.dotted} has factors along the axes {weight.rows} and "
             f"{weight.columns}, which PEFT has not."

@@ -11,15 +11,15 @@ import optax
 from jaxtyping import PyTree
 
 from .._methods import check_whole
-from .._modules import without_keys
+from .._modules import remove_keys
 from .._shared import (
     arrays_of,
     count_device_bytes,
     count_devices,
+    drop_shardings,
     is_array,
     local_shape,
     mesh_axes,
-    plain,
     plan_optimizer_state,
 )
 from .._training import in_bytes, partition
@@ -173,12 +173,12 @@ def plan(
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
     divided = _batch_axes(batch)
     trace = _Trace(loss, params, frozen, divided)
-    everywhere = trace(plain(batch))
-    local = trace(plain(batch, local_shape)) if divided else everywhere
+    everywhere = trace(drop_shardings(batch))
+    local = trace(drop_shardings(batch, local_shape)) if divided else everywhere
     read, gathered = weight_reads(local)
     return Plan(
         devices=count_devices((model, batch)),
-        base=count_device_bytes(without_keys(frozen)),
+        base=count_device_bytes(remove_keys(frozen)),
         adapters=count_device_bytes(params),
         gradients=count_device_bytes(params),
         optimizer=count_device_bytes(plan_optimizer_state(optimizer, params)),
@@ -203,7 +203,7 @@ class _Trace:
         self.weights = [
             Value(0, _weight(x, divided)) for x in arrays_of((params, frozen))
         ]
-        self.model = plain((params, frozen))
+        self.model = drop_shardings((params, frozen))
 
     def __call__(self, batch: PyTree) -> Program:
         arrays, rest = eqx.partition((*self.model, batch), is_array)

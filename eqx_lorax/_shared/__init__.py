@@ -22,12 +22,12 @@ from .devices import (
     count_bytes as count_bytes,
     count_device_bytes as count_device_bytes,
     count_devices as count_devices,
+    drop_shardings as drop_shardings,
     local_shape as local_shape,
     mesh_axes as mesh_axes,
-    plain as plain,
     plan_optimizer_state as plan_optimizer_state,
 )
-from .keywords import suggests as suggests
+from .keywords import suggest_keywords as suggest_keywords
 from .printing import (
     layer_document as layer_document,
     weight_document as weight_document,

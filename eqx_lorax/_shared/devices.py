@@ -69,11 +69,11 @@ def plan_optimizer_state(
         sharding = getattr(param, "sharding", None)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    abstract = eqx.filter_eval_shape(optimizer.init, plain(params))
+    abstract = eqx.filter_eval_shape(optimizer.init, drop_shardings(params))
     return jtu.tree_map_with_path(placed, abstract)
 
 
-def plain(tree: PyTree, shape: Any = lambda x: x.shape) -> PyTree:
+def drop_shardings(tree: PyTree, shape: Any = lambda x: x.shape) -> PyTree:
     """The tree with its arrays abstract and on no device."""
 
     def abstract(x: Any) -> Any:

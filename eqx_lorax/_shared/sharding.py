@@ -15,9 +15,9 @@ from jaxtyping import Array
 from .arrays import as_array
 
 
-Lying: TypeAlias = Sharding | PartitionSpec | None
+ShardingLike: TypeAlias = Sharding | PartitionSpec | None
 # For both factors, or for `b` and for `a`; `None` for where the base says.
-Placement: TypeAlias = Lying | tuple[Lying, Lying]
+Placement: TypeAlias = ShardingLike | tuple[ShardingLike, ShardingLike]
 _Labels: TypeAlias = Sequence[Any]
 
 
@@ -57,14 +57,14 @@ def _is_explicit(sharding: Sharding) -> bool:
 
 
 def relabel(
-    sharding: NamedSharding | None, labels: _Labels, wanted: _Labels
+    sharding: NamedSharding | None, labels: _Labels, requested: _Labels
 ) -> NamedSharding | None:
     """`sharding`, of an array with the axes `labels`, for one with the axes `wanted`,
     replicated along those that are new."""
     if sharding is None:
         return None
     axes = dict(zip(labels, sharding.spec))
-    spec = PartitionSpec(*(axes.get(label) for label in wanted))
+    spec = PartitionSpec(*(axes.get(label) for label in requested))
     return NamedSharding(sharding.mesh, spec)
 
 
@@ -81,9 +81,9 @@ def inherit_sharding(
 def resolve_sharding(
     name: str,
     shape: Sequence[int],
-    wanted: Lying,
+    requested: ShardingLike,
     base: Sharding | None,
-    followed: Sharding | None,
+    inherited: Sharding | None,
 ) -> Sharding | None:
     """`wanted`, if that is anything, on the mesh of `base` if it names none; or else
     what follows from the base.
@@ -92,36 +92,37 @@ def resolve_sharding(
 
     `ValueError` if there is no mesh, or if the shape cannot be sharded like that.
     """
-    if wanted is None:
-        return followed
-    if not isinstance(wanted, Sharding | PartitionSpec):
+    if requested is None:
+        return inherited
+    if not isinstance(requested, Sharding | PartitionSpec):
         raise TypeError(
-            f"`sharding={wanted!r}` for {name} must be a `jax.sharding.Sharding`, a "
+            f"`sharding={requested!r}` for {name} must be a `jax.sharding.Sharding`, a "
             "`jax.sharding.PartitionSpec`, a pair of these for `b` and `a`, or `None`."
         )
     try:
-        if isinstance(wanted, PartitionSpec):
-            wanted = NamedSharding(_mesh(name, wanted, base), wanted)
-        if isinstance(wanted, NamedSharding) and len(wanted.spec) > len(shape):
-            raise ValueError(f"it is for {len(wanted.spec)} axes")
-        wanted.shard_shape(tuple(shape))
+        if isinstance(requested, PartitionSpec):
+            requested = NamedSharding(_mesh(name, requested, base), requested)
+        if isinstance(requested, NamedSharding) and len(requested.spec) > len(shape):
+            raise ValueError(f"it is for {len(requested.spec)} axes")
+        requested.shard_shape(tuple(shape))
     # JAX says in as many ways that axes are missing, named twice, or do not divide.
     except Exception as error:
         raise ValueError(
-            f"`sharding={wanted}` for {name} does not fit a factor of shape "
+            f"`sharding={requested}` for {name} does not fit a factor of shape "
             f"{tuple(shape)}: {str(error).rstrip('.')}. Pass a pair, for `b` and for "
             "`a`, or leave it to follow the base."
         ) from error
-    return wanted
+    return requested
 
 
-def _mesh(name: str, wanted: PartitionSpec, base: Sharding | None) -> Any:
+def _mesh(name: str, requested: PartitionSpec, base: Sharding | None) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     if isinstance(base, NamedSharding):
         mesh = base.mesh
     if mesh.empty:
         raise ValueError(
-            f"{name} is on no mesh; pass `jax.sharding.NamedSharding(mesh, {wanted})`"
+            f"{name} is on no mesh; pass `jax.sharding.NamedSharding(mesh, "
+            f"{requested})`"
         )
     return mesh
 
@@ -147,19 +148,19 @@ def create(
     if sharding is None:
         return make(*arguments)
     if isinstance(base, jax.core.Tracer):
-        return _moved(make(*arguments), sharding)
+        return _move(make(*arguments), sharding)
     static = [i for i, x in enumerate(arguments) if not isinstance(x, jax.Array)]
-    return _compiled(make, tuple(static), sharding)(*arguments)
+    return _compile(make, tuple(static), sharding)(*arguments)
 
 
 @functools.lru_cache(maxsize=1024)
-def _compiled(
+def _compile(
     make: Callable[..., Array], static: tuple[int, ...], sharding: Sharding
 ) -> Callable[..., Array]:
     return jax.jit(make, static_argnums=static, out_shardings=sharding)
 
 
-def _moved(x: Array, sharding: Sharding) -> Array:
+def _move(x: Array, sharding: Sharding) -> Array:
     """`x`, inside a program, where it is to lie."""
     if _is_explicit(sharding):
         return jax.sharding.reshard(x, sharding)

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import PyTree
 
 from .._methods import base_of, check_whole, is_weight, LoraWeight, without_base
-from .._modules import without_keys
+from .._modules import remove_keys
 from .._shared import (
     arrays_of,
     count_bytes,
@@ -146,11 +146,11 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
     `ValueError` if any part of `also` or `exclude` names nothing.
     """
     check_whole(model, "lorax.summary({})", or_params=True)
-    model = without_keys(model)
+    model = remove_keys(model)
     is_plain = also is None and exclude is None
     spec = adapter_spec(model) if is_plain else trainable(model, also, exclude=exclude)
     params, frozen = eqx.partition(model, spec)
-    trained = {place.steps: place.node for place in Places(params).all}
+    trained = {place.indices: place.node for place in Places(params).all}
     places = Places(model).all
     base = jax.tree.map(base_of, model, is_leaf=is_weight)
     is_alone = any(
@@ -160,14 +160,14 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
     adam = _adam(params)
     return Summary(
         targets=tuple(
-            _target(place, trained[place.steps])
+            _target(place, trained[place.indices])
             for place in places
             if _is_target(place.node)
         ),
         also=tuple(
             _as_it_is(place)
             for place in places
-            if is_array(place.node) and is_array(trained.get(place.steps))
+            if is_array(place.node) and is_array(trained.get(place.indices))
         ),
         trained=_count(params),
         trained_bytes=count_bytes(params),

@@ -13,14 +13,14 @@ from .._methods import check_whole, is_weight
 from .._modules import without_gates
 from .._shared import is_inexact
 from .._trees import (
-    available,
+    exclude_places,
     Filter,
-    Named,
-    named_places,
+    FilterMatch,
+    list_available,
+    match_filter,
     Place,
     Places,
     rebuild,
-    without,
 )
 
 
@@ -66,13 +66,13 @@ def trainable(
     also_trained = trained_places(model, places, also)
     adapters = [place for place in places.all if is_weight(place.node)]
     chosen = [*adapters, *also_trained]
-    left = set(without(model, places, exclude, chosen, set(chosen).__contains__))
+    left = set(exclude_places(model, places, exclude, chosen, set(chosen).__contains__))
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
-        place.steps: lambda _: True for place in also_trained if place in left
+        place.indices: lambda _: True for place in also_trained if place in left
     }
     for place in adapters:
         if place not in left:
-            edits[place.steps] = lambda flags: jax.tree.map(lambda _: False, flags)
+            edits[place.indices] = lambda flags: jax.tree.map(lambda _: False, flags)
     return rebuild(spec, edits)
 
 
@@ -195,14 +195,14 @@ def trained_places(model: PyTree, places: Places, also: Filter) -> list[Place]:
     if also is None:
         return []
     found: dict[Place, None] = {}
-    for named in named_places(model, places, also, "also", _could_be_trained):
+    for named in match_filter(model, places, also, "also", _could_be_trained):
         _check_not_adapted(named, places)
-        arrays = [x for x in named.covered(places) if _could_be_trained(x)]
+        arrays = [x for x in named.find_covered(places) if _could_be_trained(x)]
         if not arrays:
             raise ValueError(
                 f"{named.label} names no array that could be trained: there are only "
                 "adapters, which are trained anyway, their frozen bases, or none. "
-                f"Available: {available(places, _could_be_trained)}."
+                f"Available: {list_available(places, _could_be_trained)}."
             )
         found.update(dict.fromkeys(arrays))
     return list(found)
@@ -212,7 +212,7 @@ def _could_be_trained(place: Place) -> bool:
     return is_inexact(place.node)
 
 
-def _check_not_adapted(named: Named, places: Places) -> None:
+def _check_not_adapted(named: FilterMatch, places: Places) -> None:
     for place in named.places:
         if not is_layer(place.node):
             continue

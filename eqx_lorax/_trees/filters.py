@@ -11,9 +11,9 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
-from .._layers import is_known
+from .._layers import is_known_layer
 from .._methods import is_weight
-from .places import children, Place, Places
+from .places import flatten_one_level, Place, Places
 
 
 Pattern: TypeAlias = str | re.Pattern[str]
@@ -28,7 +28,7 @@ Eligible: TypeAlias = Callable[[Place], bool]
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
+class FilterMatch:
     """What one part of a filter, such as one pattern of a list, names."""
 
     label: str
@@ -37,7 +37,7 @@ class Named:
     places: list[Place]
     """The places that it names directly, never empty."""
 
-    one_by_one: bool = False
+    is_leafwise: bool = False
     """Whether it marks leaf by leaf, as a filter spec does, and not by a rule that may
     well name more than is meant."""
 
@@ -45,18 +45,18 @@ class Named:
     """Whether it never means what is inside a container, but of a module that is none
     of the known layers its own arrays only: so it is with regular expressions."""
 
-    def covered(self, places: Places) -> Iterator[Place]:
+    def find_covered(self, places: Places) -> Iterator[Place]:
         """All that it means, at and beneath what it names."""
         for root in self.places:
             for place in places.beneath(root):
                 is_own = place is root or place.owner is root
-                if is_own or not self.is_shallow or is_known(root.module):
+                if is_own or not self.is_shallow or is_known_layer(root.module):
                     yield place
 
 
-def named_places(
+def match_filter(
     model: Any, places: Places, filter: Filter, argument: str, is_eligible: Eligible
-) -> list[Named]:
+) -> list[FilterMatch]:
     """What `filter` names in `model`, whose places are `places`. The arrays among which
     it may choose are those that are eligible.
 
@@ -66,19 +66,19 @@ def named_places(
     fit the model. `TypeError` if it is none of the things that a filter can be.
     """
     if _is_rule(filter, model):
-        return [_named_by_rule(places, filter, argument, is_eligible)]
+        return [_match_rule(places, filter, argument, is_eligible)]
     if isinstance(filter, list | tuple | set | frozenset):
         if not filter:
             raise ValueError(
                 f"`{argument}={filter!r}` names nothing: it is empty. Available: "
-                f"{available(places, is_eligible)}."
+                f"{list_available(places, is_eligible)}."
             )
         if all(_is_rule(x, model) for x in filter):
-            return [_named_by_rule(places, x, argument, is_eligible) for x in filter]
+            return [_match_rule(places, x, argument, is_eligible) for x in filter]
     if type(filter) is type(model) or isinstance(
         filter, bool | np.bool_ | dict | list | tuple
     ):
-        return [_named_by_spec(places, filter, argument, is_eligible)]
+        return [_match_spec(places, filter, argument, is_eligible)]
     raise TypeError(
         f"`{argument}={filter!r}` is not a filter. Pass a path pattern such as "
         "'blocks.*.attention.query' or a list of them, a predicate on modules such as "
@@ -86,7 +86,7 @@ def named_places(
     )
 
 
-def without(
+def exclude_places(
     model: Any,
     places: Places,
     exclude: Filter,
@@ -102,20 +102,20 @@ def without(
     if exclude is None:
         return list(among)
     gone: set[Place] = set()
-    for part in named_places(model, places, exclude, "exclude", is_eligible):
-        covered = set(part.covered(places))
-        if covered.isdisjoint(among):
+    for part in match_filter(model, places, exclude, "exclude", is_eligible):
+        find_covered = set(part.find_covered(places))
+        if find_covered.isdisjoint(among):
             raise ValueError(
                 f"{part.label} excludes nothing: what it names, "
-                f"{in_short(part.places)}, was not chosen in the first place. Chosen "
-                f"are {in_short(among) or 'none'}."
+                f"{list_briefly(part.places)}, was not chosen in the first place. "
+                f"Chosen are {list_briefly(among) or 'none'}."
             )
-        gone |= covered
+        gone |= find_covered
     left = [place for place in among if place not in gone]
     if not left:
         raise ValueError(
             f"`exclude={exclude!r}` leaves nothing of what was chosen: "
-            f"{in_short(among)}."
+            f"{list_briefly(among)}."
         )
     return left
 
@@ -144,7 +144,7 @@ def matches_around(pattern: Pattern, path: Sequence[str]) -> bool:
     return any(matches(pattern, path[:i]) for i in range(len(path) + 1))
 
 
-def no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
+def explain_no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
     """The message for a pattern that matches none of the paths `names`: near misses
     first."""
     paths = [".".join(path) for path in names]
@@ -158,7 +158,7 @@ def no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
     return f"`{argument}={label!r}` matched nothing.{hint}"
 
 
-def available(places: Places, is_eligible: Eligible) -> str:
+def list_available(places: Places, is_eligible: Eligible) -> str:
     """A short list of the arrays that are eligible, numbered siblings as one."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for place in places.all:
@@ -181,45 +181,47 @@ def available(places: Places, is_eligible: Eligible) -> str:
     return ", ".join(listed[:20]) + more
 
 
-def in_short(places: Sequence[Place]) -> str:
+def list_briefly(places: Sequence[Place]) -> str:
     """The paths of a few of these places."""
     more = f", and {len(places) - 8} more" if len(places) > 8 else ""
     return ", ".join(place.dotted for place in places[:8]) + more
 
 
-def _named_by_pattern(
+def _match_pattern(
     places: Places, pattern: str, argument: str, is_eligible: Eligible
-) -> Named:
+) -> FilterMatch:
     found = [place for place in places.all if matches(pattern, place.path)]
     if not found:
-        raise _unmatched(places, pattern, places.all, argument, is_eligible)
+        raise _no_match_error(places, pattern, places.all, argument, is_eligible)
     # Modules come first: `"*"` means every layer, not also every array in one.
     modules = [place for place in found if not place.is_array]
-    return Named(f"`{argument}={pattern!r}`", modules or found)
+    return FilterMatch(f"`{argument}={pattern!r}`", modules or found)
 
 
-def _named_by_regex(
+def _match_regex(
     places: Places, pattern: re.Pattern[str], argument: str, is_eligible: Eligible
-) -> Named:
+) -> FilterMatch:
     # Otherwise what is meant to leave something out, `(?!head).+`, would match all that
     # is around it.
     owners = {place.owner for place in places.all if place.is_array}
-    layers = [x for x in places.all if x in owners or is_known(x.module)]
+    layers = [x for x in places.all if x in owners or is_known_layer(x.module)]
     arrays = [x for x in places.all if x.is_array]
-    known = [x for x in layers if is_known(x.module) and matches(pattern, x.path)]
+    known = [x for x in layers if is_known_layer(x.module) and matches(pattern, x.path)]
     inside = {below for layer in known for below in places.beneath(layer)}
     found = [x for x in arrays if matches(pattern, x.path) and x not in inside]
     chosen = {array.owner for array in found if is_eligible(array)}
     for layer in layers:
         if matches(pattern, layer.path) and layer not in inside | chosen:
             found.append(layer)
-    found = sorted([*known, *found], key=lambda place: place.steps)
+    found = sorted([*known, *found], key=lambda place: place.indices)
     if not found:
-        raise _unmatched(places, pattern, [*layers, *arrays], argument, is_eligible)
-    return Named(f"`{argument}={pattern.pattern!r}`", found, is_shallow=True)
+        raise _no_match_error(
+            places, pattern, [*layers, *arrays], argument, is_eligible
+        )
+    return FilterMatch(f"`{argument}={pattern.pattern!r}`", found, is_shallow=True)
 
 
-def _unmatched(
+def _no_match_error(
     places: Places,
     pattern: Pattern,
     candidates: Iterable[Place],
@@ -227,7 +229,7 @@ def _unmatched(
     is_eligible: Eligible,
 ) -> ValueError:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    message = no_match(argument, text, [place.path for place in candidates])
+    message = explain_no_match(argument, text, [place.path for place in candidates])
     if text == "all-linear" and argument == "filter":
         message += " That is PEFT's word: here `filter=None` adapts all layers."
     elif any(matches(pattern, place.path) for place in places.all):
@@ -235,12 +237,12 @@ def _unmatched(
             " A regular expression has to match the full path of a layer or of an "
             rf"array, not that of a container. '{text}\..*' has what is beneath."
         )
-    return ValueError(f"{message} Available: {available(places, is_eligible)}.")
+    return ValueError(f"{message} Available: {list_available(places, is_eligible)}.")
 
 
-def _named_by_predicate(
+def _match_predicate(
     places: Sequence[Place], predicate: Callable[[Any], Any], argument: str
-) -> Named:
+) -> FilterMatch:
     if isinstance(predicate, type):
         kind = predicate
         label = f"`{argument}={kind.__name__}`"
@@ -255,34 +257,38 @@ def _named_by_predicate(
             f"{label} matched nothing. It sees the modules, not the arrays, of the "
             f"model; these are of the types {', '.join(kinds) or '(none)'}."
         )
-    return Named(label, found)
+    return FilterMatch(label, found)
 
 
-def _named_by_spec(
+def _match_spec(
     places: Places, spec: Any, argument: str, is_eligible: Eligible
-) -> Named:
-    by_steps = {place.steps: place for place in places.all}
+) -> FilterMatch:
+    by_indices = {place.indices: place for place in places.all}
     marked: list[Place] = []
 
-    def visit(spec: Any, node: Any, steps: tuple[int, ...], path: str) -> None:
+    def visit(spec: Any, node: Any, indices: tuple[int, ...], path: str) -> None:
         if isinstance(spec, bool | np.bool_):
-            if spec and steps in by_steps:
-                marked.append(by_steps[steps])
+            if spec and indices in by_indices:
+                marked.append(by_indices[indices])
             return
-        level = children(node)
+        level = flatten_one_level(node)
         if is_weight(node):
             if type(spec) is type(node) and any(jtu.tree_leaves(spec)):
-                marked.append(by_steps[steps])
+                marked.append(by_indices[indices])
             return
-        spec_level = children(spec)
+        spec_level = flatten_one_level(spec)
         if level is not None and spec_level is not None and spec_level[1] == level[1]:
             for i, ((name, child), (_, spec_child)) in enumerate(
                 zip(level[0], spec_level[0])
             ):
-                visit(spec_child, child, (*steps, i), f"{path}.{name}".lstrip("."))
-        elif callable(spec) and not isinstance(spec, eqx.Module) and steps in by_steps:
-            below = list(places.beneath(by_steps[steps]))
-            marked.extend(_named_by_predicate(below, spec, argument).places)
+                visit(spec_child, child, (*indices, i), f"{path}.{name}".lstrip("."))
+        elif (
+            callable(spec)
+            and not isinstance(spec, eqx.Module)
+            and indices in by_indices
+        ):
+            below = list(places.beneath(by_indices[indices]))
+            marked.extend(_match_predicate(below, spec, argument).places)
         elif spec is not None or node is not None:
             raise ValueError(
                 f"`{argument}` is a filter spec whose structure does not fit the "
@@ -297,9 +303,13 @@ def _named_by_spec(
     if not found:
         raise ValueError(
             f"`{argument}` is a filter spec that marks nothing as `True`. Available: "
-            f"{available(places, is_eligible)}."
+            f"{list_available(places, is_eligible)}."
         )
-    return Named(f"the filter spec `{argument}`", found, one_by_one=True)
+    return FilterMatch(f"the filter spec `{argument}`", found, is_leafwise=True)
+
+
+def _is_predicate(spec: Any) -> bool:
+    return callable(spec) and not isinstance(spec, eqx.Module)
 
 
 def _matches_globs(globs: Sequence[str], names: Sequence[str]) -> bool:
@@ -325,11 +335,11 @@ def _is_rule(filter: Any, model: Any) -> bool:
     return is_pattern or callable(filter) and type(filter) is not type(model)
 
 
-def _named_by_rule(
+def _match_rule(
     places: Places, rule: Any, argument: str, is_eligible: Eligible
-) -> Named:
+) -> FilterMatch:
     if isinstance(rule, re.Pattern):
-        return _named_by_regex(places, rule, argument, is_eligible)
+        return _match_regex(places, rule, argument, is_eligible)
     if isinstance(rule, str):
-        return _named_by_pattern(places, rule, argument, is_eligible)
-    return _named_by_predicate(places.all, rule, argument)
+        return _match_pattern(places, rule, argument, is_eligible)
+    return _match_predicate(places.all, rule, argument)

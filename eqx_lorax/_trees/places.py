@@ -28,7 +28,7 @@ class Place:
     path: tuple[str, ...]
     """The names on the way from the root."""
 
-    steps: tuple[int, ...]
+    indices: tuple[int, ...]
     """The number of each child on the way from the root."""
 
     node: Any
@@ -54,16 +54,16 @@ class Place:
 
     def holds(self, other: "Place") -> bool:
         """Whether `other` is this place or beneath it."""
-        return other.steps[: len(self.steps)] == self.steps
+        return other.indices[: len(self.indices)] == self.indices
 
 
-def joined(path: Sequence[str]) -> str:
+def join_path(path: Sequence[str]) -> str:
     """The path as one string, of which no other path is an example: dots inside names
     are escaped."""
     return ".".join(name.replace("\\", r"\\").replace(".", r"\.") for name in path)
 
 
-def children(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
+def flatten_one_level(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
     """The named children of `node` and how to put it together again; `None` if JAX sees
     a leaf. A factored weight is a leaf here: it stands for an array."""
     if is_weight(node) or node is None:
@@ -77,15 +77,15 @@ def children(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
 def _walk(model: Any) -> Iterator[Place]:
     def visit(place: Place) -> Iterator[Place]:
         yield place
-        yield from beneath(place, place.node, place.steps)
+        yield from beneath(place, place.node, place.indices)
 
-    def beneath(place: Place, node: Any, steps: tuple[int, ...]) -> Iterator[Place]:
-        level = children(node)
+    def beneath(place: Place, node: Any, indices: tuple[int, ...]) -> Iterator[Place]:
+        level = flatten_one_level(node)
         if level is None:
             return
         owner = place if _is_module(place.node) else place.owner
         for step, (name, child) in enumerate(level[0]):
-            below = (*steps, step)
+            below = (*indices, step)
             if child is None:
                 continue
             if is_layer(node):
@@ -119,17 +119,17 @@ def rebuild(model: Any, edits: Mapping[tuple[int, ...], Callable[[Any], Any]]) -
     """`model` with the node at each of the `steps` replaced by what its edit makes of
     it, innermost first. What is not on the way to an edit is not touched: it remains
     the same object."""
-    on_the_way = {steps[:i] for steps in edits for i in range(len(steps))}
+    on_the_way = {indices[:i] for indices in edits for i in range(len(indices))}
 
-    def visit(node: Any, steps: tuple[int, ...]) -> Any:
-        if steps in on_the_way:
-            level = children(node)
+    def visit(node: Any, indices: tuple[int, ...]) -> Any:
+        if indices in on_the_way:
+            level = flatten_one_level(node)
             assert level is not None
             named, treedef = level
             node = treedef.unflatten(
-                [visit(child, (*steps, i)) for i, (_, child) in enumerate(named)]
+                [visit(child, (*indices, i)) for i, (_, child) in enumerate(named)]
             )
-        return edits[steps](node) if steps in edits else node
+        return edits[indices](node) if indices in edits else node
 
     return visit(model, ())
 

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from .._methods import is_weight
 from .._shared import Placement
-from .places import children
+from .places import flatten_one_level
 
 
 LORA_FREEZE = 0
@@ -151,7 +151,7 @@ def map_spec(
 
     def visit(path: tuple[str, ...], node: Any, spec: Any) -> Any:
         ends = is_weight(node) or is_leaf is not None and is_leaf(node)
-        level = None if ends or node is None else children(node)
+        level = None if ends or node is None else flatten_one_level(node)
         if node is None:
             return None
         is_value = isinstance(spec, int | np.integer | LoraSpec)
@@ -177,7 +177,7 @@ def map_spec(
 
 
 def _children(path: tuple[str, ...], names: list[str], spec: Any) -> list[Any]:
-    level = None if spec is None else children(spec)
+    level = None if spec is None else flatten_one_level(spec)
     if level is None:
         raise ValueError(
             f"`spec` has {spec!r} at {_dotted(path)}, where the parameters go on with "

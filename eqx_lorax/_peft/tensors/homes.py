@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..._methods import factor_shapes
-from ..._modules import axes_of, target_of
+from ..._modules import find_target, infer_axes
 from ..._trees import Place, Places
 from ..pytorch import expanded, Index, named, Names, template, template_for
 from .layout import Layout, layout_for
@@ -38,7 +38,7 @@ class Home:
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of `b` and `a`."""
-        rows, columns = axes_of(self.place)
+        rows, columns = infer_axes(self.place)
         return factor_shapes(self.shape, rows, columns, rank)
 
 
@@ -51,9 +51,9 @@ def homes(places: Places, names: Names, in_out: InOut) -> Iterator[tuple[str, Ho
     """
     taken: set[str] = set()
     for place in places.all:
-        if target_of(place) is None or template(names, named(place)) is None:
+        if find_target(place) is None or template(names, named(place)) is None:
             continue
-        rows, columns = axes_of(place)
+        rows, columns = infer_axes(place)
         batch = list(place.node.shape[: -len((*rows, *columns))])
         torch = template_for(place, names)
         try:

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Set
 
-from ..._layers import layer_for, LoraModule
-from ..._modules import target_of
-from ..._trees import Filter, named_places, Place, Places
+from ..._layers import find_layer, LoraModule
+from ..._modules import find_target
+from ..._trees import Filter, match_filter, Place, Places
 from .layout import layout_of, Linear
 
 
@@ -37,8 +37,10 @@ def stored_in_out(places: Places, transposed: Filter) -> InOut:
         return InOut(frozenset(), transposed is not None)
     found: set[Place] = set()
     model = places.root.node
-    for named in named_places(model, places, transposed, "transposed", _may_be_in_out):
-        arrays = [array for array in named.covered(places) if _may_be_in_out(array)]
+    for named in match_filter(model, places, transposed, "transposed", _may_be_in_out):
+        arrays = [
+            array for array in named.find_covered(places) if _may_be_in_out(array)
+        ]
         if not arrays:
             raise ValueError(
                 f"{named.label} names no array that could be stored `(..., in, out)`: "
@@ -50,11 +52,11 @@ def stored_in_out(places: Places, transposed: Filter) -> InOut:
 
 
 def _is_of_unknown_module(array: Place) -> bool:
-    return array.owner is not None and layer_for(array.owner.module) is LoraModule
+    return array.owner is not None and find_layer(array.owner.module) is LoraModule
 
 
 def _may_be_in_out(array: Place) -> bool:
-    if target_of(array) is None or not _is_of_unknown_module(array):
+    if find_target(array) is None or not _is_of_unknown_module(array):
         return False
     try:
         return isinstance(layout_of(array, None), Linear)
