@@ -13,7 +13,14 @@ import numpy as np
 from .._layers import is_layer
 from .._methods import AbstractLoraWeight, base_of, is_weight
 from .._modules import find_target, join_targets, make_wrapper, Target
-from .._shared import inherit_sharding, is_array, known_sharding, place_array, replicate
+from .._shared import (
+    inherit_sharding,
+    is_array,
+    known_sharding,
+    list_some,
+    place_array,
+    replicate,
+)
 from .._training import trained_places
 from .._trees import Filter, Place, Places, rebuild
 from .fingerprint import digest
@@ -235,9 +242,8 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     has_adapters = any(is_weight(place.node) for place in places.all)
     wrong = list(_misfits(by_path, adapter, has_adapters))
     if wrong:
-        more = f"\n  and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        lines = "".join(f"\n  {line}" for line in wrong[:12])
-        raise ValueError(f"The adapter does not fit `model`:{lines}{more}")
+        listed = list_some(wrong, 12, separator="\n  ")
+        raise ValueError(f"The adapter does not fit `model`:\n  {listed}")
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
     fresh: list[Target] = []
     rates: dict[Place, float] = {}

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from .._methods import check_whole
 from .._modules import without_views
-from .._shared import write_once
+from .._shared import list_some, write_once
 from .._trees import Filter, join_path, Places
 from .adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
 from .atomic import replacing
@@ -389,5 +389,4 @@ def differences(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterato
 
 def listed(problems: Sequence[str]) -> str:
     """The problems in one line, if they are many the first of them."""
-    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-    return "; ".join(problems[:8]) + more
+    return list_some(problems, separator="; ")

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._layers import is_layer
 from .._methods import AbstractLoraWeight, is_weight
-from .._shared import is_array
+from .._shared import is_array, list_some
 from .._trees import join_path, Places
 from .fingerprint import digest
 
@@ -53,8 +53,7 @@ def changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[st
                 change = f"`{key}` was {old.get(key)!r} and is {new.get(key)!r}"
                 where.setdefault(change, []).append(name)
     for change, names in where.items():
-        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        yield f"{change} at {', '.join(names[:4])}{more}"
+        yield f"{change} at {list_some(names, 4)}"
 
 
 def _static(weight: AbstractLoraWeight) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 
 from .._layers import is_layer, replace_fields
 from .._methods import base_of, is_weight, lacks_arrays, misfits, upon
-from .._shared import is_array
+from .._shared import is_array, list_some
 from .._trees import Place, Places, rebuild
 
 
@@ -72,10 +72,9 @@ def attach(model: _Model, params: Any) -> _Model:
         problems += [f"{place.dotted}: {line}" for line in wrong]
         edits[target.indices] = made
     if problems:
-        more = f"\n  and {len(problems) - 12} more" if len(problems) > 12 else ""
-        lines = "".join(f"\n  {line}" for line in problems[:12])
+        listed = list_some(problems, 12, separator="\n  ")
         raise ValueError(
-            f"`params` does not fit `model`:{lines}{more}\n{_hint(model, new, arrays)}"
+            f"`params` does not fit `model`:\n  {listed}\n{_hint(model, new, arrays)}"
         )
     return rebuild(model, edits)
 

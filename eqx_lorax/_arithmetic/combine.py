@@ -10,7 +10,7 @@ import numpy as np
 
 from .._layers import is_layer
 from .._methods import base_of, is_weight, lacks_arrays, misfits
-from .._shared import is_array
+from .._shared import is_array, list_some
 from .._trees import flatten_one_level
 
 
@@ -75,9 +75,8 @@ def _is_number(x: Any) -> bool:
 
 
 def _message(what: str, problems: list[str]) -> str:
-    more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-    lines = "".join(f"\n  {line}" for line in problems[:8])
-    return f"`params` and `frozen` {what}:{lines}{more}\n{_MEANT}"
+    listed = list_some(problems, separator="\n  ")
+    return f"`params` and `frozen` {what}:\n  {listed}\n{_MEANT}"
 
 
 def _check_weights(params: Any, model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._layers import is_known_layer, kernel_axes
-from .._shared import Placement
+from .._shared import list_some, Placement
 from .._trees import LoraSpec, Pattern, Place
 from .options import group_by_pattern, resolve_per_array
 from .targets import Target
@@ -169,7 +169,6 @@ def _check_fit(wrong: Sequence[_Request], rank: Any, targets: Sequence[Target]) 
         return
     groups = _group_problems(wrong, targets)
     listed = [_describe_problems(pattern, found) for pattern, found in groups.items()]
-    more = f"; and {len(listed) - 5} more" if len(listed) > 5 else ""
     fix: dict[Pattern, Any] = {
         pattern: found[0].suggestion for pattern, found in groups.items()
     }
@@ -189,7 +188,7 @@ def _check_fit(wrong: Sequence[_Request], rank: Any, targets: Sequence[Target]) 
     else:
         hint = f"Give these a rank of their own, `rank={{{items}}}`, or no rank at all"
         hint += ", which takes what fits; or leave them out, with `exclude`."
-    raise ValueError(f"{'; '.join(listed[:5])}{more}. {hint}")
+    raise ValueError(f"{list_some(listed, 5, separator='; ')}. {hint}")
 
 
 def _describe_problems(pattern: Pattern, found: Sequence[_Request]) -> str:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from .._factored import products, views
 from .._methods import is_weight, LoraWeight
+from .._shared import axes_from_end
 from .._trees import Place, Places, rebuild
 
 
@@ -61,7 +62,7 @@ def strip_adapters(weight: Any) -> Array:
     base = strip_adapters(weight.w)
     if not isinstance(weight, LoraWeight) or weight.gain is None:
         return base
-    stored = range(-base.ndim, 0)
+    stored = axes_from_end(base.ndim)
     scaled = products.scaled(views.dense(base), stored, weight.gain, stored)
     return scaled.astype(base.dtype)
 
@@ -103,7 +104,7 @@ def _stored(weight: Any) -> Any:
 def _on_stored_base(weight: Any) -> Any:
     if isinstance(weight, LoraWeight):
         weight = _without_gate(weight)
-        is_moved = weight.shown_axes() != tuple(range(-weight.w.ndim, 0))
+        is_moved = weight.shown_axes() != tuple(axes_from_end(weight.w.ndim))
         weight = views.in_order(weight) if is_moved else weight.replace(order=None)
     base = weight.w
     if not is_weight(base):

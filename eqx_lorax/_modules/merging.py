@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from jaxtyping import Array
 
 from .._methods import AbstractLoraWeight, base_of
-from .._shared import known_sharding
+from .._shared import known_sharding, list_some
 from .._trees import Place
 
 
@@ -74,10 +74,9 @@ def _check_finite(dotted: Sequence[str], flags: Sequence[Array]) -> None:
 
 
 def _explain_not_finite(dotted: Sequence[str]) -> str:
-    more = f", and {len(dotted) - 8} more" if len(dotted) > 8 else ""
     return (
-        f"Merging gives values that are not finite in {', '.join(dotted[:8])}"
-        f"{more}; nothing was merged. Look for NaN in the factors or for overflow "
-        "of the base's dtype, or drop the adapters with "
+        f"Merging gives values that are not finite in {list_some(dotted)}; "
+        "nothing was merged. Look for NaN in the factors or for overflow of the "
+        "base's dtype, or drop the adapters with "
         "`lorax.unloraify(model, merge=False)`."
     )

@@ -11,7 +11,7 @@ from jaxtyping import PRNGKeyArray
 
 from .._layers import is_layer
 from .._methods import base_of, check_key, check_whole, Init, is_weight, key_for
-from .._shared import Placement, suggest_keywords
+from .._shared import list_some, Placement, suggest_keywords
 from .._trees import Filter, LoraSpec, Place, Places, rebuild
 from .form import resolve_forms
 from .fresh import make_adapter
@@ -257,10 +257,9 @@ _CALLER = 4
 
 def _warn_of_passed_over(reasons: Sequence[str]) -> None:
     if reasons:
-        more = f"; and {len(reasons) - 5} more" if len(reasons) > 5 else ""
         warnings.warn(
-            f"Not adapted: {'; '.join(reasons[:5])}{more}. Name them in `exclude` if "
-            "that is meant.",
+            f"Not adapted: {list_some(reasons, 5, separator='; ')}. Name them in "
+            "`exclude` if that is meant.",
             stacklevel=_CALLER,
         )
 

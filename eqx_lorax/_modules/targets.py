@@ -17,6 +17,7 @@ from .._layers import (
     NORMS,
 )
 from .._methods import is_weight
+from .._shared import list_some
 from .._trees import (
     exclude_places,
     Filter,
@@ -98,10 +99,8 @@ def find_targets(
         for how in ("warning", "error")
     }
     if wrong := reasons["error"]:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise ValueError(
-            f"{'; '.join(wrong[:5])}{more}. Or leave it out, with `exclude`."
-        )
+        listed = list_some(wrong, 5, separator="; ")
+        raise ValueError(f"{listed}. Or leave it out, with `exclude`.")
     if not targets:
         listed = "".join(f" {reason}." for reason in reasons["warning"][:5])
         raise ValueError(

@@ -28,6 +28,7 @@ from .devices import (
     plan_optimizer_state as plan_optimizer_state,
 )
 from .keywords import suggest_keywords as suggest_keywords
+from .messages import list_some as list_some
 from .printing import (
     layer_document as layer_document,
     weight_document as weight_document,

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .arrays import as_array
+from .arrays import as_array, axes_from_end
 
 
 ShardingLike: TypeAlias = Sharding | PartitionSpec | None
@@ -75,7 +75,7 @@ def inherit_sharding(
     The labels are those axes, counted from the end, and others."""
     if not isinstance(base, NamedSharding):
         return base
-    return relabel(base, range(-ndim, 0), labels)
+    return relabel(base, axes_from_end(ndim), labels)
 
 
 def resolve_sharding(

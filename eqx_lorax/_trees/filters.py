@@ -13,6 +13,7 @@ import numpy as np
 
 from .._layers import is_known_layer
 from .._methods import is_weight
+from .._shared import list_some
 from .places import flatten_one_level, Place, Places
 
 
@@ -177,14 +178,12 @@ def list_available(places: Places, is_eligible: Eligible) -> str:
         listed.append(f"{path} {' or '.join(kinds[:3])}{several}")
     if not listed:
         return "no array in this model that could be"
-    more = f", and {len(listed) - 20} more" if len(listed) > 20 else ""
-    return ", ".join(listed[:20]) + more
+    return list_some(listed, 20)
 
 
 def list_briefly(places: Sequence[Place]) -> str:
     """The paths of a few of these places."""
-    more = f", and {len(places) - 8} more" if len(places) > 8 else ""
-    return ", ".join(place.dotted for place in places[:8]) + more
+    return list_some(place.dotted for place in places)
 
 
 def _match_pattern(

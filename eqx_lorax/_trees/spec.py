@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._methods import is_weight
-from .._shared import Placement
+from .._shared import axes_from_end, Placement
 from .places import flatten_one_level
 
 
@@ -72,10 +72,10 @@ class LoraSpec:
         if rows is None and columns is None:
             columns = (-1,)
         named = {*batch, *from_the_end(rows or ()), *from_the_end(columns or ())}
-        others = tuple(axis for axis in range(-ndim, 0) if axis not in named)
+        others = tuple(axis for axis in axes_from_end(ndim) if axis not in named)
         rows = others if rows is None else from_the_end(rows)
         columns = others if columns is None else from_the_end(columns)
-        if sorted((*batch, *rows, *columns)) != list(range(-ndim, 0)):
+        if sorted((*batch, *rows, *columns)) != [*axes_from_end(ndim)]:
             raise ValueError(
                 f"{self} must name each of the {ndim} axes once, among `rows`, "
                 "`columns` and `batch`."

@@ -5,6 +5,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from ..._shared import list_some
 from ..._trees import matches
 
 
@@ -46,6 +47,4 @@ def expanded(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]
 
 def few(paths: Iterable[str]) -> str:
     """The first of the paths, for a message."""
-    listed = list(dict.fromkeys(paths))
-    more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(listed[:8]) + more
+    return list_some(dict.fromkeys(paths))
