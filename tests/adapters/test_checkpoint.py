@@ -14,10 +14,10 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from fixture import fixture_adapter
 from helpers import assert_identical, trained
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from running import running
-from test_save import fixture_adapter
 
 import eqx_lorax as lorax
 

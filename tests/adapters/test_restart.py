@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 from running import Program, running
 from safetensors import safe_open
 from safetensors.numpy import load_file
-from test_docs import ROOT
 
 
 pytestmark = [

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -14,6 +13,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 from cases import every_case
+from doubled import Doubled
+from fixture import fixture_adapter, fixture_model
 from helpers import assert_identical, filled, run, trained, weights
 from running import running
 from safetensors import safe_open
@@ -105,32 +106,6 @@ def test_an_adapter_on_an_adapter(tmp_path, getkey):
     other = lorax.loraify(other, rank=1, nested=True, key=getkey())
     with pytest.raises(ERRORS, match=r"layers\.0\.weight\.a differs"):
         lorax.load_adapter(tmp_path / "a", other)
-
-
-class Doubled(lorax.AbstractLoraWeight):
-    """A method of another package."""
-
-    w: Any
-    b: jax.Array
-    a: jax.Array
-    times: int = eqx.field(static=True)
-
-    method = "doubled"
-    frozen = ("w",)
-
-    def as_lora(self):
-        return lorax.LoraWeight(self.w, self.b, self.a, alpha=self.times)
-
-    def array_axes(self):
-        return {"b": (-2, "rank"), "a": ("rank", -1)}
-
-    @property
-    def shape(self):
-        return self.w.shape
-
-    @property
-    def dtype(self):
-        return self.w.dtype
 
 
 def test_another_method(tmp_path, getkey):
@@ -554,37 +529,6 @@ def test_digests_do_not_depend_on_x64():
 
 
 # Files of today have to load for ever.
-
-
-def fixture_model():
-    """Has nothing random, so that it is the same in every version of JAX."""
-    conv = lambda: eqx.nn.Conv2d(2, 4, 3, groups=2, key=jr.key(0))  # noqa: E731
-    like = eqx.filter_eval_shape(lambda: {"mlp": mlp(jr.key(0)), "conv": conv()})
-    return jax.tree.map(
-        lambda x: counted(x, 5) if isinstance(x, jax.ShapeDtypeStruct) else x, like
-    )
-
-
-def counted(like, step):
-    """Numbers that every dtype has."""
-    numbers = (np.arange(like.size) * step % 17 - 8) / 16
-    return jnp.asarray(numbers.reshape(like.shape), like.dtype)
-
-
-def fixture_adapter():
-    model = fixture_model()
-    adapted = lorax.loraify(
-        model, None, rank={"conv": 1, "*": 2}, alpha=3, dropout=0.5, key=jr.key(0)
-    )
-
-    def fill(weight):
-        new = counted(weight.b, 3), counted(weight.a, 7)
-        return eqx.tree_at(lambda w: (w.b, w.a), weight, new)
-
-    is_weight = lambda x: isinstance(x, lorax.LoraWeight)  # noqa: E731
-    return jax.tree.map(
-        lambda x: fill(x) if is_weight(x) else x, adapted, is_leaf=is_weight
-    )
 
 
 def test_the_file_of_format_1():

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from doubled import Doubled
 from functions import normal
 from helpers import assert_close, assert_identical, dense_weight, is_weight, wide
-from test_save import Doubled
 
 import eqx_lorax as lorax
 from eqx_lorax._factored import views as _views

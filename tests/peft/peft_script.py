@@ -1,6 +1,6 @@
 """What a user of PEFT writes: a model, an adapter, a few steps, `save_pretrained`.
 
-python tests/peft_script.py MODEL OUTPUT
+python tests/peft/peft_script.py MODEL OUTPUT
 """
 
 import sys

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from paths import ROOT
 from running import running
-from test_docs import ROOT
 
 
 pytestmark = pytest.mark.interop

@@ -1,14 +1,13 @@
 """Every code block in the README and the docs is executed, page by page."""
 
-import pathlib
 import re
 import subprocess
 
 import jax
 import pytest
+from paths import ROOT
 
 
-ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from helpers import is_weight, weights
+from paths import ROOT
 from running import finish_together, running
-from test_docs import ROOT
 
 import eqx_lorax as lorax
 

@@ -50,7 +50,7 @@ def test_one_of_several_fails():
 def test_the_tests_are_killed(how):
     tests = f"""
     import sys
-    sys.path.insert(0, {os.path.dirname(__file__)!r})
+    sys.path.insert(0, {os.path.dirname(module.__file__)!r})
     from running import running
 
     with running({PARENT!r}) as program:

@@ -2,16 +2,15 @@
 
 import ast
 import inspect
-import pathlib
 import pkgutil
 
 import equinox as eqx
 import pytest
+from paths import ROOT
 
 import eqx_lorax as lorax
 
 
-ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "eqx_lorax").rglob("*.py"))
 
 
