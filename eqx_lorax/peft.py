@@ -22,15 +22,15 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ._adapters import (
-    adapter_of,
     AdapterFileError,
-    base_digests,
     check_base,
-    MALFORMED,
+    extract_adapter,
+    fingerprint_base,
+    insert_adapter,
+    parse_content,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
-    put_into,
-    replacing,
+    replace_file,
 )
 from ._layers import is_layer
 from ._methods import check_whole
@@ -130,7 +130,7 @@ def save(
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
     model = without_views(model)
     places = Places(model)
-    adapter = adapter_of(model, places, also)
+    adapter = extract_adapter(model, places, also)
     whole = whole_modules(adapter, places, names)
     in_out = stored_in_out(places, transposed)
     ties = tied_tables(places, tied)
@@ -142,7 +142,7 @@ def save(
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
     }
-    digests = base_digests(places, whole.saved)
+    digests = fingerprint_base(places, whole.saved)
     folder = Path(directory)
     arrays = {
         PREFIX + name: np.array(replicate(x), order="C") for name, x in tensors.items()
@@ -152,9 +152,9 @@ def save(
         metadata[_ORDER] = json.dumps(config["target_parameters"])
 
     def write() -> None:
-        with replacing(folder / PEFT_WEIGHTS) as new:
+        with replace_file(folder / PEFT_WEIGHTS) as new:
             save_file(arrays, new, metadata)
-        with replacing(folder / PEFT_CONFIG) as new:
+        with replace_file(folder / PEFT_CONFIG) as new:
             new.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     write_once(write, jax.tree.leaves(model))
@@ -213,21 +213,33 @@ def load(
     model = without_views(model)
     places = Places(model)
     in_out, ties = stored_in_out(places, transposed), tied_tables(places, tied)
+    order = parse_content(folder, lambda: _order(metadata)) or parameter_order
+    base = parse_content(folder, lambda: _base(metadata))
     try:
         plain = plain_names(tensors)
-        order = json.loads(metadata.get(_ORDER, "null")) or parameter_order
         adapter = adapter_from(
             config, plain, places, names, in_out, order, allow_other_base, ties
         )
         check_ties(places, adapter, ties, config.get("task_type"))
-        adapted = put_into(model, places, adapter)
-        base = json.loads(metadata.get(_BASE, "null"))
-    except MALFORMED as error:
+        adapted = insert_adapter(model, places, adapter)
+    except ValueError as error:
         note = _WITHOUT_PREFIX if tensors and not has_prefix(tensors) else ""
         raise AdapterFileError(f"{folder}: {error}{note}") from error
-    if isinstance(base, dict) and not allow_other_base:
+    if base is not None and not allow_other_base:
         check_base(folder, base, places, adapter.others)
     return adapted if trainable else _for_inference(adapted)
+
+
+def _order(metadata: Mapping[str, str]) -> list[str] | None:
+    """The order of parameters that `save` has written, if it did."""
+    order = json.loads(metadata.get(_ORDER, "null"))
+    return None if order is None else [str(name) for name in list(order)]
+
+
+def _base(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The fingerprints of the base that `save` has written, if it did."""
+    base = json.loads(metadata.get(_BASE, "null"))
+    return None if base is None else dict(base)
 
 
 def _for_inference(model: _Model) -> _Model:

@@ -6,28 +6,30 @@ model is decided in `_training`, and arithmetic on adapters is in `_arithmetic`.
 """
 
 from .adapter import (
-    Adapted as Adapted,
     Adapter as Adapter,
-    adapter_of as adapter_of,
-    put_into as put_into,
+    DetachedWeight as DetachedWeight,
+    extract_adapter as extract_adapter,
+    insert_adapter as insert_adapter,
 )
-from .atomic import replacing as replacing
+from .atomic import replace_file as replace_file
 from .checkpoint import Checkpoints as Checkpoints
-from .fingerprint import base_digests as base_digests
+from .files import (
+    AdapterFileError as AdapterFileError,
+    check_base as check_base,
+    parse_content as parse_content,
+    read_tensors as read_tensors,
+)
+from .fingerprint import fingerprint_base as fingerprint_base
 from .foreign import (
-    foreign_file as foreign_file,
-    foreign_folder as foreign_folder,
-    foreign_tensors as foreign_tensors,
+    explain_foreign_file as explain_foreign_file,
+    explain_foreign_folder as explain_foreign_folder,
+    explain_foreign_tensors as explain_foreign_tensors,
     is_native as is_native,
     PEFT_CONFIG as PEFT_CONFIG,
     PEFT_WEIGHTS as PEFT_WEIGHTS,
 )
 from .save import (
     adapter_info as adapter_info,
-    AdapterFileError as AdapterFileError,
-    check_base as check_base,
     load_adapter as load_adapter,
-    MALFORMED as MALFORMED,
-    read_tensors as read_tensors,
     save_adapter as save_adapter,
 )

@@ -23,7 +23,7 @@ from .._shared import (
 )
 from .._training import trained_places
 from .._trees import Filter, Place, Places, rebuild
-from .fingerprint import digest
+from .fingerprint import fingerprint
 
 
 _Model = TypeVar("_Model")
@@ -31,7 +31,7 @@ Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class DetachedWeight:
     """One adapted weight without its base."""
 
     path: Path
@@ -52,48 +52,70 @@ class Adapted:
     def dotted(self) -> str:
         return ".".join(self.path)
 
-    def on(self, base: Any) -> AbstractLoraWeight:
-        """The weight, on top of a base, or in the place of another weight, where the
-        arrays of that lie."""
-        there = base if is_weight(base) and base.method == self.method else None
-        # An adapter upon another one is replaced alone.
-        base = base.w if is_weight(base) else base
-        weight = self.alone_on(base)
-        axes, lying = weight.array_axes(), known_sharding(base_of(base))
+    def attach(self, node: Any) -> AbstractLoraWeight:
+        """The weight in the place of `node`: of a base, or of another weight. Its
+        arrays get the sharding of the arrays that they replace, or else inherit that of
+        the base."""
+        replaced = node if is_weight(node) and node.method == self.method else None
+        # If `node` is an adapter of an adapted weight, the inner one stays.
+        base = node.w if is_weight(node) else node
+        weight = self.build(base)
+        axes, of_base = weight.array_axes(), known_sharding(base_of(base))
 
-        def put(name: str) -> Any:
-            if there is not None:
-                sharding = known_sharding(getattr(there, name))
+        def place(name: str) -> Any:
+            if replaced is not None:
+                sharding = known_sharding(getattr(replaced, name))
             else:
-                sharding = inherit_sharding(lying, weight.w.ndim, axes[name])
+                sharding = inherit_sharding(of_base, weight.w.ndim, axes[name])
             return place_array(getattr(weight, name), sharding)
 
         return eqx.tree_at(
             lambda weight: [getattr(weight, name) for name in self.arrays],
             weight,
-            [put(name) for name in self.arrays],
+            [place(name) for name in self.arrays],
         )
 
-    def alone_on(self, base: Any) -> AbstractLoraWeight:
-        """The weight on top of a base, its arrays wherever they are."""
+    def build(self, base: Any) -> AbstractLoraWeight:
+        """The weight on top of a base. Its arrays stay where they are.
+
+        **Raises:**
+
+        `ValueError` if the class has other arguments. What the class itself raises
+        passes through: it is a fault of the arguments only if it is a `ValueError`.
+        """
         settings = {
             # Static fields have to be hashable.
             name: tuple(x) if isinstance(x, list) else x
             for name, x in self.settings.items()
         }
-        return methods()[self.method](base, **self.arrays, **settings)
+        weight_type = methods()[self.method]
+        try:
+            signature = inspect.signature(weight_type)
+            arguments = signature.bind(base, **self.arrays, **settings)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.dotted}: these are not the arguments of a "
+                f"{weight_type.__name__}: {error}"
+            ) from error
+        try:
+            return weight_type(*arguments.args, **arguments.kwargs)
+        except Exception as error:
+            error.add_note(
+                f"Raised as a {weight_type.__name__} was made for {self.dotted}."
+            )
+            raise
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """All that is trained of a model."""
 
-    adapted: list[Adapted]
+    weights: list[DetachedWeight]
     others: dict[Path, Any]
     """Arrays that are trained as they are: heads, biases."""
 
 
-def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
+def extract_adapter(model: Any, places: Places, also: Filter) -> Adapter:
     """The adapter of a model without views.
 
     **Raises:**
@@ -112,12 +134,12 @@ def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
         place.path: replicate(place.node)
         for place in trained_places(model, places, also)
     }
-    adapter = Adapter([_adapted(place) for place in weights], others)
+    adapter = Adapter([_extract_weight(place) for place in weights], others)
     abstract = [
         ".".join(path)
         for path, array in [
             *others.items(),
-            *((x.path, array) for x in adapter.adapted for array in x.arrays.values()),
+            *((x.path, array) for x in adapter.weights for array in x.arrays.values()),
         ]
         if isinstance(array, jax.ShapeDtypeStruct)
     ]
@@ -126,7 +148,7 @@ def adapter_of(model: Any, places: Places, also: Filter) -> Adapter:
     return adapter
 
 
-def _adapted(place: Place) -> Adapted:
+def _extract_weight(place: Place) -> DetachedWeight:
     weight = place.node
     if weight.w is None:
         raise ValueError(
@@ -147,13 +169,13 @@ def _adapted(place: Place) -> Adapted:
                 f"`{name}` cannot be saved: it has no field of that name."
             )
     values = {name: getattr(weight, name) for name in names}
-    adapted = Adapted(
+    adapted = DetachedWeight(
         path=place.path,
         method=method,
         shape=tuple(weight.shape),
         dtype=jnp.dtype(weight.dtype).name,
         settings={name: x for name, x in values.items() if not is_array(x)},
-        dropout=_dropout(place),
+        dropout=_find_dropout(place),
         arrays={name: x for name, x in values.items() if is_array(x)},
     )
     _check_nothing_is_lost(adapted, weight)
@@ -161,7 +183,7 @@ def _adapted(place: Place) -> Adapted:
     return dataclasses.replace(adapted, arrays=arrays)
 
 
-def _check_nothing_is_lost(adapted: Adapted, weight: AbstractLoraWeight) -> None:
+def _check_nothing_is_lost(adapted: DetachedWeight, weight: AbstractLoraWeight) -> None:
     """**Raises:**
 
     `TypeError` if a weight holds more than loading would make of it.
@@ -171,13 +193,13 @@ def _check_nothing_is_lost(adapted: Adapted, weight: AbstractLoraWeight) -> None
         name for name, setting in adapted.settings.items() if not is_setting(setting)
     ]
     if not unsaved:
-        loaded = adapted.alone_on(weight.w)
+        loaded = adapted.build(weight.w)
         unsaved = [
             field.name
             for field in dataclasses.fields(weight)
             # That is how to multiply, and not with what.
             if field.name != "is_merged"
-            and not _same(getattr(weight, field.name), getattr(loaded, field.name))
+            and not _is_same(getattr(weight, field.name), getattr(loaded, field.name))
         ]
     if unsaved:
         raise TypeError(
@@ -194,14 +216,14 @@ def is_setting(x: Any) -> bool:
     return all(y is None or isinstance(y, bool | int | float | str) for y in flat)
 
 
-def _same(x: Any, y: Any) -> bool:
+def _is_same(x: Any, y: Any) -> bool:
     if jax.tree.structure(x) != jax.tree.structure(y):
         return False
     pairs = zip(jax.tree.leaves(x), jax.tree.leaves(y))
     return all(
         one is other
         or (
-            digest(one) == digest(other)
+            fingerprint(one) == fingerprint(other)
             if isinstance(one, jax.Array | np.ndarray) and is_array(other)
             else type(one) is type(other) and one == other
         )
@@ -209,7 +231,7 @@ def _same(x: Any, y: Any) -> bool:
     )
 
 
-def _dropout(place: Place) -> float | None:
+def _find_dropout(place: Place) -> float | None:
     layer: Any = place.owner.node if place.owner is not None else None
     if not is_layer(layer) or not layer.has_dropout:
         return None
@@ -229,7 +251,7 @@ def methods() -> dict[str, type[AbstractLoraWeight]]:
     return found
 
 
-def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
+def insert_adapter(model: _Model, places: Places, adapter: Adapter) -> _Model:
     """`model`, without views, with `adapter` in the place of the one that it has, if
     any.
 
@@ -240,16 +262,16 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     """
     by_path = {place.path: place for place in places.all}
     has_adapters = any(is_weight(place.node) for place in places.all)
-    wrong = list(_misfits(by_path, adapter, has_adapters))
+    wrong = list(_find_misfits(by_path, adapter, has_adapters))
     if wrong:
-        listed = list_some(wrong, 12, separator="\n  ")
-        raise ValueError(f"The adapter does not fit `model`:\n  {listed}")
+        lines = list_some(wrong, 12, separator="\n  ")
+        raise ValueError(f"The adapter does not fit `model`:\n  {lines}")
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
     fresh: list[Target] = []
     rates: dict[Place, float] = {}
-    for adapted in adapter.adapted:
+    for adapted in adapter.weights:
         place = by_path[adapted.path]
-        weight = adapted.on(place.node)
+        weight = adapted.attach(place.node)
         edits[place.indices] = lambda _, weight=weight: weight
         target = find_target(place)
         if target is not None and not is_weight(place.node):
@@ -264,11 +286,11 @@ def put_into(model: _Model, places: Places, adapter: Adapter) -> _Model:
     return rebuild(model, edits)
 
 
-def _misfits(
+def _find_misfits(
     by_path: Mapping[Path, Place], adapter: Adapter, has_adapters: bool
 ) -> Iterator[str]:
-    paths = {adapted.path for adapted in adapter.adapted}
-    for adapted in adapter.adapted:
+    paths = {adapted.path for adapted in adapter.weights}
+    for adapted in adapter.weights:
         place = by_path.get(adapted.path)
         if place is None or not place.is_array:
             yield f"{adapted.dotted}: there is no such array in the model"
@@ -279,7 +301,9 @@ def _misfits(
         elif is_weight(place.node):
             now = {name: getattr(place.node, name, None) for name in adapted.arrays}
             for name, array in adapted.arrays.items():
-                yield from _mismatch(f"{adapted.dotted}, `{name}`", now[name], array)
+                yield from _find_mismatch(
+                    f"{adapted.dotted}, `{name}`", now[name], array
+                )
     for path, place in by_path.items():
         if is_weight(place.node) and path not in paths:
             yield f"{place.dotted}: the adapter has nothing for this one"
@@ -288,10 +312,10 @@ def _misfits(
         if place is None or not is_array(place.node):
             yield f"{'.'.join(path)}: there is no such array in the model"
         else:
-            yield from _mismatch(place.dotted, place.node, array)
+            yield from _find_mismatch(place.dotted, place.node, array)
 
 
-def _mismatch(name: str, now: Any, new: Any) -> Iterator[str]:
+def _find_mismatch(name: str, now: Any, new: Any) -> Iterator[str]:
     found, wanted = (
         f"{jnp.dtype(x.dtype).name} {tuple(x.shape)}" if is_array(x) else "nothing"
         for x in (now, new)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """A new file beside `path`, which takes its place at the end, if nothing is raised.
 
     Whatever happens, what is at `path` is what was there before or the whole of what

@@ -16,23 +16,23 @@ import numpy as np
 from .._methods import check_frozen
 from .._modules import without_views
 from .._trees import Places
-from .fingerprint import base_digests, digest, digest_of
-from .save import AdapterFileError, differences, listed
-from .settings import changes, settings_of_frozen, settings_of_state
+from .files import AdapterFileError, find_differences, list_problems
+from .fingerprint import fingerprint, fingerprint_base, hash_content
+from .settings import collect_frozen_settings, collect_state_settings, find_changes
 from .state import (
     check_agreement,
     check_storable,
+    describe_array,
+    find_key_impl,
+    find_misfits,
     from_json,
-    impl_of,
+    from_raw,
     is_packed,
-    kind_of,
-    misfits,
-    name_of,
-    raw,
-    raw_kind,
-    restored,
-    split,
+    make_raw_struct,
+    name_leaf,
+    split_state,
     to_json,
+    to_raw,
 )
 
 
@@ -108,9 +108,9 @@ class Checkpoints:
                 f"`folder={folder!r}` is a file. Name a folder, which may be a new one."
             )
         self._every = every
-        self._settings = settings_of_frozen(frozen)
+        self._settings = collect_frozen_settings(frozen)
         plain = without_views(frozen, allow_scaled=True)
-        self._base = base_digests(Places(plain), ())
+        self._base = fingerprint_base(Places(plain), ())
         self._orbax: Any = orbax
         self._manager: Any = orbax.CheckpointManager(
             self._folder,
@@ -161,17 +161,17 @@ class Checkpoints:
                 f"`step={step}` is not after {latest}, of which {self._folder} has a "
                 "checkpoint. Begin with what `restore` gives, or use another folder."
             )
-        arrays, values = split(state)
+        arrays, values = split_state(state)
         check_storable(arrays)
-        digests = {name: digest(x) for name, x in arrays.items()}
+        digests = {name: fingerprint(x) for name, x in arrays.items()}
         check_agreement(step, digests)
         about = json.dumps(
             {
                 "format": FORMAT,
                 "arrays": {
                     name: {
-                        **kind_of(x),
-                        "impl": impl_of(x),
+                        **describe_array(x),
+                        "impl": find_key_impl(x),
                         "packed": is_packed(x),
                         "digest": digests[name],
                     }
@@ -179,7 +179,7 @@ class Checkpoints:
                 },
                 "values": {name: to_json(x) for name, x in values.items()},
                 "base": self._base,
-                "settings": self._settings | settings_of_state(state),
+                "settings": self._settings | collect_state_settings(state),
             }
         )
         args = self._orbax.args
@@ -187,9 +187,9 @@ class Checkpoints:
             step,
             args=args.Composite(
                 arrays=args.PyTreeSave(
-                    {name: raw(x) for name, x in arrays.items() if x.size}
+                    {name: to_raw(x) for name, x in arrays.items() if x.size}
                 ),
-                about=args.JsonSave({"about": about, "digest": digest_of(about)}),
+                about=args.JsonSave({"about": about, "digest": hash_content(about)}),
             ),
         )
 
@@ -229,45 +229,50 @@ class Checkpoints:
             return None
         about = self._about(step)
         written, base = about["arrays"], about["base"]
-        arrays, values = split(state)
-        wrong = list(misfits(written, about["values"], arrays, values))
+        arrays, values = split_state(state)
+        wrong = list(find_misfits(written, about["values"], arrays, values))
         if wrong:
             raise AdapterFileError(
-                f"{self._at(step)} does not fit `state`: {listed(wrong)}. Restore it "
-                "with the settings that it was saved with, or use another folder."
+                f"{self._at(step)} does not fit `state`: {list_problems(wrong)}. "
+                "Restore it with the settings that it was saved with, or use another "
+                "folder."
             )
-        other = list(differences(base, self._base))
+        other = list(find_differences(base, self._base))
         if other and not allow_other_base:
             raise AdapterFileError(
                 f"{self._at(step)} was trained on another base than `frozen`: "
-                f"{listed(other)}. Restore it with the base that it was trained on, "
-                "or pass `allow_other_base=True` if these differences are meant."
+                f"{list_problems(other)}. Restore it with the base that it was "
+                "trained on, or pass `allow_other_base=True` if these differences are "
+                "meant."
             )
         # Not always the same: where `frozen` was a plain model, it had none.
-        settings = self._settings | settings_of_state(state)
-        changed = list(changes(about.get("settings", {}), settings))
+        settings = self._settings | collect_state_settings(state)
+        changed = list(find_changes(about.get("settings", {}), settings))
         if changed and not allow_other_settings:
             raise AdapterFileError(
-                f"{self._at(step)} was saved with other settings: {listed(changed)}. "
-                "Adapt the model with those that it was saved with, or pass "
-                "`allow_other_settings=True` if these differences are meant."
+                f"{self._at(step)} was saved with other settings: "
+                f"{list_problems(changed)}. Adapt the model with those that it was "
+                "saved with, or pass `allow_other_settings=True` if these "
+                "differences are meant."
             )
         packed = {name: x.get("packed", False) for name, x in written.items()}
         found = {
-            name: restored(
+            name: from_raw(
                 x, like=arrays[name], impl=written[name]["impl"], packed=packed[name]
             )
             for name, x in self._arrays(step, arrays, packed).items()
         }
         digests = {name: written[name]["digest"] for name in found}
-        damaged = list(differences(digests, {n: digest(x) for n, x in found.items()}))
+        damaged = list(
+            find_differences(digests, {n: fingerprint(x) for n, x in found.items()})
+        )
         if damaged:
-            raise self._damaged(step, listed(damaged))
+            raise self._damaged(step, list_problems(damaged))
         found |= {
             name: from_json(about["values"][name], like=x) for name, x in values.items()
         }
         return step, jtu.tree_map_with_path(
-            lambda path, leaf: found.get(name_of(path), leaf), state
+            lambda path, leaf: found.get(name_leaf(path), leaf), state
         )
 
     def _about(self, step: int) -> dict[str, Any]:
@@ -276,7 +281,7 @@ class Checkpoints:
             found = self._manager.restore(
                 step, args=args.Composite(about=args.JsonRestore())
             )["about"]
-            intact = found["digest"] == digest_of(found["about"])
+            intact = found["digest"] == hash_content(found["about"])
             about = json.loads(found["about"])
             version = about["format"]
         # Orbax raises what its parts raise, of which there are many kinds.
@@ -296,7 +301,7 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Those at a mesh on that mesh, the others as NumPy arrays."""
         args = self._orbax.args
-        wanted = {name: raw_kind(x, packed[name]) for name, x in arrays.items()}
+        wanted = {name: make_raw_struct(x, packed[name]) for name, x in arrays.items()}
         filled = {name: x for name, x in wanted.items() if x.size}
         empty = {name: np.zeros(x.shape, x.dtype) for name, x in wanted.items()}
         if not filled:

@@ -22,21 +22,21 @@ from .._shared import as_array, count_bits, is_array, replicate
 from .._trees import join_path, Places
 
 
-def base_digests(
+def fingerprint_base(
     places: Places, without: Collection[tuple[str, ...]]
 ) -> dict[str, str]:
     """A digest of every array of a model that is frozen, by its path in the plain
     model: all but the factors of adapters, and but those at `without`."""
     return {
-        join_path(path): digest(array)
-        for path, array in _frozen(places)
+        join_path(path): fingerprint(array)
+        for path, array in _find_frozen(places)
         if path not in without
     }
 
 
-def digest(array: Any) -> str:
+def fingerprint(array: Any) -> str:
     """16 hexadecimal digits that depend on the dtype, the shape and every bit."""
-    words = np.asarray(jax.device_get(replicate(_mixed(_bits(array)))), np.uint64)
+    words = np.asarray(jax.device_get(replicate(_mix(_bits(array)))), np.uint64)
     kind = f"{array.dtype} {tuple(array.shape)}".encode()
     salt = np.frombuffer(kind + bytes(-len(kind) % 4), np.uint32)
     high, low = (int(word) for word in words)
@@ -46,7 +46,7 @@ def digest(array: Any) -> str:
     return f"{high:08x}{low:08x}"
 
 
-def digest_of(content: Any) -> str:
+def hash_content(content: Any) -> str:
     """A digest of an array of NumPy, of text, or of bytes."""
     if isinstance(content, str):
         content = content.encode()
@@ -55,7 +55,7 @@ def digest_of(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def _frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _find_frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
     for place in places.all:
         if is_array(place.node):
             yield place.path, place.node
@@ -74,7 +74,7 @@ def _bits(x: Any) -> Array:
     if x.dtype == bool:
         return as_array(x, jnp.uint8)
     if count_bits(x.dtype) < 8:
-        return as_array(bits(x))
+        return as_array(to_bits(x))
     unsigned = np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     if isinstance(x, np.ndarray):
         # Not by way of JAX, which would round what has 64 bits.
@@ -85,7 +85,7 @@ def _bits(x: Any) -> Array:
     return lax.bitcast_convert_type(x, unsigned)
 
 
-def bits(x: Any) -> Any:
+def to_bits(x: Any) -> Any:
     """The bits of entries of at most a byte, in a byte each."""
     count = count_bits(x.dtype)
     if isinstance(x, np.ndarray | np.generic):
@@ -94,7 +94,7 @@ def bits(x: Any) -> Any:
     return lax.bitcast_convert_type(x, f"uint{count}").astype(jnp.uint8)
 
 
-def of_bits(x: Any, dtype: DTypeLike) -> Any:
+def from_bits(x: Any, dtype: DTypeLike) -> Any:
     """The array of `dtype` of which `bits` gives `x`."""
     count = count_bits(dtype)
     if not isinstance(x, np.ndarray):
@@ -106,19 +106,19 @@ def of_bits(x: Any, dtype: DTypeLike) -> Any:
 
 
 @jax.jit
-def _mixed(bits: Array) -> Array:
+def _mix(to_bits: Array) -> Array:
     """Two sums of words that are mixed with their positions."""
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        along = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    position = jnp.zeros(to_bits.shape, jnp.uint32)
+    for axis, size in enumerate(to_bits.shape):
+        along = lax.broadcasted_iota(jnp.uint32, to_bits.shape, axis)
         position = position * jnp.uint32(size % 2**32) + along
-    word = bits.astype(jnp.uint32)
+    word = to_bits.astype(jnp.uint32)
     seeds = (0x9E3779B9, 0x7F4A7C15)
-    mixed = [_scrambled(word ^ _scrambled(position + jnp.uint32(s))) for s in seeds]
+    mixed = [_scramble(word ^ _scramble(position + jnp.uint32(s))) for s in seeds]
     return jnp.stack([jnp.sum(word, dtype=jnp.uint32) for word in mixed])
 
 
-def _scrambled(word: Array) -> Array:
+def _scramble(word: Array) -> Array:
     """MurmurHash3's finaliser."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
     word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)

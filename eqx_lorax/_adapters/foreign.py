@@ -60,7 +60,7 @@ _IN_FOLDERS = {
 }
 
 
-def foreign_file(path: Path) -> str | None:
+def explain_foreign_file(path: Path) -> str | None:
     """What the file at `path` is by its first bytes; `None` if these say nothing."""
     if not path.is_file():
         return None
@@ -72,7 +72,7 @@ def foreign_file(path: Path) -> str | None:
     return next((x for key, x in _FIRST_BYTES.items() if start.startswith(key)), None)
 
 
-def foreign_tensors(names: Collection[str]) -> str | None:
+def explain_foreign_tensors(names: Collection[str]) -> str | None:
     """What a file with tensors of these names is, if that is no adapter of PEFT's."""
     if any(re.search(r"\.lora_(down|up)\.weight$", name) for name in names):
         kohya = any(re.match(r"lora_[a-z0-9]+_", name) for name in names)
@@ -85,7 +85,7 @@ def foreign_tensors(names: Collection[str]) -> str | None:
     return None
 
 
-def foreign_folder(path: Path) -> str | None:
+def explain_foreign_folder(path: Path) -> str | None:
     """What the folder at `path` has in the place of the weights of an adapter."""
     inside = sorted(x.name for x in path.iterdir())
     for pattern, what in _IN_FOLDERS.items():
@@ -97,12 +97,12 @@ def foreign_folder(path: Path) -> str | None:
     return None
 
 
-def not_native(path: Path) -> str | None:
+def explain_not_native(path: Path) -> str | None:
     """What is at `path`, if that is no file that `lorax.save_adapter` could have
     written."""
     if (path / PEFT_CONFIG).is_file() or (path / PEFT_WEIGHTS).is_file():
         return f"is a folder: {READ_BY_PEFT}"
-    return foreign_file(path)
+    return explain_foreign_file(path)
 
 
 def is_native(path: Path) -> bool:

@@ -8,61 +8,45 @@ executed.
 
 import importlib.metadata
 import json
-import mmap
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from safetensors import safe_open, SafetensorError
 from safetensors.numpy import save_file
 
 from .._methods import check_whole
 from .._modules import without_views
-from .._shared import list_some, write_once
+from .._shared import write_once
 from .._trees import Filter, join_path, Places
-from .adapter import Adapted, Adapter, adapter_of, is_setting, methods, put_into
-from .atomic import replacing
-from .fingerprint import base_digests, digest_of
-from .foreign import foreign_tensors, HEADER, not_native, READ_BY_PEFT
+from .adapter import (
+    Adapter,
+    DetachedWeight,
+    extract_adapter,
+    insert_adapter,
+    is_setting,
+    methods,
+)
+from .atomic import replace_file
+from .files import (
+    AdapterFileError,
+    check_base,
+    find_differences,
+    is_storable,
+    parse_content,
+    read_tensors,
+)
+from .fingerprint import fingerprint_base, hash_content
+from .foreign import explain_foreign_tensors, explain_not_native, HEADER, READ_BY_PEFT
 
 
 _Model = TypeVar("_Model")
-_Value = TypeVar("_Value")
 
 FORMAT = 1
 _DIGEST = "eqx_lorax_digest"
-_DTYPES = {
-    "BOOL": np.bool_,
-    "BF16": jnp.bfloat16,
-    "C64": np.complex64,
-    "F8_E4M3": jnp.float8_e4m3fn,
-    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
-    "F8_E5M2": jnp.float8_e5m2,
-    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
-    "F8_E8M0": jnp.float8_e8m0fnu,
-    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
-    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
-    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
-}
-_STORABLE = {np.dtype(dtype) for dtype in _DTYPES.values()}
-# What reading a header may raise that is not what it should be.
-MALFORMED = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
-
-class AdapterFileError(ValueError):
-    """A file is no adapter, is damaged, or belongs to another model."""
 
 
 def save_adapter(
@@ -103,11 +87,11 @@ def save_adapter(
     check_whole(model, "lorax.save_adapter(path, {})")
     model = without_views(model)
     places = Places(model)
-    adapter = adapter_of(model, places, also)
+    adapter = extract_adapter(model, places, also)
     tensors: dict[str, np.ndarray] = {}
 
     def stored(name: str, array: Any) -> str:
-        if array.dtype not in _STORABLE:
+        if not is_storable(array.dtype):
             raise TypeError(
                 f"{name} is of dtype {array.dtype}, which safetensors does not have. "
                 "Train it in a wider one, or leave it out of `also`."
@@ -128,7 +112,7 @@ def save_adapter(
                 for name, array in adapted.arrays.items()
             },
         }
-        for adapted in adapter.adapted
+        for adapted in adapter.weights
     ]
     others = [
         {"path": path, "tensor": stored(join_path(path), array)}
@@ -141,8 +125,10 @@ def save_adapter(
                 "library": importlib.metadata.version("eqx-lorax"),
                 "targets": targets,
                 "others": others,
-                "digests": {name: digest_of(array) for name, array in tensors.items()},
-                "base": base_digests(places, adapter.others),
+                "digests": {
+                    name: hash_content(array) for name, array in tensors.items()
+                },
+                "base": fingerprint_base(places, adapter.others),
                 "metadata": dict(metadata or {}),
             },
             allow_nan=False,
@@ -151,8 +137,8 @@ def save_adapter(
         raise TypeError(f"`metadata` is not what JSON can hold: {error}") from error
 
     def write() -> None:
-        with replacing(Path(path)) as new:
-            digest = digest_of(header)
+        with replace_file(Path(path)) as new:
+            digest = hash_content(header)
             save_file(tensors, new, {HEADER: header, _DIGEST: digest})
 
     write_once(write, jax.tree.leaves(model))
@@ -186,15 +172,15 @@ def load_adapter(
     """
     check_whole(model, "lorax.load_adapter(path, {})")
     header, tensors = _read(Path(path))
-    adapter = well_formed(path, lambda: _adapter(header, tensors))
+    adapter = parse_content(path, lambda: _adapter(header, tensors))
     model = without_views(model)
     places = Places(model)
     try:
-        adapted = put_into(model, places, adapter)
-    except MALFORMED as error:
+        adapted = insert_adapter(model, places, adapter)
+    except ValueError as error:
         raise AdapterFileError(f"{path}: {error}") from error
     if not allow_other_base:
-        base = well_formed(path, lambda: dict(header["base"]))
+        base = parse_content(path, lambda: dict(header["base"]))
         check_base(path, base, places, adapter.others)
     return adapted
 
@@ -217,7 +203,7 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     As `lorax.load_adapter` for the file alone.
     """
     header, tensors = _read(Path(path))
-    adapter = well_formed(path, lambda: _adapter(header, tensors))
+    adapter = parse_content(path, lambda: _adapter(header, tensors))
     return {
         "format": header["format"],
         "library": header["library"],
@@ -231,7 +217,7 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
                 **adapted.settings,
                 "arrays": {name: x.shape for name, x in adapted.arrays.items()},
             }
-            for adapted in adapter.adapted
+            for adapted in adapter.weights
         ],
         "others": [".".join(path) for path in adapter.others],
         "base": header["base"],
@@ -242,110 +228,42 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 # Reading
 
 
-def check_base(
-    path: Any,
-    written: Mapping[str, Any],
-    places: Places,
-    without: Collection[tuple[str, ...]],
-) -> None:
-    """**Raises:**
-
-    `AdapterFileError` if the arrays of a model, but those at `without`, are not those
-    whose digests have been `written`.
-    """
-    wrong = list(differences(written, base_digests(places, without)))
-    if wrong:
-        raise AdapterFileError(
-            f"{path} was trained on another base than `model`: {listed(wrong)}. Load "
-            "it into the model that it was trained on, or pass "
-            "`allow_other_base=True` if these differences are meant."
-        )
-
-
-def read_tensors(
-    path: Path,
-) -> tuple[dict[str, str], dict[str, Array], dict[str, str]]:
-    """The metadata, the tensors and their digests of a safetensors file.
-
-    **Raises:**
-
-    `AdapterFileError` if it is not one, or not a whole one.
-    """
-    try:
-        with open(path, "rb") as file:
-            # Checks the whole of the file but for the bits of its tensors.
-            with safe_open(path, "numpy") as checked:
-                metadata = checked.metadata() or {}
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        length = int.from_bytes(mapped[:8], "little")
-        entries = json.loads(mapped[8 : 8 + length])
-    except (SafetensorError, RecursionError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path} is not a whole safetensors file: {error}. If it was copied here, "
-            "copy it again."
-        ) from error
-    entries.pop("__metadata__", None)
-    content = np.frombuffer(mapped, np.uint8)[8 + length :]
-    tensors: dict[str, Array] = {}
-    digests: dict[str, str] = {}
-    for name, entry in entries.items():
-        dtype = _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise AdapterFileError(
-                f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
-            )
-        bits = content[slice(*entry["data_offsets"])]
-        digests[name] = digest_of(bits)
-        tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
-    return metadata, tensors, digests
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
     """The header and the tensors, the bits of both being those that were written."""
-    if foreign := not_native(path):
+    if foreign := explain_not_native(path):
         raise AdapterFileError(f"{path} {foreign}")
     metadata, tensors, digests = read_tensors(path)
     if HEADER not in metadata:
-        what = foreign_tensors(tensors) or READ_BY_PEFT
+        what = explain_foreign_tensors(tensors) or READ_BY_PEFT
         raise AdapterFileError(
             f"{path} was not written by `lorax.save_adapter`: {what}"
         )
-    if metadata.get(_DIGEST) != digest_of(metadata[HEADER]):
+    if metadata.get(_DIGEST) != hash_content(metadata[HEADER]):
         raise AdapterFileError(f"{path} is damaged: its header is not as written.")
-    header = well_formed(path, lambda: dict(json.loads(metadata[HEADER])))
-    found = well_formed(path, lambda: int(header["format"]))
+    header = parse_content(path, lambda: dict(json.loads(metadata[HEADER])))
+    found = parse_content(path, lambda: int(header["format"]))
     if found > FORMAT:
         raise AdapterFileError(
             f"{path} has format {found}, of eqx-lorax {header.get('library')}; this "
             f"version reads formats up to {FORMAT}. Upgrade eqx-lorax."
         )
     wrong = list(
-        differences(well_formed(path, lambda: dict(header["digests"])), digests)
+        find_differences(parse_content(path, lambda: dict(header["digests"])), digests)
     )
     if wrong:
         raise AdapterFileError(f"{path} is damaged: {'; '.join(wrong[:8])}.")
     return header, tensors
 
 
-def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
-    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
-        raise AdapterFileError(
-            f"{path}: {name} is of dtype {array.dtype}, which JAX would round. Switch "
-            "on `jax_enable_x64`."
-        )
-    # A copy, since the file may change. Not put off until it has.
-    return jax.block_until_ready(jax.device_put(array, may_alias=False))
-
-
 def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
-    def adapted(target: Mapping[str, Any]) -> Adapted:
+    def adapted(target: Mapping[str, Any]) -> DetachedWeight:
         if target["method"] not in methods():
             raise ValueError(f"its method {target['method']!r} is not known here")
         if not 0 <= (target["dropout"] or 0) < 1 or not all(
             is_setting(x) for x in target["settings"].values()
         ):
             raise ValueError(f"{target['settings']} are no settings")
-        return Adapted(
+        return DetachedWeight(
             path=tuple(map(str, target["path"])),
             method=target["method"],
             shape=tuple(map(int, target["shape"])),
@@ -364,29 +282,3 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
     if len(tensors) != len(others) + sum(len(t["tensors"]) for t in header["targets"]):
         raise ValueError("some tensors belong to nothing")
     return Adapter([adapted(target) for target in header["targets"]], others)
-
-
-def well_formed(path: Any, parse: Callable[[], _Value]) -> _Value:
-    try:
-        return parse()
-    except MALFORMED as error:
-        raise AdapterFileError(
-            f"{path}: the header does not describe an adapter: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-
-
-def differences(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    for name in written:
-        if name not in found:
-            yield f"{name} is missing"
-        elif written[name] != found[name]:
-            yield f"{name} differs"
-    for name in found:
-        if name not in written:
-            yield f"{name} is not of it"
-
-
-def listed(problems: Sequence[str]) -> str:
-    """The problems in one line, if they are many the first of them."""
-    return list_some(problems, separator="; ")

@@ -13,19 +13,19 @@ from .._layers import is_layer
 from .._methods import AbstractLoraWeight, is_weight
 from .._shared import is_array, list_some
 from .._trees import join_path, Places
-from .fingerprint import digest
+from .fingerprint import fingerprint
 
 
-def settings_of_state(state: Any) -> dict[str, Any]:
+def collect_state_settings(state: Any) -> dict[str, Any]:
     """Of the weights in the state of a run, by name."""
     return {
-        f"state{jtu.keystr(path)}": _static(node)
+        f"state{jtu.keystr(path)}": _collect_static(node)
         for path, node in jtu.tree_leaves_with_path(state, is_leaf=is_weight)
         if is_weight(node)
     }
 
 
-def settings_of_frozen(frozen: Any) -> dict[str, Any]:
+def collect_frozen_settings(frozen: Any) -> dict[str, Any]:
     """Of the weights, and of the layers around them, in the frozen part of a model, by
     path. Of the former also what is frozen besides the base."""
     found: dict[str, Any] = {}
@@ -33,8 +33,8 @@ def settings_of_frozen(frozen: Any) -> dict[str, Any]:
         node = place.node
         if is_weight(node):
             others = {name: getattr(node, name) for name in node.frozen if name != "w"}
-            found[join_path(place.path)] = _static(node) | {
-                name: digest(x) for name, x in others.items() if is_array(x)
+            found[join_path(place.path)] = _collect_static(node) | {
+                name: fingerprint(x) for name, x in others.items() if is_array(x)
             }
         elif is_layer(node) and node.has_dropout:
             rate = 0.0 if node.dropout is None else float(node.dropout.p)
@@ -42,7 +42,7 @@ def settings_of_frozen(frozen: Any) -> dict[str, Any]:
     return found
 
 
-def changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
+def find_changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
     """What differs in both, and where: often the same at all of them, and again in the
     state of the optimizer."""
     where: dict[str, list[str]] = {}
@@ -56,23 +56,23 @@ def changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[st
         yield f"{change} at {list_some(names, 4)}"
 
 
-def _static(weight: AbstractLoraWeight) -> dict[str, Any]:
+def _collect_static(weight: AbstractLoraWeight) -> dict[str, Any]:
     fields = {
-        field.name: _as_json(getattr(weight, field.name))
+        field.name: _to_plain(getattr(weight, field.name))
         for field in dataclasses.fields(weight)
         # Not how to multiply and to differentiate, but with what.
         if field.metadata.get("static", False)
         and field.name not in ("is_merged", "has_frozen_base")
     }
-    below = {"below": _static(weight.w)} if is_weight(weight.w) else {}
+    below = {"below": _collect_static(weight.w)} if is_weight(weight.w) else {}
     return {"kind": type(weight).__name__, **fields, **below}
 
 
-def _as_json(x: Any) -> Any:
+def _to_plain(x: Any) -> Any:
     if isinstance(x, np.generic):
         x = x.item()
     if isinstance(x, list | tuple):
-        return [_as_json(y) for y in x]
+        return [_to_plain(y) for y in x]
     if x is None or isinstance(x, bool | int | float | str):
         return x
     return re.sub(" at 0x[0-9a-f]+", "", repr(x))

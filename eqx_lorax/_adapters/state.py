@@ -11,31 +11,30 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from .._shared import as_array, committed_sharding, count_bits, is_array
-from .fingerprint import bits, digest_of, of_bits
-from .save import listed
+from .._shared import as_array, committed_sharding, count_bits, is_array, list_some
+from .fingerprint import from_bits, hash_content, to_bits
 
 
 # Trees
 
 
-def split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_state(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of a tree, and its numbers that are none, by name."""
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for path, leaf in jtu.tree_leaves_with_path(state):
         if is_array(leaf) or isinstance(leaf, np.generic):
-            arrays[name_of(path)] = leaf
+            arrays[name_leaf(path)] = leaf
         elif isinstance(leaf, bool | int | float | complex | str):
-            values[name_of(path)] = leaf
+            values[name_leaf(path)] = leaf
     return arrays, values
 
 
-def name_of(path: Any) -> str:
+def name_leaf(path: Any) -> str:
     return f"state{jtu.keystr(path)}"
 
 
-def misfits(
+def find_misfits(
     written: Mapping[str, Any],
     written_values: Mapping[str, Any],
     arrays: Mapping[str, Any],
@@ -48,7 +47,7 @@ def misfits(
     for name, x in arrays.items():
         if name in written_values:
             yield f"{name} is a number in it"
-        elif name in written and (kind := kind_of(x)) != {
+        elif name in written and (kind := describe_array(x)) != {
             key: written[name][key] for key in kind
         }:
             there = f"{written[name]['dtype']} {tuple(written[name]['shape'])}"
@@ -63,11 +62,11 @@ def _is_key(x: Any) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
 
 
-def kind_of(x: Any) -> dict[str, Any]:
+def describe_array(x: Any) -> dict[str, Any]:
     return {"dtype": str(x.dtype), "shape": list(x.shape)}
 
 
-def impl_of(x: Any) -> str | None:
+def find_key_impl(x: Any) -> str | None:
     return str(jax.random.key_impl(x)) if _is_key(x) else None
 
 
@@ -84,16 +83,16 @@ def is_packed(x: Any) -> bool:
     )
 
 
-def raw(x: Any) -> Any:
+def to_raw(x: Any) -> Any:
     """`x` as Orbax holds it. What only this process sees is NumPy's."""
     x = jax.random.key_data(x) if _is_key(x) else x
-    x = bits(x) if is_packed(x) else x
+    x = to_bits(x) if is_packed(x) else x
     is_local = not isinstance(x, jax.Array) or _is_of_one_process(x.sharding)
     # A copy, since it is written while the program goes on.
     return np.array(jax.device_get(x)) if is_local else x
 
 
-def raw_kind(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
+def make_raw_struct(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
     """What `raw(like)` is restored as, if it was stored as its bits or not. It has a
     sharding if Orbax is to place it."""
     sharding = committed_sharding(like)
@@ -107,10 +106,10 @@ def raw_kind(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, sharding=sharding)
 
 
-def restored(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
+def from_raw(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
     """`x`, which is what `raw` made, as an array like `like`."""
     if packed:
-        x = of_bits(x, like.dtype)
+        x = from_bits(x, like.dtype)
     if isinstance(like, np.generic):
         return x[()]
     if isinstance(like, np.ndarray):
@@ -139,14 +138,14 @@ def check_agreement(step: int, digests: Mapping[str, str]) -> None:
     no checkpoint at all."""
     if jax.process_count() == 1:
         return
-    own = {"step": digest_of(str(step)), **digests}
-    words = np.array([int(digest_of(x)[:8], 16) for x in own.values()], np.uint32)
+    own = {"step": hash_content(str(step)), **digests}
+    words = np.array([int(hash_content(x)[:8], 16) for x in own.values()], np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(words))
     wrong = [name for name, x in zip(own, everyone.T) if (x != x[0]).any()]
     if wrong:
         raise ValueError(
-            f"Processes differ in {listed(wrong)}. Put it on the mesh of all devices, "
-            "or make it in the same way everywhere."
+            f"Processes differ in {list_some(wrong)}. Put it on the mesh of all "
+            "devices, or make it in the same way everywhere."
         )
 
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from .._adapters import (
     AdapterFileError,
-    foreign_file,
-    foreign_folder,
-    foreign_tensors,
+    explain_foreign_file,
+    explain_foreign_folder,
+    explain_foreign_tensors,
     is_native,
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -48,7 +48,7 @@ def read_folder(
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{folder / PEFT_CONFIG}: {error}.") from error
     metadata, tensors, _ = read_tensors(folder / PEFT_WEIGHTS)
-    if found := foreign_tensors(tensors):
+    if found := explain_foreign_tensors(tensors):
         raise AdapterFileError(f"{folder / PEFT_WEIGHTS} {found}")
     return config, metadata, tensors
 
@@ -103,7 +103,7 @@ def _check_files(folder: Path) -> None:
             "downloaded first: `huggingface_hub.snapshot_download(name)`."
         )
     if not (folder / PEFT_WEIGHTS).is_file():
-        if found := foreign_folder(folder):
+        if found := explain_foreign_folder(folder):
             raise AdapterFileError(f"{folder} {found}")
         native = [x.name for x in folder.glob("*.safetensors") if is_native(x)]
         if native:
@@ -112,7 +112,7 @@ def _check_files(folder: Path) -> None:
                 "`lorax.load_adapter`."
             )
         raise FileNotFoundError(f"There is no {PEFT_WEIGHTS} in {folder}.")
-    if found := foreign_file(folder / PEFT_WEIGHTS):
+    if found := explain_foreign_file(folder / PEFT_WEIGHTS):
         raise AdapterFileError(f"{folder / PEFT_WEIGHTS} {found}")
     if not (folder / PEFT_CONFIG).is_file():
         raise FileNotFoundError(
@@ -124,13 +124,13 @@ def _check_files(folder: Path) -> None:
 
 
 def _of_file(file: Path) -> str:
-    if found := foreign_file(file):
+    if found := explain_foreign_file(file):
         return found
     if file.name in (PEFT_CONFIG, PEFT_WEIGHTS):
         return f"is one file of an adapter. Pass its folder, {str(file.parent)!r}."
     if is_native(file):
         return "is a file of `lorax.save_adapter`. It is read by `lorax.load_adapter`."
-    found = foreign_tensors(read_tensors(file)[1])
+    found = explain_foreign_tensors(read_tensors(file)[1])
     return found or (
         f"is a file. Pass a folder which has `{PEFT_CONFIG}` and, by this name, "
         f"`{PEFT_WEIGHTS}`."

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._adapters import Adapted, Adapter
+from .._adapters import Adapter, DetachedWeight
 from .._modules import infer_axes
 from .._shared import accumulation_dtype, promote
 from .._trees import Place, Places
@@ -196,7 +196,9 @@ def _factors(
     return Factors(b, a, alpha_of(config, path), bool(config.get("use_rslora")), rank)
 
 
-def _joined(place: Place, parts: Mapping[Index, Factors], dropout: float) -> Adapted:
+def _joined(
+    place: Place, parts: Mapping[Index, Factors], dropout: float
+) -> DetachedWeight:
     """One weight here from the layers that it stacks. Those without an adapter have
     factors of zeros, smaller ranks are padded, and what differs in the scales goes into
     `b`."""
@@ -216,7 +218,7 @@ def _joined(place: Place, parts: Mapping[Index, Factors], dropout: float) -> Ada
         np.stack([x.astype(dtype) for x in arrays]).reshape(*stack, *arrays[0].shape)
         for arrays, dtype in zip(zip(*of_stack), dtypes)
     )
-    return Adapted(
+    return DetachedWeight(
         path=place.path,
         method="lora",
         shape=tuple(place.node.shape),

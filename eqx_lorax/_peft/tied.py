@@ -73,7 +73,7 @@ def check_ties(
                 "which PEFT trains one. Train an adapter of it, or untie it: give the "
                 "other reader a copy of the array."
             )
-    for place in (by_path[adapted.path] for adapted in adapter.adapted):
+    for place in (by_path[adapted.path] for adapted in adapter.weights):
         if place in tied.heads:
             continue
         path = ".".join(named(place))

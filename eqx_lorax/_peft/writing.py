@@ -76,12 +76,12 @@ def written(
     whose `target_parameters` are in the order in which PEFT nests those of one module.
     """
     by_path = {place.path: place for place in places.all}
-    is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.adapted)
+    is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.weights)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     heads: dict[str, str] = {}
     factors: dict[str, tuple[Layout, Factors]] = {}
-    for adapted in adapter.adapted:
+    for adapted in adapter.weights:
         place = by_path[adapted.path]
         if is_weight(place.node.w):
             raise ValueError(
@@ -124,7 +124,7 @@ def written(
         alphas,
         parameters=[path for paths in orders for path in paths],
         modules=modules,
-        rank_stabilised=bool(adapter.adapted) and is_stabilised,
+        rank_stabilised=bool(adapter.weights) and is_stabilised,
         dropout=_dropout(adapter, parameters),
         fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
@@ -227,7 +227,7 @@ def said_alone(whole: Whole, adapted: Collection[str], modules: set[str]) -> lis
 
 def _dropout(adapter: Adapter, parameters: list[str]) -> float:
     """What PEFT has for all layers."""
-    rates = {x.dropout for x in adapter.adapted if x.dropout is not None}
+    rates = {x.dropout for x in adapter.weights if x.dropout is not None}
     if len(rates) < 2 and not (parameters and any(rates)):
         return rates.pop() if rates else 0.0
     warnings.warn(

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -22,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import eqx_lorax as lorax
 from eqx_lorax._adapters import save as _save
-from eqx_lorax._adapters.fingerprint import digest
+from eqx_lorax._adapters.fingerprint import fingerprint
 
 
 HERE = Path(__file__).parent
@@ -116,6 +117,33 @@ def test_another_method(tmp_path, getkey):
     lorax.save_adapter(tmp_path / "a", adapted)
     assert_identical(lorax.load_adapter(tmp_path / "a", plain), adapted)
     assert lorax.adapter_info(tmp_path / "a")["targets"][0]["method"] == "doubled"
+
+
+class Buggy(Doubled):
+    """A method whose constructor has a bug, which shows as it is loaded."""
+
+    method = "buggy"
+    raises: ClassVar[type[Exception] | None] = None
+
+    def __init__(self, w: Any, b: jax.Array, a: jax.Array, times: int):
+        self.w, self.b, self.a, self.times = w, b, a, times
+        if self.raises is not None:
+            raise self.raises("a bug")
+
+
+@pytest.mark.parametrize("bug", [TypeError, AttributeError, KeyError, RecursionError])
+def test_a_bug_in_a_method_is_no_damaged_file(bug, monkeypatch, tmp_path, getkey):
+    plain = {"w": jr.normal(getkey(), (5, 4))}
+    b, a = jr.normal(getkey(), (5, 2)), jr.normal(getkey(), (2, 4))
+    lorax.save_adapter(tmp_path / "a", {"w": Buggy(plain["w"], b, a, 4)})
+    monkeypatch.setattr(Buggy, "raises", bug)
+    with pytest.raises(bug, match="a bug") as error:
+        lorax.load_adapter(tmp_path / "a", plain)
+    assert error.value.__notes__ == ["Raised as a Buggy was made for w."]
+    # What it refuses, it refuses of the file.
+    monkeypatch.setattr(Buggy, "raises", ValueError)
+    with pytest.raises(ERRORS, match="a: a bug"):
+        lorax.load_adapter(tmp_path / "a", plain)
 
 
 def test_dropout_and_options_come_back(tmp_path, getkey):
@@ -219,7 +247,7 @@ def rewritten(path, change, digest=True):
     text = json.dumps(header if new is None else new)
     metadata["eqx_lorax"] = text
     if digest:
-        metadata["eqx_lorax_digest"] = _save.digest_of(text.encode())
+        metadata["eqx_lorax_digest"] = _save.hash_content(text.encode())
     save_file(load_file(path), path, metadata)
 
 
@@ -508,24 +536,24 @@ def test_a_large_file_costs_no_second_copy(tmp_path):
 def test_digests_are_of_every_bit(dtype):
     random = np.random.default_rng(0)
     x = np.asarray(random.integers(0, 2, (5, 7)), jnp.dtype(dtype))
-    seen = {digest(x)}
-    assert digest(jnp.asarray(x)) == digest(x)
+    seen = {fingerprint(x)}
+    assert fingerprint(jnp.asarray(x)) == fingerprint(x)
     for flat in range(0, x.nbytes, max(1, x.nbytes // 20)):
         changed = bytearray(x.tobytes())
         changed[flat] ^= 1
-        seen.add(digest(np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)))
-    seen.add(digest(x.T.copy()))
-    seen.add(digest(x[::-1].copy()))
-    seen.add(digest(x.reshape(7, 5)))
+        seen.add(fingerprint(np.frombuffer(bytes(changed), x.dtype).reshape(x.shape)))
+    seen.add(fingerprint(x.T.copy()))
+    seen.add(fingerprint(x[::-1].copy()))
+    seen.add(fingerprint(x.reshape(7, 5)))
     assert len(seen) == 4 + len(range(0, x.nbytes, max(1, x.nbytes // 20)))
 
 
 def test_digests_do_not_depend_on_x64():
     x = np.arange(12.0).reshape(3, 4)
     with jax.enable_x64(True):
-        wide = digest(jnp.asarray(x)), digest(x)
-    assert wide == (digest(x), digest(x))
-    assert digest(x) != digest(x.astype(np.float32))
+        wide = fingerprint(jnp.asarray(x)), fingerprint(x)
+    assert wide == (fingerprint(x), fingerprint(x))
+    assert fingerprint(x) != fingerprint(x.astype(np.float32))
 
 
 # Files of today have to load for ever.

@@ -277,6 +277,11 @@ def test_patterns_that_no_module_follows(saved, tmp_path):
             ["`peft_type` is 'LOKR'; only", "`merge_and_unload()`"],
         ),
         ({"peft_type": "PREFIX_TUNING"}, ["trains inputs of a model"]),
+        ({"peft_type": ["LORA"]}, ["`peft_type` is ['LORA']; only 'LORA'"]),
+        ({"layers_to_transform": "0"}, ['`layers_to_transform` is "0", where']),
+        ({"layers_to_transform": [0, "1"]}, ["`layers_to_transform` is [0,"]),
+        ({"layers_pattern": 1}, ["`layers_pattern` is 1, where"]),
+        ({"layers_pattern": ["h("]}, ["`layers_pattern` has 'h(', no regular"]),
     ],
     ids=str,
 )
@@ -287,6 +292,31 @@ def test_values_of_the_configuration(saved, option, messages, tmp_path):
         lorax.peft.load(tmp_path / "new", plain, names=NAMES)
     assert all(message in str(error.value) for message in messages), error.value
     assert str(tmp_path / "new" / "adapter_config.json") in str(error.value)
+
+
+def test_a_bug_in_names_is_no_damaged_file(saved, tmp_path):
+    plain, config, tensors = saved
+    write(tmp_path / "new", config, tensors)
+    with pytest.raises(TypeError, match="can only concatenate"):
+        lorax.peft.load(tmp_path / "new", plain, names=lambda path: path + 1)
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("eqx_lorax_base", "[1]"),
+        ("eqx_lorax_base", "{"),
+        ("eqx_lorax_parameter_order", "1"),
+        ("eqx_lorax_parameter_order", "["),
+    ],
+)
+def test_metadata_that_say_nothing(saved, entry, value, tmp_path):
+    plain, config, tensors = saved
+    write(tmp_path, config, tensors)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file(tensors, path, {"format": "pt", entry: value})
+    with pytest.raises(lorax.AdapterFileError, match="does not describe an adapter"):
+        lorax.peft.load(tmp_path, plain, names=NAMES)
 
 
 # Names of tensors

@@ -13,7 +13,7 @@ from functions import normal
 from helpers import assert_close, assert_identical, dense_weight, is_weight, trained
 
 import eqx_lorax as lorax
-from eqx_lorax._adapters.fingerprint import digest
+from eqx_lorax._adapters.fingerprint import fingerprint
 from eqx_lorax._factored import views as _views
 
 
@@ -151,12 +151,12 @@ def test_merging_beyond_a_narrow_range():
 def test_digests(dtype):
     x = every_value(dtype)
     on_device = jnp.asarray(x)
-    assert digest(on_device) == digest(x)
-    seen = {digest(x), digest(x[::-1]), digest(x.reshape(-1))}
-    seen.add(digest(x.view(np.uint8)))
+    assert fingerprint(on_device) == fingerprint(x)
+    seen = {fingerprint(x), fingerprint(x[::-1]), fingerprint(x.reshape(-1))}
+    seen.add(fingerprint(x.view(np.uint8)))
     changed = x.copy()
     changed[1, 0] = x[0, 0]
-    assert len({*seen, digest(changed)}) == 5
+    assert len({*seen, fingerprint(changed)}) == 5
 
 
 @every_narrow

@@ -149,7 +149,7 @@ def check_config(config: Any) -> None:
 def _instead(method: Any) -> str:
     if method is None:
         return "Without one it is no configuration of PEFT's: see which file this is"
-    if method in _ON_INPUTS:
+    if str(method) in _ON_INPUTS:
         return "This one trains inputs of a model, and none of its weights"
     return (
         "Merge it in PyTorch, by `merge_and_unload()`, and load the weights of the "
@@ -180,6 +180,17 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
             yield from _wrong_expression(option, value)
         else:
             yield from _wrong_list(option, value)
+    if isinstance(value := config.get("layers_pattern"), str):
+        yield from _wrong_expression("layers_pattern", value)
+    else:
+        yield from _wrong_list("layers_pattern", value)
+        for entry in value if isinstance(value, list) else []:
+            yield from _wrong_expression("layers_pattern", entry)
+    layers = config.get("layers_to_transform") or 0
+    if not all(isinstance(x, int) for x in _as_list(layers)):
+        yield (
+            f"`layers_to_transform` is {json.dumps(layers)}, where whole numbers belong"
+        )
     for option in ("target_parameters", "modules_to_save"):
         yield from _wrong_list(option, config.get(option))
     whole = config.get("modules_to_save")
@@ -193,6 +204,10 @@ def _is_number(option: str, value: Any) -> bool:
     if option == "r":
         return isinstance(value, int) and value > 0
     return math.isfinite(value) and (option != "lora_dropout" or 0 <= value < 1)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _wrong_list(option: str, value: Any) -> Iterator[str]:

@@ -1,0 +1,174 @@
+"""What all formats of adapter files share: the error, reading safetensors, comparing
+bases.
+
+A new format is a new file, or room, that makes an `Adapter` of what it reads.
+"""
+
+import json
+import mmap
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from safetensors import safe_open, SafetensorError
+
+from .._shared import list_some
+from .._trees import Places
+from .fingerprint import fingerprint_base, hash_content
+
+
+_Value = TypeVar("_Value")
+
+_DTYPES = {
+    "BOOL": np.bool_,
+    "BF16": jnp.bfloat16,
+    "C64": np.complex64,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E4M3FNUZ": jnp.float8_e4m3fnuz,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E5M2FNUZ": jnp.float8_e5m2fnuz,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+    **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
+    **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
+}
+# What content may raise, as it is parsed, that is not what it should be.
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class AdapterFileError(ValueError):
+    """A file is no adapter, is damaged, or belongs to another model."""
+
+
+# Tensors
+
+
+def is_storable(dtype: Any) -> bool:
+    """Whether safetensors has this dtype."""
+    return any(dtype == np.dtype(known) for known in _DTYPES.values())
+
+
+def read_tensors(
+    path: Path,
+) -> tuple[dict[str, str], dict[str, Array], dict[str, str]]:
+    """The metadata, the tensors and the hashes of the tensors of a safetensors file.
+
+    **Raises:**
+
+    `AdapterFileError` if the file is not one, or not a whole one.
+    """
+    try:
+        with open(path, "rb") as file:
+            # Checks the whole of the file but for the bits of its tensors.
+            with safe_open(path, "numpy") as checked:
+                metadata = checked.metadata() or {}
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        length = int.from_bytes(mapped[:8], "little")
+        entries = json.loads(mapped[8 : 8 + length])
+    except (SafetensorError, RecursionError, ValueError) as error:
+        raise AdapterFileError(
+            f"{path} is not a whole safetensors file: {error}. If it was copied here, "
+            "copy it again."
+        ) from error
+    entries.pop("__metadata__", None)
+    content = np.frombuffer(mapped, np.uint8)[8 + length :]
+    tensors: dict[str, Array] = {}
+    digests: dict[str, str] = {}
+    for name, entry in entries.items():
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise AdapterFileError(
+                f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
+            )
+        bits = content[slice(*entry["data_offsets"])]
+        digests[name] = hash_content(bits)
+        tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
+    return metadata, tensors, digests
+
+
+def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        raise AdapterFileError(
+            f"{path}: {name} is of dtype {array.dtype}, which JAX would round. Switch "
+            "on `jax_enable_x64`."
+        )
+    # A copy, since the file may change. Not put off until it has.
+    return jax.block_until_ready(jax.device_put(array, may_alias=False))
+
+
+def parse_content(path: Any, parse: Callable[[], _Value]) -> _Value:
+    """What `parse` returns, which takes what the file at `path` says for what it should
+    be, and so may fail anyhow. It should do nothing else: whatever it raises is said to
+    be the fault of the file.
+
+    **Raises:**
+
+    `AdapterFileError` if it fails.
+    """
+    try:
+        return parse()
+    except _MALFORMED as error:
+        raise AdapterFileError(
+            f"{path}: the header does not describe an adapter: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def find_differences(
+    written: Mapping[str, Any], found: Mapping[str, Any]
+) -> Iterator[str]:
+    """What is not the same in two mappings, a line each."""
+    for name in written:
+        if name not in found:
+            yield f"{name} is missing"
+        elif written[name] != found[name]:
+            yield f"{name} differs"
+    for name in found:
+        if name not in written:
+            yield f"{name} is not of it"
+
+
+def list_problems(problems: Sequence[str]) -> str:
+    """The problems in one line."""
+    return list_some(problems, separator="; ")
+
+
+# Bases
+
+
+def check_base(
+    path: Any,
+    written: Mapping[str, Any],
+    places: Places,
+    without: Collection[tuple[str, ...]],
+) -> None:
+    """Checks that a model has the base that an adapter was trained on.
+
+    **Arguments:**
+
+    - `path`: The file of the adapter, for the message.
+    - `written`: The fingerprints of that base, see `fingerprint_base`.
+    - `without`: The paths of arrays that are not compared.
+
+    **Raises:**
+
+    `AdapterFileError` if an array differs, is missing, or was not there.
+    """
+    wrong = list(find_differences(written, fingerprint_base(places, without)))
+    if wrong:
+        raise AdapterFileError(
+            f"{path} was trained on another base than `model`: "
+            f"{list_problems(wrong)}. Load it into the model that it was trained on, "
+            "or pass `allow_other_base=True` if these differences are meant."
+        )
