@@ -1,22 +1,16 @@
-"""Rules that hold for every file."""
+"""Rules that hold for every file. Those of rooms and sizes are in `test_floors.py`."""
 
 import ast
 import inspect
 import pkgutil
 
 import equinox as eqx
-import pytest
 from paths import ROOT
 
 import eqx_lorax as lorax
 
 
 FILES = sorted((ROOT / "eqx_lorax").rglob("*.py"))
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_files_are_short(file):
-    assert len(file.read_text().splitlines()) <= 400
 
 
 def test_public_jax_only():
