@@ -10,7 +10,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
-from .._layers import has_active_dropout, is_layer, kernel_axes, replace_fields
+from .._layers import (
+    adapted_names,
+    find_axes,
+    has_active_dropout,
+    is_layer,
+    replace_fields,
+)
 from .._methods import base_of, check_key, is_weight, key_for_words, words_of
 from .._trees import join_path, Places, rebuild
 
@@ -90,9 +96,12 @@ def remove_keys(model: _Model) -> _Model:
 
 
 def _stack_shape(layer: Any) -> tuple[int, ...]:
-    """The leading axes of the weight, which no single layer has."""
-    shape = layer.weight.shape
-    own = sum(map(len, kernel_axes(layer.wrapped, len(shape))))
+    """The leading axes of the layer's arrays: those that number layers of a stack."""
+    module = layer.wrapped
+    names = adapted_names(module)
+    name = next(x for x in names if getattr(module, x, None) is not None)
+    shape = getattr(module, name).shape
+    own = sum(map(len, find_axes(module, name, len(shape))))
     return tuple(shape[: len(shape) - own])
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._layers import is_known_layer, kernel_axes
+from .._layers import adapted_names, find_axes, is_known_layer
 from .._shared import list_some, Placement
 from .._trees import LoraSpec, Pattern, Place
 from .options import group_by_pattern, resolve_per_array
@@ -73,9 +73,7 @@ def infer_axes(array: Place) -> tuple[Axes, Axes]:
     """The row and the column axes of an array of a module, counted from the end, where
     nobody says them."""
     assert array.owner is not None
-    if array.path[-1] != "weight":
-        return (-2,), (-1,)
-    return kernel_axes(array.owner.module, len(array.node.shape))
+    return find_axes(array.owner.module, array.path[-1], len(array.node.shape))
 
 
 class _Request:
@@ -158,10 +156,10 @@ class _Request:
 
 def _has_known_axes(array: Place) -> bool:
     assert array.owner is not None
-    is_weight = array.path[-1] == "weight"
-    return is_weight and (
-        is_known_layer(array.owner.module) or infer_axes(array) != ((-2,), (-1,))
-    )
+    module = array.owner.module
+    if array.path[-1] not in adapted_names(module):
+        return False
+    return is_known_layer(module) or infer_axes(array) != ((-2,), (-1,))
 
 
 def _check_fit(wrong: Sequence[_Request], rank: Any, targets: Sequence[Target]) -> None:

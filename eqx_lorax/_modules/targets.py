@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from .._layers import (
     AbstractLoraLayer,
+    adapted_names,
     find_layer,
     is_adapted_by_default,
     is_field_of_kind,
@@ -48,9 +49,11 @@ class Target:
     @property
     def layer(self) -> type[AbstractLoraLayer]:
         """The layer that is to stand for the module."""
-        weight = (*self.place.path, "weight")
-        is_standard = any(array.path == weight for array in self.arrays)
-        return find_layer(self.place.module) if is_standard else LoraModule
+        module = self.place.module
+        paths = {(*self.place.path, name) for name in adapted_names(module)}
+        layer = find_layer(module)
+        has_own = any(array.path in paths for array in self.arrays)
+        return layer if layer is not None and has_own else LoraModule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -127,7 +130,8 @@ def find_target(array: Place) -> Target | None:
     if not jnp.issubdtype(array.node.dtype, jnp.inexact) or 0 in array.node.shape:
         return None
     field = array.path[len(owner.path)]
-    if field != "weight" and is_field_of_kind(owner.module, field):
+    is_adapted = field in adapted_names(owner.module)
+    if not is_adapted and is_field_of_kind(owner.module, field):
         # A stacked bias looks like a matrix.
         return None
     norm = owner.owner
@@ -188,11 +192,12 @@ def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
         target = find_target(place)
         return [] if target is None else [target]
     if is_known_layer(place.module) and type(place.module) not in NORMS:
-        return [_resolve_layer(place, places, is_named=True)]
+        return _resolve_layer(place, places, is_named=True)
     own = [x for x in places.beneath(place) if x.owner is place and is_target(x)]
     is_shallow = part.is_shallow and not is_known_layer(place.module)
     found = [] if is_shallow else _find_layers(place, places)
-    found += [x for y in own if y.path[-1] == "weight" and (x := find_target(y))]
+    names = adapted_names(place.module)
+    found += [x for y in own if y.path[-1] in names and (x := find_target(y))]
     if not found and own:
         listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in own)
         reason = (
@@ -206,20 +211,27 @@ def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
 def _find_layers(place: Place, places: Places) -> list[_Item]:
     """The layers of the kinds that need not be named, at or beneath `place`."""
     return [
-        _resolve_layer(layer, places, is_named=False)
+        item
         for layer in places.beneath(place)
         if is_adapted_by_default(layer.module)
+        for item in _resolve_layer(layer, places, is_named=False)
     ]
 
 
-def _resolve_layer(layer: Place, places: Places, is_named: bool) -> _Item:
-    """The target that a layer of a known kind is, or why it is none."""
+def _resolve_layer(layer: Place, places: Places, is_named: bool) -> list[_Item]:
+    """For each array that a layer of a known kind adapts, a target, or why there is
+    none."""
+    names = adapted_names(layer.module)
+    return [_resolve_array(layer, name, places, is_named) for name in names]
+
+
+def _resolve_array(layer: Place, name: str, places: Places, is_named: bool) -> _Item:
     inside = list(places.beneath(layer))
-    weight = next((x for x in inside if x.path == (*layer.path, "weight")), None)
-    if weight is None or weight.node is not getattr(layer.module, "weight", None):
+    weight = next((x for x in inside if x.path == (*layer.path, name)), None)
+    if weight is None or weight.node is not getattr(layer.module, name, None):
         others = [x.dotted for x in inside if x.owner is layer and is_target(x)]
         hint = f"; it has {', '.join(others)}, to be named" if others else ""
-        reason = f"{layer.dotted} has no `weight`: that is `None`, or computed{hint}"
+        reason = f"{layer.dotted} has no `{name}`: that is `None`, or computed{hint}"
         return Unadaptable(layer, reason, "error" if is_named else "warning")
     if not weight.is_array:
         return _explain_no_array(layer, weight, places, is_named)

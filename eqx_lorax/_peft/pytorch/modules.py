@@ -6,6 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
+from ..._layers import adapted_names
 from ..._shared import is_inexact
 from ..._trees import Place, Places
 from .names import expanded, Names, template
@@ -22,7 +23,9 @@ def template_for(place: Place, names: Names) -> str:
 
 def named(place: Place) -> tuple[str, ...]:
     """What `names` is asked about an array: the module whose weight it is."""
-    return place.path[:-1] if place.path[-1] == "weight" else place.path
+    module = None if place.owner is None else place.owner.module
+    is_only_one = adapted_names(module) == (place.path[-1],)
+    return place.path[:-1] if is_only_one else place.path
 
 
 def torch_shape(array: Place, shape: Sequence[int]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import numpy as np
 
-from ..._layers import kernel_axes
+from ..._layers import adapted_names, find_axes
 from ..._trees import Place
 
 
@@ -181,11 +181,12 @@ def layout_of(place: Place, experts: int | None, exchanged: bool = False) -> Lay
     """
     module = place.owner.module if place.owner is not None else None
     plain = Linear(exchanged) if experts is None else Experts(experts, exchanged)
-    if place.path[-1] != "weight":
+    name = place.path[-1]
+    if name not in adapted_names(module):
         return plain
     if isinstance(module, eqx.nn.ConvTranspose):
         raise ValueError("PEFT has no transposed convolutions")
-    is_conv = kernel_axes(module, len(place.node.shape))[1] != (-1,)
+    is_conv = find_axes(module, name, len(place.node.shape))[1] != (-1,)
     is_embedding = isinstance(module, eqx.nn.Embedding)
     if experts is not None and (is_conv or is_embedding):
         raise ValueError("PEFT has no experts of this kind")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Set
 
-from ..._layers import find_layer, LoraModule
+from ..._layers import find_layer
 from ..._modules import find_target
 from ..._trees import Filter, match_filter, Place, Places
 from .layout import layout_of, Linear
@@ -52,7 +52,7 @@ def stored_in_out(places: Places, transposed: Filter) -> InOut:
 
 
 def _is_of_unknown_module(array: Place) -> bool:
-    return array.owner is not None and find_layer(array.owner.module) is LoraModule
+    return array.owner is not None and find_layer(array.owner.module) is None
 
 
 def _may_be_in_out(array: Place) -> bool:

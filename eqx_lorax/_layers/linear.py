@@ -1,0 +1,70 @@
+"""The layer for `equinox.nn.Linear`."""
+
+import operator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, PRNGKeyArray
+
+from .._methods import AbstractLoraWeight, matmul
+from .calls import add_bias, check_unstacked, drop_inputs, Keys
+from .forwarding import run_module
+from .kinds import matrix_axes, register
+from .layer import AbstractLoraLayer
+
+
+@register({"weight": matrix_axes})
+class LoraLinear(AbstractLoraLayer):
+    """An `equinox.nn.Linear` with a factored weight."""
+
+    wrapped: eqx.nn.Linear
+    dropout: eqx.nn.Dropout | None = None
+    key: Keys | None = None
+
+    adapts = (eqx.nn.Linear,)
+    by_default = True
+    has_dropout = True
+    is_lookup = False
+
+    def __call__(self, x: ArrayLike, *, key: PRNGKeyArray | None = None) -> Array:
+        """**Arguments:**
+
+        - `x`: The input, of shape `(in_features,)`, or `()` if `in_features` is
+            `"scalar"`. Use `jax.vmap` for a batch.
+        - `key`: For the dropout on the low-rank branch, if there is any. Defaults to
+            the one that `lorax.dropout_key` gave.
+
+        **Returns:**
+
+        An array of shape `(out_features,)`, or `()`, and of the dtype that the plain
+        layer returns; for bfloat16 and float16 it is rounded once, from float32.
+
+        **Raises:**
+
+        `ValueError` if the layer is a stack of layers, or if `key` is missing.
+        """
+        linear = self.wrapped
+        if not isinstance(linear.weight, AbstractLoraWeight):
+            return run_module(self, operator.call, jnp.asarray(x), key=key)
+        check_unstacked(linear, linear.weight, 2)
+        with jax.named_scope("lorax.LoraLinear"):
+            x = jnp.asarray(x)
+            if linear.in_features == "scalar":
+                if x.shape != ():
+                    raise ValueError(f"`x` must have shape (), not {x.shape}.")
+                x = x[None]
+            _check_single(linear, x)
+            low_rank_x = drop_inputs(self, x, key)
+            y = matmul(linear.weight, x, low_rank_x=low_rank_x)
+            y = add_bias(y, jnp.result_type(x, linear.weight.dtype), linear.bias)
+            return y.reshape(()) if linear.out_features == "scalar" else y
+
+
+def _check_single(linear: eqx.nn.Linear, x: Array) -> None:
+    size = linear.weight.shape[-1]
+    if x.ndim > 1 and x.shape[-2] != size:
+        raise ValueError(
+            f"`x` has shape {x.shape}, but a {type(linear).__name__} takes one vector "
+            f"at a time, here of shape ({size},). For a batch use `jax.vmap`."
+        )
