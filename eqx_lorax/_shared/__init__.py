@@ -1,3 +1,8 @@
+"""What every room needs: kinds of arrays and their dtypes, shardings and devices,
+several processes, differences between versions of JAX, and parts of messages. Nothing
+here knows of adapters, weights or models. What only one room needs lives in that room.
+"""
+
 from . import compat as compat, sharding as sharding
 from .arrays import (
     accumulation_dtype as accumulation_dtype,

@@ -1,3 +1,9 @@
+"""Models as trees: the places in them, the filters that name places, the trees of ranks
+that `lorax.init_lora` takes, and the replacement of nodes. A factored weight counts as a
+leaf here, and an adapted layer as the module that it stands for. Whether an array can be
+adapted, and how, is decided in `_modules`.
+"""
+
 from .filters import (
     exclude_places as exclude_places,
     explain_no_match as explain_no_match,

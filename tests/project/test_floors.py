@@ -40,11 +40,7 @@ UNDOCUMENTED = {
     "_arithmetic",
     "_factored",
     "_functions",
-    "_layers",
     "_methods",
-    "_modules",
-    "_shared",
-    "_trees",
 }
 
 
