@@ -36,17 +36,17 @@ from ._layers import is_layer
 from ._methods import check_whole
 from ._modules import without_views
 from ._peft import (
-    adapter_from,
     check_ties,
+    collect_whole,
+    export_adapter,
+    find_in_out,
+    find_tied_tables,
     has_prefix,
+    import_adapter,
     Names,
-    plain_names,
     PREFIX,
     read_folder,
-    stored_in_out,
-    tied_tables,
-    whole_modules,
-    written,
+    strip_names,
 )
 from ._shared import replicate, write_once
 from ._trees import Filter, Places, rebuild
@@ -131,11 +131,11 @@ def save(
     model = without_views(model)
     places = Places(model)
     adapter = extract_adapter(model, places, also)
-    whole = whole_modules(adapter, places, names)
-    in_out = stored_in_out(places, transposed)
-    ties = tied_tables(places, tied)
+    whole = collect_whole(adapter, places, names)
+    in_out = find_in_out(places, transposed)
+    ties = find_tied_tables(places, tied)
     check_ties(places, adapter, ties, task_type)
-    tensors, config = written(
+    tensors, config = export_adapter(
         adapter, places, names, in_out, whole, parameter_order, ties
     )
     config |= {
@@ -212,12 +212,12 @@ def load(
     config, metadata, tensors = read_folder(folder)
     model = without_views(model)
     places = Places(model)
-    in_out, ties = stored_in_out(places, transposed), tied_tables(places, tied)
+    in_out, ties = find_in_out(places, transposed), find_tied_tables(places, tied)
     order = parse_content(folder, lambda: _order(metadata)) or parameter_order
     base = parse_content(folder, lambda: _base(metadata))
     try:
-        plain = plain_names(tensors)
-        adapter = adapter_from(
+        plain = strip_names(tensors)
+        adapter = import_adapter(
             config, plain, places, names, in_out, order, allow_other_base, ties
         )
         check_ties(places, adapter, ties, config.get("task_type"))

@@ -9,12 +9,12 @@ together. What formats share, such as reading safetensors or comparing bases, is
 
 from .folder import (
     has_prefix as has_prefix,
-    plain_names as plain_names,
     PREFIX as PREFIX,
     read_folder as read_folder,
+    strip_names as strip_names,
 )
 from .pytorch import Names as Names
-from .reading import adapter_from as adapter_from
-from .tensors import stored_in_out as stored_in_out
-from .tied import check_ties as check_ties, tied_tables as tied_tables
-from .writing import whole_modules as whole_modules, written as written
+from .reading import import_adapter as import_adapter
+from .tensors import find_in_out as find_in_out
+from .tied import check_ties as check_ties, find_tied_tables as find_tied_tables
+from .writing import collect_whole as collect_whole, export_adapter as export_adapter

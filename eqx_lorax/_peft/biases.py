@@ -1,4 +1,4 @@
-"""Biases that were trained beside adapters: `bias` and `lora_bias` in PEFT."""
+"""Biases that are trained beside adapters: PEFT's options `bias` and `lora_bias`."""
 
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,31 +11,31 @@ from .._methods import is_weight
 from .._shared import is_inexact
 from .._trees import Place, Places
 from .pytorch import (
-    expanded,
+    expand,
+    find_template,
     Index,
     is_module,
     Names,
-    template,
-    template_for,
-    torch_shape,
+    require_template,
+    to_torch_shape,
 )
-from .tensors import Factors, layout_for
+from .tensors import choose_part_layout, Factors
 
 
 class Biases(NamedTuple):
-    """Of an adapter here, as PEFT has them."""
+    """The biases of an adapter, as PEFT saves them."""
 
     option: str
     """`bias` in the configuration."""
     tensors: dict[str, np.ndarray]
     saved: set[tuple[str, ...]]
-    """The paths of their arrays here."""
+    """The paths of their arrays in the model here."""
 
 
-def trained_biases(adapter: Adapter, places: Places, names: Names) -> Biases:
-    """The biases that are trained without the rest of their modules: all of the model,
-    or those of adapted layers. Those of the latter that are not trained are written as
-    they are, since PEFT saves all of them.
+def collect_biases(adapter: Adapter, places: Places, names: Names) -> Biases:
+    """The biases that are trained without the rest of their modules: all biases of the
+    model, or all those of adapted layers. PEFT saves every bias of such a set, so those
+    that are not trained are written unchanged.
 
     **Raises:**
 
@@ -55,13 +55,13 @@ def trained_biases(adapter: Adapter, places: Places, names: Names) -> Biases:
     for place in every:
         if place not in chosen:
             continue
-        torch = template(names, place.path[:-1])
+        torch = find_template(names, place.path[:-1])
         if torch is None:
             raise ValueError(f"`names` has nothing for {'.'.join(place.path[:-1])!r}.")
         inside = ".base_layer" if place in of_layers else ""
-        for index, path in expanded(torch, place.node.shape):
+        for index, path in expand(torch, place.node.shape):
             part = np.asarray(place.node[index])
-            shape = torch_shape(place, part.shape)
+            shape = to_torch_shape(place, part.shape)
             tensors[f"{path}{inside}.bias"] = part.reshape(shape)
     return Biases(option, tensors, {place.path for place in chosen})
 
@@ -75,7 +75,8 @@ def read_biases(
     adapted: Mapping[str, Factors],
     whole: Collection[str],
 ) -> tuple[dict[tuple[str, ...], np.ndarray], list[str]]:
-    """The new biases here, whose tensors are taken out of `left`, and what is wrong.
+    """The new biases by their paths here, and a line for each problem. Their tensors
+    are taken out of `left`.
 
     **Arguments:**
 
@@ -83,14 +84,14 @@ def read_biases(
     - `whole`: The modules that are saved whole, with their biases.
     """
     option = config.get("bias") or "none"
-    here = dict(_homes(places, names))
+    here = dict(_find_biases(places, names))
     parts: dict[Place, dict[Index, np.ndarray]] = {}
     problems: list[str] = []
-    taken = dict(_taken(left, option))
+    taken = dict(_find_tensors(left, option))
     for path, (place, index) in here.items():
         if path in whole:
             continue
-        wanted = torch_shape(place, place.node.shape[len(index) :])
+        wanted = to_torch_shape(place, place.node.shape[len(index) :])
         now = np.asarray(place.node[index]).reshape(wanted)
         new = now
         if path in taken:
@@ -114,12 +115,12 @@ def read_biases(
             "none to which it could be added. Make it with a bias of zeros"
         )
     return {
-        place.path: _joined(place, of_stack) for place, of_stack in parts.items()
+        place.path: _join_parts(place, of_stack) for place, of_stack in parts.items()
     }, problems
 
 
-def _joined(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
-    """The bias of a whole stack: what has nothing new remains as it is."""
+def _join_parts(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
+    """The bias of a whole stack. Layers without a new bias keep theirs."""
     dtype = next(iter(parts.values())).dtype
     joined = np.array(place.node, dtype)
     for index, part in parts.items():
@@ -127,9 +128,9 @@ def _joined(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
     return joined
 
 
-def _taken(left: dict[str, Array], option: str) -> Iterator[tuple[str, str]]:
-    """The names of the tensors of biases, by the paths of their modules. Those that
-    PEFT has inside what is saved whole are there twice more, and are dropped."""
+def _find_tensors(left: dict[str, Array], option: str) -> Iterator[tuple[str, str]]:
+    """The names of the tensors of biases, by the paths of their modules. A module that
+    is saved whole has two more copies of its bias, which are dropped."""
     if option == "none":
         return
     for name in list(left):
@@ -143,13 +144,15 @@ def _taken(left: dict[str, Array], option: str) -> Iterator[tuple[str, str]]:
             yield ".".join(x for x in parts if x != "base_layer"), name
 
 
-def _homes(places: Places, names: Names) -> Iterator[tuple[str, tuple[Place, Index]]]:
+def _find_biases(
+    places: Places, names: Names
+) -> Iterator[tuple[str, tuple[Place, Index]]]:
     for place in places.all:
         if not _is_bias(place):
             continue
-        torch = template(names, place.path[:-1])
+        torch = find_template(names, place.path[:-1])
         if torch is not None:
-            for index, path in expanded(torch, place.node.shape):
+            for index, path in expand(torch, place.node.shape):
                 yield path, (place, index)
 
 
@@ -172,7 +175,7 @@ def _is_trained_whole(bias: Place, adapter: Adapter, places: Places) -> bool:
 
 
 def _is_of_layer(bias: Place, places: Places, names: Names) -> bool:
-    """Whether it is the bias of a module that PEFT adapts as a whole."""
+    """Whether `bias` is that of a module whose weight has an adapter."""
     assert bias.owner is not None
     weights = [
         x
@@ -184,5 +187,5 @@ def _is_of_layer(bias: Place, places: Places, names: Names) -> bool:
     (place,) = weights
     weight = place.node.as_lora()
     batch = [weight.shape[axis] for axis in weight.batch_axes()]
-    torch = template_for(place, names)
-    return not layout_for(place, torch, batch, False).is_parameter
+    torch = require_template(place, names)
+    return not choose_part_layout(place, torch, batch, False).is_parameter

@@ -1,4 +1,4 @@
-"""The two files of an adapter, and the names of its tensors."""
+"""Reading the two files of an adapter, and the names of its tensors."""
 
 import json
 import re
@@ -17,13 +17,13 @@ from .._adapters import (
     read_tensors,
 )
 from .config import check_config
-from .pytorch import few
+from .pytorch import list_paths
 
 
 _T = TypeVar("_T")
 
 PREFIX = "base_model.model."
-# What wraps a model without being a part of its paths.
+# Names that wrappers of a model add to its paths.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _WITH_ADAPTER_NAME = re.compile(
     r"(.*\.(?:lora_[AB]|lora_embedding_[AB]|modules_to_save))"
@@ -38,8 +38,8 @@ def read_folder(
 
     **Raises:**
 
-    `AdapterFileError` if it is no adapter that can be read, with what it is instead;
-    `FileNotFoundError` if there is nothing.
+    `AdapterFileError` if the folder is no adapter that can be read; the message says
+    what it is instead. `FileNotFoundError` if there is nothing.
     """
     _check_files(folder)
     try:
@@ -54,27 +54,28 @@ def read_folder(
 
 
 def has_prefix(names: Iterable[str]) -> bool:
-    return any(_unwrapped(name).startswith(PREFIX) for name in names)
+    return any(_strip_wrappers(name).startswith(PREFIX) for name in names)
 
 
-def plain_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """The tensors by their names below the model, without what is not of them: PEFT's
-    prefix, where there is one, wrappers, and the name of the adapter.
+def strip_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
+    """The tensors by their paths in the model alone: without PEFT's prefix, if there is
+    one, the names of wrappers, and the name of the adapter.
 
     **Raises:**
 
-    `ValueError` if that is not the same of all, so that there are several adapters.
+    `ValueError` if these are not the same for all tensors, so that there are several
+    adapters.
     """
     others = [name for name in tensors if not has_prefix([name])]
     if 0 < len(others) < len(tensors):
         raise ValueError(
-            f"some of its tensors begin with {PREFIX} and some do not: {few(others)}. "
-            "Rename these in the file."
+            f"some of its tensors begin with {PREFIX} and some do not: "
+            f"{list_paths(others)}. Rename these in the file."
         )
     plain: dict[str, _T] = {}
     adapters: dict[str, None] = {}
     for name, x in tensors.items():
-        path = _unwrapped(name).removeprefix(PREFIX)
+        path = _strip_wrappers(name).removeprefix(PREFIX)
         found = _WITH_ADAPTER_NAME.fullmatch(path)
         if found is not None:
             adapters[found[2]] = None
@@ -82,21 +83,21 @@ def plain_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
         plain[path] = x
     if len(adapters) > 1:
         raise ValueError(
-            f"it holds several adapters, {few(adapters)}. Save one of them in PEFT: "
-            "`model.save_pretrained(folder, selected_adapters=[name])`."
+            f"it holds several adapters, {list_paths(adapters)}. Save one of them in "
+            "PEFT: `model.save_pretrained(folder, selected_adapters=[name])`."
         )
     if len(plain) < len(tensors):
         raise ValueError("two of its tensors are the same but for names of adapters.")
     return plain
 
 
-def _unwrapped(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _check_files(folder: Path) -> None:
     if folder.is_file():
-        raise AdapterFileError(f"`directory={str(folder)!r}` {_of_file(folder)}")
+        raise AdapterFileError(f"`directory={str(folder)!r}` {_explain_file(folder)}")
     if not folder.is_dir():
         raise FileNotFoundError(
             f"There is no folder {folder}. An adapter of the Hugging Face hub is to be "
@@ -108,8 +109,8 @@ def _check_files(folder: Path) -> None:
         native = [x.name for x in folder.glob("*.safetensors") if is_native(x)]
         if native:
             raise AdapterFileError(
-                f"{folder} has {few(native)}, of `lorax.save_adapter`. That is read by "
-                "`lorax.load_adapter`."
+                f"{folder} has {list_paths(native)}, of `lorax.save_adapter`. "
+                "That is read by `lorax.load_adapter`."
             )
         raise FileNotFoundError(f"There is no {PEFT_WEIGHTS} in {folder}.")
     if found := explain_foreign_file(folder / PEFT_WEIGHTS):
@@ -123,7 +124,7 @@ def _check_files(folder: Path) -> None:
         )
 
 
-def _of_file(file: Path) -> str:
+def _explain_file(file: Path) -> str:
     if found := explain_foreign_file(file):
         return found
     if file.name in (PEFT_CONFIG, PEFT_WEIGHTS):

@@ -11,46 +11,46 @@ from .._adapters import Adapter, DetachedWeight
 from .._modules import infer_axes
 from .._shared import accumulation_dtype, promote
 from .._trees import Place, Places
-from .bases import other_bases
+from .bases import find_other_bases
 from .biases import read_biases
 from .config import (
-    alpha_of,
-    broken_promises,
     Contents,
+    find_alpha,
+    find_missing,
+    find_rank,
     is_parameter_targeted,
-    rank_of,
-    warn_of_idle_patterns,
+    warn_of_unused_patterns,
 )
 from .pytorch import (
-    arrays_of,
-    expanded,
-    few,
+    expand,
+    find_modules,
+    find_own_arrays,
+    find_template,
     Index,
     is_module,
-    modules_with_arrays,
+    list_paths,
     Names,
-    template,
-    torch_shape,
+    to_torch_shape,
 )
 from .tensors import (
-    by_module,
-    can_be,
     check_order,
+    Counterpart,
     Experts,
     Factors,
-    found_order,
-    Home,
-    homes,
+    find_counterparts,
+    group_by_module,
+    infer_order,
     InOut,
-    layout_in_file,
-    prefix_at,
-    prefixes,
+    is_possible,
+    make_prefix,
+    make_prefixes,
+    resolve_layout,
     warn_of_convolution,
 )
 from .tied import check_tied_tensors, Tied
 
 
-def adapter_from(
+def import_adapter(
     config: Mapping[str, Any],
     tensors: Mapping[str, Array],
     places: Places,
@@ -60,12 +60,20 @@ def adapter_from(
     allow_other_base: bool,
     tied: Tied,
 ) -> Adapter:
-    """What the tensors, named without prefix, are in this model; `order` is that of the
-    parameters of one module.
+    """The adapter, for a model here, of a folder in PEFT's format.
+
+    **Arguments:**
+
+    - `config`: The configuration, which has been checked.
+    - `tensors`: The tensors, by names without prefix.
+    - `places`, `names`, `in_out`, `tied`: What `lorax.peft.load` was given.
+    - `order`: The order of several parameters of one module, if it is known.
+    - `allow_other_base`: Whether saved arrays of the base may differ from the model's.
 
     **Raises:**
 
-    `ValueError` if any has no place in it, is misshapen, or lacks its other half.
+    `ValueError` if any tensor has no place in the model, has the wrong shape, or lacks
+    its other half.
     """
     if not tensors:
         raise ValueError(
@@ -73,34 +81,41 @@ def adapter_from(
             "(with FSDP and DeepSpeed the parts have to be gathered), save it again."
         )
     left = dict(tensors)
-    known = dict(homes(places, names, in_out))
-    experts = [path for path, home in known.items() if home.layout.is_parameter]
+    known = dict(find_counterparts(places, names, in_out))
+    experts = [
+        path for path, counterpart in known.items() if counterpart.layout.is_parameter
+    ]
     parameters = [x for x in experts if is_parameter_targeted(config, x, experts)]
     check_order(order, parameters)
     prefix_of = {path: f"{path}." for path in known}
-    prefix_of |= _prefixes_of_parameters(
+    prefix_of |= _find_parameter_prefixes(
         config, {path: known[path] for path in parameters}, left, order
     )
     found: dict[Place, dict[Index, Factors]] = {}
     adapted: list[str] = []
     modules: dict[str, Factors] = {}
     problems: list[str] = []
-    for path, home in known.items():
-        if home.layout.is_parameter and path not in parameters:
+    for path, counterpart in known.items():
+        if counterpart.layout.is_parameter and path not in parameters:
             continue
         prefix = prefix_of[path]
-        here = [prefix + name for name in home.layout.names if prefix + name in left]
+        here = [
+            prefix + name for name in counterpart.layout.names if prefix + name in left
+        ]
         arrays = [np.asarray(left.pop(name)) for name in here]
         if len(here) == 1:
             problems.append(f"of {path} there is only {here[0]}")
         if len(here) == 2:
-            factors = _factors(config, path, home, *arrays)
-            found.setdefault(home.place, {})[home.index] = factors
-            if not home.layout.is_parameter:
+            factors = _read_factors(config, path, counterpart, *arrays)
+            found.setdefault(counterpart.place, {})[counterpart.index] = factors
+            if not counterpart.layout.is_parameter:
                 modules[path] = factors
-        if home.place in tied.heads:
-            head, pair = tied.heads[home.place], arrays if len(here) == 2 else None
-            problems += check_tied_tensors(config, path, head, home, pair, left)
+        if counterpart.place in tied.heads:
+            head, pair = (
+                tied.heads[counterpart.place],
+                arrays if len(here) == 2 else None,
+            )
+            problems += check_tied_tensors(config, path, head, counterpart, pair, left)
         adapted += [path] * bool(here)
     contents = Contents(tensors)
     biases, wrong = read_biases(
@@ -110,31 +125,31 @@ def adapter_from(
     for path in modules:
         head = tied.heads.get(known[path].place)
         for module in (path, head) if head else (path,):
-            lines = list(other_bases(module, known[path], left))
+            lines = list(find_other_bases(module, known[path], left))
             problems += [] if allow_other_base else lines
-    others = dict(_whole_arrays(places, names, left)) | biases
+    others = dict(_read_whole_arrays(places, names, left)) | biases
     if left:
         problems.append(
-            f"`names` leads nowhere in `model` for {few(left)}. Known to `names`: "
-            f"{few(known) or 'nothing'}"
+            f"`names` leads nowhere in `model` for {list_paths(left)}. Known to "
+            f"`names`: {list_paths(known) or 'nothing'}"
         )
-    problems += broken_promises(
+    problems += find_missing(
         config,
         contents,
         modules=[path for path in known if path not in experts],
         parameters=experts,
-        arrays=modules_with_arrays(places, names),
+        arrays=find_modules(places, names),
         adapted=adapted,
     )
     if problems:
-        raise ValueError(_as_lines(problems))
-    warn_of_idle_patterns(config, adapted)
+        raise ValueError(_list_problems(problems))
+    warn_of_unused_patterns(config, adapted)
     dropout = float(config.get("lora_dropout", 0.0))
-    joined = [_joined(place, parts, dropout) for place, parts in found.items()]
+    joined = [_join_parts(place, parts, dropout) for place, parts in found.items()]
     return Adapter(joined, others)
 
 
-def _as_lines(problems: list[str]) -> str:
+def _list_problems(problems: list[str]) -> str:
     lines = "".join(f"\n  {problem}" for problem in problems)
     return (
         f"it is not what its configuration and `names` say:{lines}\nIf tensors were "
@@ -143,9 +158,9 @@ def _as_lines(problems: list[str]) -> str:
     )
 
 
-def _prefixes_of_parameters(
+def _find_parameter_prefixes(
     config: Mapping[str, Any],
-    homes: Mapping[str, Home],
+    counterparts: Mapping[str, Counterpart],
     tensors: Mapping[str, Array],
     order: Sequence[str] | None,
 ) -> dict[str, str]:
@@ -157,26 +172,26 @@ def _prefixes_of_parameters(
 
     def fits(path: str, prefix: str) -> bool:
         pair = halves(prefix)
-        return len(pair) < 2 or can_be(config, path, homes[path], *pair)
+        return len(pair) < 2 or is_possible(config, path, counterparts[path], *pair)
 
-    for paths in by_module(homes):
+    for paths in group_by_module(counterparts):
         depth = 0
-        while halves(prefix_at(paths[0], depth)):
+        while halves(make_prefix(paths[0], depth)):
             depth += 1
         if depth:
-            found |= prefixes(found_order(paths, depth, fits, order))
+            found |= make_prefixes(infer_order(paths, depth, fits, order))
     return found
 
 
-def _factors(
+def _read_factors(
     config: Mapping[str, Any],
     path: str,
-    home: Home,
+    counterpart: Counterpart,
     first: np.ndarray,
     second: np.ndarray,
 ) -> Factors:
-    warn_of_convolution(home.place)
-    layout = layout_in_file(config, path, home, first, second)
+    warn_of_convolution(counterpart.place)
+    layout = resolve_layout(config, path, counterpart, first, second)
     try:
         b, a = layout.from_torch(first, second)
     except ValueError as error:
@@ -184,24 +199,25 @@ def _factors(
             f"{path}, of shapes {first.shape} and {second.shape}: {error}."
         ) from error
     rank = layout.torch_rank(b.shape[-1])
-    if (b.shape, a.shape) != home.factor_shapes(b.shape[-1]):
+    if (b.shape, a.shape) != counterpart.factor_shapes(b.shape[-1]):
         raise ValueError(
             f"{path} has factors {first.shape} and {second.shape}, which do not fit "
-            f"the weight {home.shape} at {home.place.dotted}."
+            f"the weight {counterpart.shape} at {counterpart.dotted}."
         )
-    if rank != rank_of(config, path):
+    if rank != find_rank(config, path):
         raise ValueError(
-            f"{path} has rank {rank}, but {rank_of(config, path)} in the configuration."
+            f"{path} has rank {rank}, but {find_rank(config, path)} in the "
+            "configuration."
         )
-    return Factors(b, a, alpha_of(config, path), bool(config.get("use_rslora")), rank)
+    return Factors(b, a, find_alpha(config, path), bool(config.get("use_rslora")), rank)
 
 
-def _joined(
+def _join_parts(
     place: Place, parts: Mapping[Index, Factors], dropout: float
 ) -> DetachedWeight:
-    """One weight here from the layers that it stacks. Those without an adapter have
-    factors of zeros, smaller ranks are padded, and what differs in the scales goes into
-    `b`."""
+    """One weight here from the layers that it stacks. Layers without an adapter get
+    factors of zeros, smaller ranks are padded with zeros, and other scales are
+    multiplied into `b`."""
     depth = len(next(iter(parts)))
     stack = place.node.shape[:depth]
     rows, columns = infer_axes(place)
@@ -209,9 +225,9 @@ def _joined(
     dtypes = [
         promote(*(getattr(x, name).dtype for x in parts.values())) for name in "ba"
     ]
-    nothing = np.zeros_like(like.b, dtypes[0]), np.zeros_like(like.a, dtypes[1])
+    zeros = np.zeros_like(like.b, dtypes[0]), np.zeros_like(like.a, dtypes[1])
     of_stack = [
-        _as_like(like, parts[index], columns) if index in parts else nothing
+        _match_scale(like, parts[index], columns) if index in parts else zeros
         for index in np.ndindex(*stack)
     ]
     b, a = (
@@ -224,7 +240,7 @@ def _joined(
         shape=tuple(place.node.shape),
         dtype=jnp.dtype(place.node.dtype).name,
         settings={
-            "alpha": like.scaled_for(like.rank, like.rank_stabilised),
+            "alpha": like.alpha_for(like.rank, like.rank_stabilised),
             "rows": rows,
             "columns": columns,
             "rank_stabilised": like.rank_stabilised,
@@ -234,10 +250,10 @@ def _joined(
     )
 
 
-def _as_like(
+def _match_scale(
     like: Factors, part: Factors, columns: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`(b, a)` of `part` with the rank and the scale of `like`."""
+    """`(b, a)` of `part`, changed to have the rank and the scale of `like`."""
     b, a = part.b, part.a
     if part.scale != like.scale:
         b = (b.astype(accumulation_dtype(b.dtype)) * (part.scale / like.scale)).astype(
@@ -248,19 +264,18 @@ def _as_like(
     return b, np.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])
 
 
-def _whole_arrays(
+def _read_whole_arrays(
     places: Places, names: Names, left: dict[str, Array]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The arrays of modules that were saved whole, taken out of `left`."""
+    """The paths here and the arrays of modules that were saved whole. Their tensors are
+    taken out of `left`."""
     for module in places.all:
-        torch = template(names, module.path) if is_module(module) else None
+        torch = find_template(names, module.path) if is_module(module) else None
         if torch is None:
             continue
-        arrays = arrays_of(module, places)
+        arrays = find_own_arrays(module, places)
         keys = {
-            array: [
-                f"{p}.{array.path[-1]}" for _, p in expanded(torch, array.node.shape)
-            ]
+            array: [f"{p}.{array.path[-1]}" for _, p in expand(torch, array.node.shape)]
             for array in arrays
         }
         every = [key for of_array in keys.values() for key in of_array]
@@ -271,7 +286,7 @@ def _whole_arrays(
             raise ValueError(f"of {torch} there is no {', '.join(missing[:8])}.")
         for array, of_array in keys.items():
             parts = [np.asarray(left.pop(key)) for key in of_array]
-            wanted = torch_shape(array, array.node.shape[torch.count("{}") :])
+            wanted = to_torch_shape(array, array.node.shape[torch.count("{}") :])
             for key, part in zip(of_array, parts):
                 if part.shape != wanted:
                     raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eqx_lorax._peft.pytorch import arrays_of, expanded, template
+from eqx_lorax._peft.pytorch import expand, find_own_arrays, find_template
 from eqx_lorax._trees import Places
 
 
@@ -54,13 +54,13 @@ def filled_from(model, named, names, is_turned=lambda path: False):
     places = Places(model)
     found = {}
     for module in places.all:
-        torch_path = template(names, module.path) if module.path else None
+        torch_path = find_template(names, module.path) if module.path else None
         if torch_path is None or not isinstance(module.node, eqx.Module):
             continue
-        for array in arrays_of(module, places):
+        for array in find_own_arrays(module, places):
             parts = [
                 numpy(named[f"{path}.{array.path[-1]}"])
-                for _, path in expanded(torch_path, array.node.shape)
+                for _, path in expand(torch_path, array.node.shape)
             ]
             if is_turned(array.path):
                 parts = [part.T for part in parts]

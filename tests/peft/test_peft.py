@@ -181,7 +181,7 @@ def test_what_peft_has_no_form_for(tmp_path, getkey):
     twice = lorax.loraify(
         lorax.loraify(linear, rank=2, key=getkey()), rank=1, nested=True, key=getkey()
     )
-    with pytest.raises(ValueError, match="adapter upon an adapter.*Merge"):
+    with pytest.raises(ValueError, match="adapter on top of an adapter.*Merge"):
         lorax.peft.save(tmp_path, twice, names=lambda path: "x")
     dilated = [eqx.nn.Conv2d(2, 3, 3, dilation=2, key=getkey())]
     dilated = lorax.loraify(dilated, rank=2, key=getkey())

@@ -4,16 +4,16 @@ and whether the tensors are all that it promises.
 Tensors are known here by their names alone; their contents are in `tensors`.
 """
 
-from .matching import is_said_alone as is_said_alone, upwards as upwards
-from .options import (
-    alpha_of as alpha_of,
-    check_config as check_config,
-    new_config as new_config,
-    rank_of as rank_of,
-)
-from .promises import (
-    broken_promises as broken_promises,
+from .matching import is_named_alone as is_named_alone, list_ancestors as list_ancestors
+from .missing import (
     Contents as Contents,
+    find_missing as find_missing,
     is_parameter_targeted as is_parameter_targeted,
-    warn_of_idle_patterns as warn_of_idle_patterns,
+    warn_of_unused_patterns as warn_of_unused_patterns,
+)
+from .options import (
+    check_config as check_config,
+    find_alpha as find_alpha,
+    find_rank as find_rank,
+    make_config as make_config,
 )

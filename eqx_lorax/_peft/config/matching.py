@@ -1,24 +1,24 @@
-"""What the entries of a configuration match, by PEFT's own rules."""
+"""Which modules the entries of a configuration match, by PEFT's own rules."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 
-# What PEFT takes for `target_modules` where nothing has an adapter.
+# PEFT's value of `target_modules` for a model where nothing is adapted.
 NO_TARGETS = "dummy-target-modules"
-# What it takes for all linear layers, the head of the model left out.
+# PEFT's value of `target_modules` for all linear layers but the head of the model.
 ALL_LINEAR = "all-linear"
 
 
 def ends_with(path: str, entry: str) -> bool:
-    """Whether the last names of `path` are those of `entry`."""
+    """Whether the names of `entry` are the last ones of `path`."""
     return not entry or f".{path}".endswith(f".{entry}")
 
 
 def is_targeted(config: Mapping[str, Any], path: str) -> bool:
-    """Whether `target_modules` means the module at `path`. `ALL_LINEAR`, which PEFT
-    replaces by what it means when it saves, says nothing of any one module."""
+    """Whether `target_modules` matches the module at `path`. `ALL_LINEAR`, which PEFT
+    replaces by a list of modules when it saves, matches none here."""
     targets = config.get("target_modules")
     if not targets or is_excluded(config, path):
         return False
@@ -51,14 +51,14 @@ def is_excluded(config: Mapping[str, Any], path: str) -> bool:
 
 
 def is_saved_whole(entry: str, path: str) -> bool:
-    """Whether an entry of `modules_to_save` means the module at `path`, or one around
-    it. PEFT compares the ends of the paths, and not of their names."""
-    return any(around.endswith(entry) for around in upwards(path))
+    """Whether an entry of `modules_to_save` matches the module at `path`, or one around
+    it. PEFT compares the last characters of the paths, not their last names."""
+    return any(around.endswith(entry) for around in list_ancestors(path))
 
 
-def is_said_alone(path: str, modules: Iterable[str], adapted: Iterable[str]) -> bool:
-    """Whether `path` in `modules_to_save` means this module and none else of `modules`,
-    and keeps PEFT from adapting none of those that are `adapted`."""
+def is_named_alone(path: str, modules: Iterable[str], adapted: Iterable[str]) -> bool:
+    """Whether `path` in `modules_to_save` matches this module and no other of
+    `modules`, and hides none of the `adapted` modules from PEFT."""
     try:
         hides = any(_is_hidden_by(path, other) for other in adapted)
     except re.error:
@@ -69,24 +69,25 @@ def is_said_alone(path: str, modules: Iterable[str], adapted: Iterable[str]) -> 
 
 
 def follows_pattern(pattern: str, path: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` means the module at `path`."""
+    """Whether a key of `rank_pattern` or `alpha_pattern` matches the module at
+    `path`."""
     return bool(re.match(rf"(.*\.)?({pattern})$", path))
 
 
-def pattern_for(path: str, paths: Collection[str]) -> str:
-    """A key of `rank_pattern` that means `path` alone among `paths`. The path itself
-    where it does, which PEFT before 0.15 understands too."""
+def make_pattern(path: str, paths: Collection[str]) -> str:
+    """A key of `rank_pattern` that matches `path` alone among `paths`. This is the path
+    itself where that is enough, which PEFT before 0.15 understands too."""
     try:
-        means = [other for other in paths if follows_pattern(path, other)]
+        matched = [other for other in paths if follows_pattern(path, other)]
     except re.error:
-        means = []
-    return path if means == [path] else "^" + re.escape(path)
+        matched = []
+    return path if matched == [path] else "^" + re.escape(path)
 
 
-def targets_for(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
-    """`target_modules` that means the modules at `paths` and none else: a list if none
-    of the other `modules` ends like an entry, or else a regular expression. One name
-    alone is the end of many paths, so it is never an entry of a list."""
+def make_targets(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str:
+    """A `target_modules` that matches the modules at `paths` and no others: a list if
+    none of the other `modules` ends with an entry, or else a regular expression. A
+    single name is the end of many paths, so it is never an entry of a list."""
     wanted = list(paths)
     if not wanted:
         return NO_TARGETS
@@ -97,8 +98,8 @@ def targets_for(paths: Iterable[str], modules: Iterable[str]) -> list[str] | str
     return wanted if is_exact else "|".join(map(re.escape, wanted))
 
 
-def upwards(path: str) -> Iterator[str]:
-    """The path, and those of the modules around it."""
+def list_ancestors(path: str) -> Iterator[str]:
+    """The path itself, and the paths of the modules around it."""
     while path:
         yield path
         path = path.rpartition(".")[0]

@@ -1,11 +1,11 @@
-"""Whether the tensors of PEFT are all that their configuration promises."""
+"""Whether a file has all the tensors that its configuration mentions."""
 
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from ..pytorch import few
+from ..pytorch import list_paths
 from .matching import (
     ALL_LINEAR,
     ends_with,
@@ -17,7 +17,8 @@ from .matching import (
 )
 
 
-# What PEFT adds to `modules_to_save` for a task, whether the model has it or not.
+# The names that PEFT adds to `modules_to_save` for a task, whether the model has such
+# modules or not.
 _HEADS = {
     "SEQ_CLS": {"classifier", "score"},
     "TOKEN_CLS": {"classifier", "score"},
@@ -26,28 +27,31 @@ _HEADS = {
 
 
 class Contents:
-    """The modules of PyTorch that a file has something for."""
+    """The modules of PyTorch for which a file has tensors."""
 
     def __init__(self, tensors: Iterable[str]):
-        """**Arguments:** the names of the tensors, without prefix."""
+        """**Arguments:**
+
+        - `tensors`: The names of the tensors, without prefix.
+        """
         self.adapted: set[str] = set()
-        """Those with an adapter, or a part of one."""
+        """The modules with an adapter, or a part of one."""
         self.whole: set[str] = set()
-        """Those with arrays of their own, more than a bias."""
+        """The modules with arrays of their own besides a bias."""
         for name in tensors:
             module, lora, _ = name.rpartition(".lora_")
             owner, _, array = name.rpartition(".")
             if lora:
-                self.adapted.add(_unwrapped(module))
+                self.adapted.add(_strip_wrappers(module))
             elif array != "bias" and not owner.endswith(".base_layer"):
                 self.whole.add(owner)
 
     def has(self, entry: str) -> bool:
         """Whether there is a module whose path ends with `entry`."""
-        return among(self.adapted | self.whole, entry)
+        return any_ends_with(self.adapted | self.whole, entry)
 
 
-def broken_promises(
+def find_missing(
     config: Mapping[str, Any],
     contents: Contents,
     *,
@@ -56,75 +60,84 @@ def broken_promises(
     arrays: Collection[str],
     adapted: Collection[str],
 ) -> Iterator[str]:
-    """What is missing, a line each.
+    """A line for each thing that is missing.
 
     **Arguments:**
 
-    - `modules`, `parameters`, `arrays`: The paths that `names` knows: of modules and of
-        parameters that can have an adapter, and of modules that have arrays.
-    - `adapted`: Those of the first two that have one.
+    - `modules`, `parameters`: The paths of the modules, and of the parameters, that
+        `names` knows and that can have an adapter.
+    - `arrays`: The paths of the modules that `names` knows and that have arrays.
+    - `adapted`: Those of `modules` and `parameters` that have an adapter.
     """
-    said = contents.adapted | contents.whole
+    present = contents.adapted | contents.whole
     lost = [
-        *(path for path in modules if is_targeted(config, path) and path not in said),
-        *_lost_siblings(config, modules, said),
+        *(
+            path
+            for path in modules
+            if is_targeted(config, path) and path not in present
+        ),
+        *_find_lost_siblings(config, modules, present),
         *(x for x in parameters if is_parameter_targeted(config, x, parameters)),
     ]
     lost = [path for path in lost if path not in adapted]
     if lost:
-        yield f"it targets {few(lost)}, for which there is no adapter"
-    for entry in _entries(config, "target_modules"):
+        yield f"it targets {list_paths(lost)}, for which there is no adapter"
+    for entry in _list_entries(config, "target_modules"):
         if not (
-            contents.has(entry) or is_excluded(config, entry) or among(lost, entry)
+            contents.has(entry)
+            or is_excluded(config, entry)
+            or any_ends_with(lost, entry)
         ):
             yield f"`target_modules` has {entry!r}, for which there is no tensor"
-    for entry in _entries(config, "target_parameters"):
+    for entry in _list_entries(config, "target_parameters"):
         module = entry.rpartition(".")[0]
-        if not (contents.has(module) or among(lost, entry)):
+        if not (contents.has(module) or any_ends_with(lost, entry)):
             yield f"`target_parameters` has {entry!r}, for which there is no tensor"
     targets = config.get("target_modules")
     if is_expression(targets) and not lost:
-        if not any(re.fullmatch(targets, path) for path in said):
+        if not any(re.fullmatch(targets, path) for path in present):
             yield f"`target_modules` is {targets!r}, for which there is no tensor"
-    yield from _lost_heads(config, contents, arrays)
+    yield from _find_lost_heads(config, contents, arrays)
 
 
-def among(paths: Iterable[str], entry: str) -> bool:
+def any_ends_with(paths: Iterable[str], entry: str) -> bool:
     return any(ends_with(path, entry) for path in paths)
 
 
 def is_parameter_targeted(
     config: Mapping[str, Any], path: str, parameters: Collection[str]
 ) -> bool:
-    """Whether `target_parameters` means the parameter at `path`. An entry that is the
-    whole path of one is taken to mean no other."""
+    """Whether `target_parameters` matches the parameter at `path`. An entry that is the
+    whole path of a parameter is taken to match no other."""
     return any(
         entry == path or (ends_with(path, entry) and entry not in parameters)
-        for entry in _entries(config, "target_parameters")
+        for entry in _list_entries(config, "target_parameters")
     )
 
 
-def warn_of_idle_patterns(config: Mapping[str, Any], adapted: Collection[str]) -> None:
-    """Says so if a rank or alpha is for no module at all."""
+def warn_of_unused_patterns(
+    config: Mapping[str, Any], adapted: Collection[str]
+) -> None:
+    """Warns if a key of `rank_pattern` or `alpha_pattern` matches no module."""
     for option in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(option) or {}
-        idle = [
+        unused = [
             x for x in patterns if not any(follows_pattern(x, path) for path in adapted)
         ]
-        if idle:
+        if unused:
             warnings.warn(
-                f"`{option}` has {few(map(repr, idle))}, which no adapted module of "
-                "the file follows. PEFT ignores these too: see whether it was trained "
-                "as was meant.",
+                f"`{option}` has {list_paths(map(repr, unused))}, which no adapted "
+                "module of the file follows. PEFT ignores these too: see whether it "
+                "was trained as was meant.",
                 stacklevel=4,
             )
 
 
-def _lost_siblings(
+def _find_lost_siblings(
     config: Mapping[str, Any], modules: Collection[str], adapted: Collection[str]
 ) -> Iterator[str]:
-    """With `ALL_LINEAR`, which leaves out the head: what differs from an adapted module
-    by its numbers alone."""
+    """If the targets are `ALL_LINEAR`, which leaves out the head: the modules without
+    an adapter whose paths differ from that of an adapted module in numbers alone."""
     if str(config.get("target_modules")).lower() == ALL_LINEAR:
         families = {re.sub(r"\d+", "*", path) for path in adapted}
         for path in modules:
@@ -132,11 +145,11 @@ def _lost_siblings(
                 yield path
 
 
-def _lost_heads(
+def _find_lost_heads(
     config: Mapping[str, Any], contents: Contents, arrays: Collection[str]
 ) -> Iterator[str]:
     by_peft = _HEADS.get(str(config.get("task_type")), set())
-    entries = _entries(config, "modules_to_save")
+    entries = _list_entries(config, "modules_to_save")
     there = {
         entry
         for entry in entries
@@ -150,15 +163,15 @@ def _lost_heads(
             and path not in contents.whole | contents.adapted
         ]
         if lost:
-            yield f"`modules_to_save` has {entry!r}, and there is no {few(lost)}"
+            yield f"`modules_to_save` has {entry!r}, and there is no {list_paths(lost)}"
         elif entry not in there and not (there and entry in by_peft):
             yield f"`modules_to_save` has {entry!r}, for which there is no tensor"
 
 
-def _entries(config: Mapping[str, Any], option: str) -> list[str]:
+def _list_entries(config: Mapping[str, Any], option: str) -> list[str]:
     found = config.get(option) or []
     return [] if isinstance(found, str) else list(found)
 
 
-def _unwrapped(path: str) -> str:
+def _strip_wrappers(path: str) -> str:
     return ".".join(name for name in path.split(".") if name != "base_layer")

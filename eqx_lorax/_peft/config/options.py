@@ -1,4 +1,4 @@
-"""`adapter_config.json` of PEFT."""
+"""The options of `adapter_config.json`: writing, checking and looking them up."""
 
 import collections
 import json
@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .matching import follows_pattern, pattern_for, targets_for
+from .matching import follows_pattern, make_pattern, make_targets
 
 
 # The version of the format that is written: since 0.19 `A` of experts has their inputs.
 FORMAT = "0.21.0"
 
-# What says nothing about the adapter's arithmetic once it is trained.
+# Options that do not change what a trained adapter computes.
 _HARMLESS = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -46,7 +46,7 @@ _UNDERSTOOD = {
     "target_parameters",
     "use_rslora",
 }
-# Methods that train inputs.
+# Methods that train inputs of a model, and no weights.
 _ON_INPUTS = {
     "ADAPTION_PROMPT",
     "CARTRIDGE",
@@ -59,8 +59,8 @@ _ON_INPUTS = {
 _BELONGS = {
     "r": "where a rank belongs, a whole number above zero: that of `lora_A`",
     "lora_alpha": (
-        "where a number belongs: that which the adapter was trained with, as of its "
-        "training script, and often `r` or twice that"
+        "where a number belongs: the one that the adapter was trained with, which is "
+        "in its training script and often `r` or twice that"
     ),
     "lora_dropout": "where a rate below 1 belongs: 0 will do",
 }
@@ -68,7 +68,7 @@ _BELONGS = {
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
-def new_config(
+def make_config(
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
     *,
@@ -78,11 +78,17 @@ def new_config(
     dropout: float,
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
-    """The configuration of adapters with these ranks and alphas, by their paths, those
-    at `parameters` being of parameters and the others of `modules`, which are all that
-    are known of the model."""
-    rank = _most_common(ranks.values())
-    alpha = _most_common(alphas.values())
+    """The configuration of adapters.
+
+    **Arguments:**
+
+    - `ranks`, `alphas`: The rank and the alpha of each adapted module or parameter, by
+        its path.
+    - `parameters`: Those of these paths that are paths of parameters.
+    - `modules`: The paths of all modules of the model that are known.
+    """
+    rank = _find_most_common(ranks.values())
+    alpha = _find_most_common(alphas.values())
     targets = [path for path in ranks if path not in parameters]
     # The oldest versions refuse options that they do not know.
     of_parameters = {"target_parameters": list(parameters), "peft_version": FORMAT}
@@ -92,14 +98,18 @@ def new_config(
         "inference_mode": True,
         # Anything else makes PEFT change the base when it loads the adapter.
         "init_lora_weights": True,
-        "target_modules": targets_for(targets, modules) if targets or not ranks else [],
+        "target_modules": make_targets(targets, modules)
+        if targets or not ranks
+        else [],
         "r": rank,
         "rank_pattern": {
-            pattern_for(k, ranks): x for k, x in ranks.items() if x != rank
+            make_pattern(k, ranks): x for k, x in ranks.items() if x != rank
         },
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _to_integer(alpha),
         "alpha_pattern": {
-            pattern_for(k, alphas): _whole(x) for k, x in alphas.items() if x != alpha
+            make_pattern(k, alphas): _to_integer(x)
+            for k, x in alphas.items()
+            if x != alpha
         },
         "use_rslora": rank_stabilised,
         "use_dora": False,
@@ -113,8 +123,8 @@ def new_config(
 def check_config(config: Any) -> None:
     """**Raises:**
 
-    `ValueError` if the adapter is not plain LoRA, with the method or option that it has
-    instead.
+    `ValueError` if the adapter is not plain LoRA. The message names the method or the
+    option that it uses instead.
     """
     if not isinstance(config, dict):
         raise ValueError("it is not a JSON object")
@@ -122,7 +132,7 @@ def check_config(config: Any) -> None:
     if method != "LORA":
         raise ValueError(
             f"its `peft_type` is {method!r}; only 'LORA' can be read. "
-            + _instead(method)
+            + _advise(method)
         )
     if config.get("use_dora"):
         raise ValueError("it is DoRA (`use_dora`), which is not here yet")
@@ -142,11 +152,11 @@ def check_config(config: Any) -> None:
     }
     if others:
         raise ValueError(f"it uses {', '.join(sorted(others))}, which is not here")
-    if wrong := list(_wrong_values(config)):
+    if wrong := list(_find_wrong_values(config)):
         raise ValueError("; ".join(wrong))
 
 
-def _instead(method: Any) -> str:
+def _advise(method: Any) -> str:
     if method is None:
         return "Without one it is no configuration of PEFT's: see which file this is"
     if str(method) in _ON_INPUTS:
@@ -157,8 +167,9 @@ def _instead(method: Any) -> str:
     )
 
 
-def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
-    """What is not of the type that PEFT has, in JSON's words."""
+def _find_wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each option whose value is not of PEFT's type, in the words of
+    JSON."""
     for option, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
         value = config.get(option, default)
         if not _is_number(option, value):
@@ -174,28 +185,28 @@ def _wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
                     f"`{option}` has {json.dumps(value)} for {pattern!r}, "
                     f"{_BELONGS[number]}"
                 )
-            yield from _wrong_expression(option, pattern)
+            yield from _check_expression(option, pattern)
     for option in ("target_modules", "exclude_modules"):
         if isinstance(value := config.get(option), str):
-            yield from _wrong_expression(option, value)
+            yield from _check_expression(option, value)
         else:
-            yield from _wrong_list(option, value)
+            yield from _check_list(option, value)
     if isinstance(value := config.get("layers_pattern"), str):
-        yield from _wrong_expression("layers_pattern", value)
+        yield from _check_expression("layers_pattern", value)
     else:
-        yield from _wrong_list("layers_pattern", value)
+        yield from _check_list("layers_pattern", value)
         for entry in value if isinstance(value, list) else []:
-            yield from _wrong_expression("layers_pattern", entry)
+            yield from _check_expression("layers_pattern", entry)
     layers = config.get("layers_to_transform") or 0
     if not all(isinstance(x, int) for x in _as_list(layers)):
         yield (
             f"`layers_to_transform` is {json.dumps(layers)}, where whole numbers belong"
         )
     for option in ("target_parameters", "modules_to_save"):
-        yield from _wrong_list(option, config.get(option))
+        yield from _check_list(option, config.get(option))
     whole = config.get("modules_to_save")
     for entry in whole if isinstance(whole, list) else []:
-        yield from _wrong_expression("modules_to_save", entry)
+        yield from _check_expression("modules_to_save", entry)
 
 
 def _is_number(option: str, value: Any) -> bool:
@@ -210,40 +221,43 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _wrong_list(option: str, value: Any) -> Iterator[str]:
+def _check_list(option: str, value: Any) -> Iterator[str]:
     is_list = isinstance(value, list) and all(isinstance(x, str) for x in value)
     if value is not None and not is_list:
         yield f"`{option}` is {json.dumps(value)}, where a list of names belongs"
 
 
-def _wrong_expression(option: str, pattern: Any) -> Iterator[str]:
+def _check_expression(option: str, pattern: Any) -> Iterator[str]:
     try:
         re.compile(pattern)
     except (re.error, TypeError) as error:
         yield f"`{option}` has {pattern!r}, no regular expression: {error}"
 
 
-def rank_of(config: Mapping[str, Any], path: str) -> int:
-    return int(_by_pattern(config.get("rank_pattern"), path, config.get("r", 8)))
+def find_rank(config: Mapping[str, Any], path: str) -> int:
+    return int(_find_by_pattern(config.get("rank_pattern"), path, config.get("r", 8)))
 
 
-def alpha_of(config: Mapping[str, Any], path: str) -> float:
+def find_alpha(config: Mapping[str, Any], path: str) -> float:
     default = config.get("lora_alpha", 8)
-    return float(_by_pattern(config.get("alpha_pattern"), path, default))
+    return float(_find_by_pattern(config.get("alpha_pattern"), path, default))
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """As PEFT does: the first pattern that matches the path or the end of it."""
+def _find_by_pattern(
+    patterns: Mapping[str, Any] | None, path: str, default: Any
+) -> Any:
+    """The value of the first pattern that matches the path or the end of it, as in
+    PEFT."""
     for pattern, value in (patterns or {}).items():
         if follows_pattern(pattern, path):
             return value
     return default
 
 
-def _most_common(values: Any) -> Any:
+def _find_most_common(values: Any) -> Any:
     counted = collections.Counter(values).most_common(1)
     return counted[0][0] if counted else 8
 
 
-def _whole(x: float) -> int | float:
+def _to_integer(x: float) -> int | float:
     return int(x) if float(x).is_integer() else x

@@ -6,17 +6,17 @@ stores the factors of adapters is in `tensors`.
 """
 
 from .modules import (
-    arrays_of as arrays_of,
+    find_modules as find_modules,
+    find_own_arrays as find_own_arrays,
     is_module as is_module,
-    modules_with_arrays as modules_with_arrays,
-    named as named,
-    template_for as template_for,
-    torch_shape as torch_shape,
+    path_in_names as path_in_names,
+    require_template as require_template,
+    to_torch_shape as to_torch_shape,
 )
 from .names import (
-    expanded as expanded,
-    few as few,
+    expand as expand,
+    find_template as find_template,
     Index as Index,
+    list_paths as list_paths,
     Names as Names,
-    template as template,
 )

@@ -1,4 +1,4 @@
-"""From paths here to paths in PyTorch."""
+"""From paths here to paths in PyTorch, by the user's argument `names`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
@@ -13,9 +13,9 @@ Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 Index: TypeAlias = tuple[int, ...]
 
 
-def template(names: Names, path: Sequence[str]) -> str | None:
+def find_template(names: Names, path: Sequence[str]) -> str | None:
     """The path in PyTorch, with `{}` for each axis of a stack; `None` for a path that
-    `names` says nothing of."""
+    `names` lacks."""
     dotted = ".".join(path)
     if not isinstance(names, Mapping):
         try:
@@ -34,9 +34,9 @@ def template(names: Names, path: Sequence[str]) -> str | None:
     return None
 
 
-def expanded(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]:
+def expand(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]:
     """The paths of the modules of a stack, with their positions in it. The leading axes
-    of `shape` are those of the stack, as many as there are `{}`."""
+    of `shape` are those of the stack, one for each `{}`."""
     axes = template.count("{}")
     for index in np.ndindex(*shape[:axes]):
         filled = template
@@ -45,6 +45,6 @@ def expanded(template: str, shape: Sequence[int]) -> Iterator[tuple[Index, str]]
         yield tuple(map(int, index)), filled
 
 
-def few(paths: Iterable[str]) -> str:
-    """The first of the paths, for a message."""
+def list_paths(paths: Iterable[str]) -> str:
+    """A few of the paths, each once, for a message."""
     return list_some(dict.fromkeys(paths))

@@ -5,23 +5,26 @@ What is no factor (biases, whole modules, bases) is in the files of the room aro
 one, and options and paths are in `config` and `pytorch`.
 """
 
-from .homes import Home as Home, homes as homes
+from .counterparts import (
+    Counterpart as Counterpart,
+    find_counterparts as find_counterparts,
+)
+from .in_out import find_in_out as find_in_out, InOut as InOut
 from .layout import (
+    choose_part_layout as choose_part_layout,
     Embedding as Embedding,
     Experts as Experts,
     Factors as Factors,
     Layout as Layout,
-    layout_for as layout_for,
     Linear as Linear,
     warn_of_convolution as warn_of_convolution,
 )
 from .nesting import (
-    by_module as by_module,
     check_order as check_order,
-    found_order as found_order,
-    order_to_write as order_to_write,
-    prefix_at as prefix_at,
-    prefixes as prefixes,
+    choose_order as choose_order,
+    group_by_module as group_by_module,
+    infer_order as infer_order,
+    make_prefix as make_prefix,
+    make_prefixes as make_prefixes,
 )
-from .sides import InOut as InOut, stored_in_out as stored_in_out
-from .versions import can_be as can_be, layout_in_file as layout_in_file
+from .versions import is_possible as is_possible, resolve_layout as resolve_layout

@@ -1,4 +1,4 @@
-"""Where the modules and parameters of PyTorch are here."""
+"""What the modules and parameters of PyTorch are in a model here."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -8,28 +8,42 @@ import numpy as np
 from ..._methods import factor_shapes
 from ..._modules import find_target, infer_axes
 from ..._trees import Place, Places
-from ..pytorch import expanded, Index, named, Names, template, template_for
-from .layout import Layout, layout_for
-from .sides import InOut
+from ..pytorch import (
+    expand,
+    find_template,
+    Index,
+    Names,
+    path_in_names,
+    require_template,
+)
+from .in_out import InOut
+from .layout import choose_part_layout, Layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Home:
-    """Where an adapted module or parameter of PyTorch is here."""
+class Counterpart:
+    """The array here, or the layer of a stack, that is the weight of a module of
+    PyTorch, or a parameter there."""
 
     place: Place
     index: Index
     layout: Layout
     is_order_open: bool
-    """Whether nothing says if the array is stored `(out, in)`."""
+    """Whether it is unknown if the array is stored `(out, in)`, see
+    `InOut.leaves_open`."""
+
+    @property
+    def dotted(self) -> str:
+        """The path of the array here."""
+        return self.place.dotted
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of this one layer of a stack."""
+        """The shape of this one layer of a stack."""
         return tuple(self.place.node.shape[len(self.index) :])
 
     def fits(self, layout: Layout, first: np.ndarray, second: np.ndarray) -> bool:
-        """Whether two tensors of `layout` can be the factors of the array here."""
+        """Whether two tensors in `layout` can be the factors of this array."""
         try:
             b, a = layout.from_torch(first, second)
         except ValueError:
@@ -37,31 +51,36 @@ class Home:
         return (b.shape, a.shape) == self.factor_shapes(b.shape[-1])
 
     def factor_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of `b` and `a`."""
+        """The shapes of `b` and `a` for this array."""
         rows, columns = infer_axes(self.place)
         return factor_shapes(self.shape, rows, columns, rank)
 
 
-def homes(places: Places, names: Names, in_out: InOut) -> Iterator[tuple[str, Home]]:
-    """All that `names` has a path in PyTorch for, by this path.
+def find_counterparts(
+    places: Places, names: Names, in_out: InOut
+) -> Iterator[tuple[str, Counterpart]]:
+    """All arrays that can be adapted and that `names` knows, by their paths in PyTorch.
 
     **Raises:**
 
-    `ValueError` if it has one for two.
+    `ValueError` if `names` gives one path to two of them.
     """
     taken: set[str] = set()
     for place in places.all:
-        if find_target(place) is None or template(names, named(place)) is None:
+        if (
+            find_target(place) is None
+            or find_template(names, path_in_names(place)) is None
+        ):
             continue
         rows, columns = infer_axes(place)
         batch = list(place.node.shape[: -len((*rows, *columns))])
-        torch = template_for(place, names)
+        torch = require_template(place, names)
         try:
-            layout = layout_for(place, torch, batch, place in in_out)
+            layout = choose_part_layout(place, torch, batch, place in in_out)
         except ValueError:
             continue  # a stack of vectors, or what PEFT has no form for
-        for index, path in expanded(torch, batch):
+        for index, path in expand(torch, batch):
             if path in taken:
                 raise ValueError(f"`names` gives {path!r} twice.")
             taken.add(path)
-            yield path, Home(place, index, layout, in_out.leaves_open(place))
+            yield path, Counterpart(place, index, layout, in_out.leaves_open(place))

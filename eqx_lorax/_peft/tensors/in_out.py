@@ -1,4 +1,4 @@
-"""Which axis of an array here is that of the inputs."""
+"""Which arrays of a model here are stored `(..., in, out)`."""
 
 import dataclasses
 from collections.abc import Set
@@ -6,7 +6,7 @@ from collections.abc import Set
 from ..._layers import find_layer
 from ..._modules import find_target
 from ..._trees import Filter, match_filter, Place, Places
-from .layout import layout_of, Linear
+from .layout import choose_layout, Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,23 +15,23 @@ class InOut:
 
     arrays: Set[Place]
     is_stated: bool
-    """Whether these were named, be they none."""
+    """Whether the user named these arrays, be it an empty list."""
 
     def __contains__(self, array: Place) -> bool:
         return array in self.arrays
 
     def leaves_open(self, array: Place) -> bool:
-        """Whether nothing tells the order of this one: the code of its module, which is
-        none of Equinox's, would."""
+        """Whether the order of the axes is unknown. It is if the user did not say it
+        and the module is none of Equinox's: only its code tells the order."""
         return not self.is_stated and _is_of_unknown_module(array)
 
 
-def stored_in_out(places: Places, transposed: Filter) -> InOut:
-    """The arrays that `transposed` names; an empty list names none.
+def find_in_out(places: Places, transposed: Filter) -> InOut:
+    """The arrays that the filter `transposed` names. An empty list names none.
 
     **Raises:**
 
-    `ValueError` if any part of it names none.
+    `ValueError` if any part of the filter names no such array.
     """
     if transposed is None or isinstance(transposed, list | tuple) and not transposed:
         return InOut(frozenset(), transposed is not None)
@@ -59,6 +59,6 @@ def _may_be_in_out(array: Place) -> bool:
     if find_target(array) is None or not _is_of_unknown_module(array):
         return False
     try:
-        return isinstance(layout_of(array, None), Linear)
+        return isinstance(choose_layout(array, None), Linear)
     except ValueError:
         return False

@@ -1,4 +1,4 @@
-"""The tensors of PEFT: how each kind of layer has its factors there."""
+"""Layouts: how PEFT stores the factors of each kind of layer."""
 
 import abc
 import dataclasses
@@ -14,14 +14,14 @@ from ..._trees import Place
 
 @dataclasses.dataclass(frozen=True)
 class Factors:
-    """The factors of one weight without batch axes but for those of experts, as they
-    are here, and what scales them."""
+    """The factors of one weight as they are here, and their scale. The only batch axis
+    that they may have is that of experts."""
 
     b: np.ndarray
     a: np.ndarray
     alpha: float
     rank_stabilised: bool
-    counted: int
+    alpha_rank: int
     """The rank by which `alpha` is divided."""
 
     @property
@@ -30,20 +30,20 @@ class Factors:
 
     @property
     def scale(self) -> float:
-        """What multiplies `b · a`."""
-        return self.alpha / self.counted ** (0.5 if self.rank_stabilised else 1.0)
+        """The factor by which `b · a` is multiplied."""
+        return self.alpha / self.alpha_rank ** (0.5 if self.rank_stabilised else 1.0)
 
-    def scaled_for(self, rank: int, rank_stabilised: bool) -> float:
-        """The alpha that gives the same scale if another rank is counted."""
+    def alpha_for(self, rank: int, rank_stabilised: bool) -> float:
+        """The alpha that gives the same scale if `rank` divides it."""
         power = 0.5 if self.rank_stabilised else 1.0
         wanted = 0.5 if rank_stabilised else 1.0
-        if (rank, wanted) == (self.counted, power):
+        if (rank, wanted) == (self.alpha_rank, power):
             return self.alpha
-        return self.alpha * rank**wanted / self.counted**power
+        return self.alpha * rank**wanted / self.alpha_rank**power
 
 
 class Layout(abc.ABC):
-    """How PEFT has the factors of one kind of layer."""
+    """How PEFT stores the factors of one kind of layer."""
 
     names: ClassVar[tuple[str, str]] = "lora_A.weight", "lora_B.weight"
     is_parameter: ClassVar[bool] = False
@@ -57,15 +57,20 @@ class Layout(abc.ABC):
     def from_torch(
         self, first: np.ndarray, second: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """`(b, a)` of what PEFT has. Raises `ValueError` if it has no such form."""
+        """`(b, a)` of PEFT's `(A, B)`.
+
+        **Raises:**
+
+        `ValueError` if the two have no such form.
+        """
 
     def torch_rank(self, rank: int) -> int:
-        """The rank that PEFT counts."""
+        """The rank that PEFT has for an adapter of this rank."""
         return rank
 
-    def with_sides(self, exchanged: bool) -> "Layout | None":
-        """The same with `A` having the side of the rows here, or of the columns; `None`
-        if that is not open."""
+    def with_a_on_rows(self, a_has_rows: bool) -> "Layout | None":
+        """The same layout with `A` on the rows of the weight here, or on its columns;
+        `None` if the kind of layer fixes that."""
         return None
 
 
@@ -73,21 +78,21 @@ class Layout(abc.ABC):
 class Linear(Layout):
     """`A (r, in)`, `B (out, r)`."""
 
-    exchanged: bool = False
-    """Whether `A` has the side of the rows here: those of a weight `(in, out)`."""
+    a_has_rows: bool = False
+    """Whether `A` is on the rows of the weight here, as for a weight `(in, out)`."""
 
     def to_torch(self, b, a):
-        return (b.T, a.T) if self.exchanged else (a, b)
+        return (b.T, a.T) if self.a_has_rows else (a, b)
 
     def from_torch(self, first, second):
-        return (first.T, second.T) if self.exchanged else (second, first)
+        return (first.T, second.T) if self.a_has_rows else (second, first)
 
-    def with_sides(self, exchanged):
-        return dataclasses.replace(self, exchanged=exchanged)
+    def with_a_on_rows(self, a_has_rows):
+        return dataclasses.replace(self, a_has_rows=a_has_rows)
 
 
 class Embedding(Layout):
-    """`A (r, entries)`, `B (size, r)`: the update is transposed."""
+    """`A (r, entries)`, `B (size, r)`: the update in PEFT is transposed."""
 
     names = "lora_embedding_A", "lora_embedding_B"
 
@@ -103,17 +108,17 @@ class Experts(Layout):
     """`A (r · experts, in)`, expert first; `B (out, r · experts)`, rank first."""
 
     experts: int
-    exchanged: bool = False
-    """As of `Linear`."""
+    a_has_rows: bool = False
+    """See `Linear`."""
 
     is_parameter = True
 
     def to_torch(self, b, a):
-        if self.exchanged:
-            b, a = _exchanged(b, a)
+        if self.a_has_rows:
+            b, a = _transpose_factors(b, a)
         experts, rank, columns = a.shape
-        wide = np.transpose(b, (1, 2, 0)).reshape(-1, rank * experts)
-        return a.reshape(experts * rank, columns), wide
+        second = np.transpose(b, (1, 2, 0)).reshape(-1, rank * experts)
+        return a.reshape(experts * rank, columns), second
 
     def from_torch(self, first, second):
         if first.shape[0] % self.experts:
@@ -121,24 +126,24 @@ class Experts(Layout):
         a = first.reshape(self.experts, -1, first.shape[1])
         b = second.reshape(second.shape[0], -1, self.experts)
         b = np.transpose(b, (2, 0, 1))
-        return _exchanged(b, a) if self.exchanged else (b, a)
+        return _transpose_factors(b, a) if self.a_has_rows else (b, a)
 
-    def with_sides(self, exchanged):
-        return dataclasses.replace(self, exchanged=exchanged)
+    def with_a_on_rows(self, a_has_rows):
+        return dataclasses.replace(self, a_has_rows=a_has_rows)
 
 
-def _exchanged(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _transpose_factors(b: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The factors of the transposed matrices."""
     return np.swapaxes(a, -1, -2), np.swapaxes(b, -1, -2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Layout):
-    """`A (r, in, *window)` without groups, `B (out, r / groups, 1, ...)` with them: the
-    outputs of each group mix a part of the rank of their own.
+    """`A (r, in, *window)`, which has no groups, and `B (out, r / groups, 1, ...)`,
+    which has: the outputs of each group mix their own part of the rank.
 
-    Here all groups share `a (r, in / groups, *window)`. In PEFT that is a block of `A`
-    for each group, which sees the inputs of this group alone.
+    Here all groups share `a (r, in / groups, *window)`. In PEFT that is one block of
+    `A` for each group, which is zero for the inputs of other groups.
     """
 
     groups: int
@@ -148,10 +153,10 @@ class Conv(Layout):
 
     def to_torch(self, b, a):
         rank, inputs, *window = a.shape
-        wide = np.zeros((self.groups, rank, self.groups, inputs, *window), a.dtype)
+        blocks = np.zeros((self.groups, rank, self.groups, inputs, *window), a.dtype)
         for group in range(self.groups):
-            wide[group, :, group] = a
-        first = wide.reshape(self.groups * rank, self.groups * inputs, *window)
+            blocks[group, :, group] = a
+        first = blocks.reshape(self.groups * rank, self.groups * inputs, *window)
         return first, b.reshape(*b.shape, *(1 for _ in window))
 
     def from_torch(self, first, second):
@@ -160,8 +165,8 @@ class Conv(Layout):
         if self.groups == 1:
             return b, first
         shape = (self.groups, rank // self.groups, self.groups, -1, *window)
-        wide = first.reshape(shape)
-        a = wide[0, :, 0]
+        blocks = first.reshape(shape)
+        a = blocks[0, :, 0]
         expected, _ = self.to_torch(b, a)
         if not np.array_equal(expected, first):
             raise ValueError(
@@ -171,16 +176,21 @@ class Conv(Layout):
         return b, a
 
 
-def layout_of(place: Place, experts: int | None, exchanged: bool = False) -> Layout:
-    """The layout of the weight at `place`; `experts` is the size of the batch axis that
-    is left once a stack is taken apart.
+def choose_layout(
+    place: Place, experts: int | None, a_has_rows: bool = False
+) -> Layout:
+    """The layout of the weight at `place`, or of one layer of the stack there.
+
+    **Arguments:**
+
+    - `experts`: The number of experts; `None` if they are none.
 
     **Raises:**
 
-    `ValueError` if PEFT has none.
+    `ValueError` if PEFT has no layout for it.
     """
     module = place.owner.module if place.owner is not None else None
-    plain = Linear(exchanged) if experts is None else Experts(experts, exchanged)
+    plain = Linear(a_has_rows) if experts is None else Experts(experts, a_has_rows)
     name = place.path[-1]
     if name not in adapted_names(module):
         return plain
@@ -195,13 +205,22 @@ def layout_of(place: Place, experts: int | None, exchanged: bool = False) -> Lay
     return Embedding() if is_embedding else plain
 
 
-def layout_for(place: Place, torch: str, batch: list[int], is_in_out: bool) -> Layout:
-    """The layout of the weight at `place`, which is at `torch` there; `is_in_out` says
-    that it is stored `(..., in, out)` here.
+def choose_part_layout(
+    place: Place, torch: str, batch: list[int], is_in_out: bool
+) -> Layout:
+    """The layout of each part of the weight at `place` that is a module, or a
+    parameter, of its own in PyTorch.
+
+    **Arguments:**
+
+    - `torch`: The path in PyTorch, with `{}` for each axis of a stack.
+    - `batch`: The sizes of the batch axes of the weight.
+    - `is_in_out`: Whether the weight is stored `(..., in, out)` here.
 
     **Raises:**
 
-    `ValueError` if PEFT has none, or if `torch` does not take its stack apart.
+    `ValueError` if PEFT has no layout for it, or if `torch` has too few or too many
+    `{}`.
     """
     left = batch[torch.count("{}") :]
     if len(left) > 1 or torch.count("{}") > len(batch):
@@ -211,13 +230,14 @@ def layout_for(place: Place, torch: str, batch: list[int], is_in_out: bool) -> L
             "for experts."
         )
     try:
-        return layout_of(place, left[0] if left else None, is_in_out)
+        return choose_layout(place, left[0] if left else None, is_in_out)
     except ValueError as error:
         raise ValueError(f"{place.dotted}: {error}.") from error
 
 
 def warn_of_convolution(place: Place) -> None:
-    """Says so where PEFT computes something else than what the factors are."""
+    """Warns of a convolution that PEFT computes in another way than its factors
+    say."""
     module: Any = place.owner.module if place.owner is not None else None
     if getattr(module, "num_spatial_dims", 0) and (
         any(step != 1 for step in module.dilation) or module.padding_mode != "ZEROS"

@@ -1,9 +1,9 @@
-"""Several adapted parameters of one module.
+"""The order of several adapted parameters of one module.
 
-PEFT wraps the module once for each of them, in the order in which the module defines
-them, so that the last one is outermost, and its tensors are named by their depth alone.
-That order is in no file: neither the configuration's `target_parameters`, which PEFT
-sorts, nor the tensors tell it.
+PEFT wraps the module once for each parameter, in the order in which the module defines
+them. The last one is outermost, and the names of its tensors tell only how deep it is.
+The order itself is in no file: PEFT sorts `target_parameters` in the configuration, and
+the tensors do not tell it.
 """
 
 import itertools
@@ -13,28 +13,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 Fits = Callable[[str, str], bool]
 
 
-def prefix_at(parameter: str, depth: int) -> str:
-    """The prefix of the tensors of a parameter that is wrapped `depth` times more."""
+def make_prefix(parameter: str, depth: int) -> str:
+    """The prefix of the tensors of a parameter that is inside `depth` other
+    wrappers."""
     module, _, _ = parameter.rpartition(".")
     return f"{module}." + "base_layer." * depth
 
 
-def prefixes(order: Sequence[str]) -> dict[str, str]:
-    """The prefix of the tensors of each parameter of one module, in its order."""
-    return {path: prefix_at(path, i) for i, path in enumerate(reversed(order))}
+def make_prefixes(order: Sequence[str]) -> dict[str, str]:
+    """The prefixes of the tensors of the parameters of one module, which are given in
+    the order in which it defines them."""
+    return {path: make_prefix(path, i) for i, path in enumerate(reversed(order))}
 
 
-def by_module(parameters: Iterable[str]) -> list[list[str]]:
-    """The parameters, those of one module together."""
+def group_by_module(parameters: Iterable[str]) -> list[list[str]]:
+    """A list of parameters for each module."""
     modules: dict[str, list[str]] = {}
     for path in parameters:
         modules.setdefault(path.rpartition(".")[0], []).append(path)
     return list(modules.values())
 
 
-def in_order(paths: Sequence[str], order: Sequence[str] | None) -> list[str] | None:
-    """Those of one module as `order` has them, which names paths or the ends of them;
-    `None` if it does not have them all."""
+def sort_as(paths: Sequence[str], order: Sequence[str] | None) -> list[str] | None:
+    """The parameters of one module, sorted as in `order`, which has paths or the ends
+    of paths; `None` if it lacks one of them."""
     positions = {
         path: position
         for position, name in reversed(list(enumerate(order or ())))
@@ -47,9 +49,11 @@ def in_order(paths: Sequence[str], order: Sequence[str] | None) -> list[str] | N
 
 
 def check_order(order: Sequence[str] | None, paths: Iterable[str]) -> None:
-    """**Raises:**
+    """Checks that `order` is a list of the ends of `paths`.
 
-    `TypeError` if it is no list, and `ValueError` if any name in it names nothing.
+    **Raises:**
+
+    `TypeError` if it is a string; `ValueError` if a name in it is the end of no path.
     """
     if isinstance(order, str):
         raise TypeError(f"`parameter_order={order!r}` must be a list of names.")
@@ -62,15 +66,22 @@ def check_order(order: Sequence[str] | None, paths: Iterable[str]) -> None:
             )
 
 
-def found_order(
+def infer_order(
     paths: Sequence[str], depth: int, fits: Fits, order: Sequence[str] | None
 ) -> list[str]:
-    """The order of the parameters of one module in a file that has `depth` of them;
-    `fits` says whether the tensors with a prefix can be those of a parameter.
+    """The order of the parameters of one module in a file.
+
+    **Arguments:**
+
+    - `paths`: The parameters.
+    - `depth`: How many parameters of the module have tensors in the file.
+    - `fits`: Whether the tensors with a prefix can be those of a parameter.
+    - `order`: The order that the user gave, or the file has, if any.
 
     **Raises:**
 
-    `ValueError` if there is none, or several and `order` is not one of them.
+    `ValueError` if `depth` is not the number of parameters, or if several orders are
+    possible and `order` does not say which it is.
     """
     module, _, _ = paths[0].rpartition(".")
     listed = ", ".join(path.rpartition(".")[2] for path in paths)
@@ -81,13 +92,13 @@ def found_order(
         )
     if len(paths) == 1:
         return list(paths)
-    said = in_order(paths, order)
+    said = sort_as(paths, order)
     if said is not None:
         return said
     possible = [
         list(each)
         for each in itertools.permutations(paths)
-        if all(fits(path, prefix) for path, prefix in prefixes(each).items())
+        if all(fits(path, prefix) for path, prefix in make_prefixes(each).items())
     ]
     if len(possible) > 1:
         raise ValueError(
@@ -103,17 +114,17 @@ _FIX = (
 )
 
 
-def order_to_write(
+def choose_order(
     shapes: Mapping[str, object], order: Sequence[str] | None
 ) -> list[str]:
-    """The order of the parameters of one module, which is taken to be that of `shapes`
-    where these would tell PEFT of another.
+    """The order of the parameters of one module to be written. Without `order` it is
+    that of `shapes`, if these differ: PEFT then notices if the order is another one.
 
     **Raises:**
 
-    `ValueError` if it would not, and `order` does not say it.
+    `ValueError` if two shapes are the same and `order` does not say which comes first.
     """
-    said = in_order(list(shapes), order)
+    said = sort_as(list(shapes), order)
     if said is not None:
         return said
     for one, other in itertools.combinations(shapes, 2):
