@@ -1,6 +1,6 @@
 """LoRA for Equinox models and any other JAX code."""
 
-import importlib.metadata
+from importlib.metadata import version as _version
 
 from . import constants as constants, peft as peft
 from ._adapters import (
@@ -18,7 +18,11 @@ from ._arithmetic import (
     stack as stack,
     weighted_sum as weighted_sum,
 )
-from ._functions import lora as lora, MaterialiseWarning as MaterialiseWarning
+from ._functions import (
+    lora as lora,
+    MaterialiseWarning as MaterialiseWarning,
+    OnMaterialise as OnMaterialise,
+)
 from ._layers import (
     AbstractLoraLayer as AbstractLoraLayer,
     LoraConv as LoraConv,
@@ -26,11 +30,16 @@ from ._layers import (
     LoraLinear as LoraLinear,
     LoraModule as LoraModule,
 )
-from ._methods import AbstractLoraWeight as AbstractLoraWeight, LoraWeight as LoraWeight
+from ._methods import (
+    AbstractLoraWeight as AbstractLoraWeight,
+    Init as Init,
+    LoraWeight as LoraWeight,
+)
 from ._modules import (
     dropout_key as dropout_key,
     loraify as loraify,
     merged_forward as merged_forward,
+    PerTarget as PerTarget,
     unloraify as unloraify,
 )
 from ._planning import (
@@ -39,6 +48,7 @@ from ._planning import (
     plan as plan,
     StepBound as StepBound,
 )
+from ._shared import Placement as Placement
 from ._training import (
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
@@ -54,11 +64,16 @@ from ._training import (
     wrap_optimizer as wrap_optimizer,
 )
 from ._trees import (
+    DecisionFn as DecisionFn,
+    Filter as Filter,
+    KeyPath as KeyPath,
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
     LoraSpec as LoraSpec,
+    Pattern as Pattern,
     simple_spec as simple_spec,
+    SpecValue as SpecValue,
 )
 
 
-__version__ = importlib.metadata.version("eqx-lorax")
+__version__ = _version("eqx-lorax")

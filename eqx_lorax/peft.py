@@ -43,7 +43,7 @@ from ._peft import (
     find_tied_tables,
     has_prefix,
     import_adapter,
-    Names,
+    Names as Names,
     PREFIX,
     read_folder,
     strip_names,
@@ -52,7 +52,7 @@ from ._shared import replicate, write_once
 from ._trees import Filter, Places, rebuild
 
 
-__all__ = ["load", "save"]
+__all__ = ["load", "Names", "save"]
 
 _Model = TypeVar("_Model")
 

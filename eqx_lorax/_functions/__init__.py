@@ -4,4 +4,7 @@ from .function import (
     Door as Door,
     lora as lora,
 )
-from .report import MaterialiseWarning as MaterialiseWarning
+from .report import (
+    MaterialiseWarning as MaterialiseWarning,
+    OnMaterialise as OnMaterialise,
+)

@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 
 
 OnMaterialise: TypeAlias = Literal["allow", "warn", "error"]
+"""What `lorax.lora` does where it has to form a whole weight."""
 
 
 class MaterialiseWarning(UserWarning):

@@ -18,6 +18,8 @@ from .._shared import as_array
 
 Initialiser: TypeAlias = Callable[[PRNGKeyArray, tuple[int, ...], DTypeLike], Array]
 Init: TypeAlias = Literal["uniform", "gaussian"] | Initialiser
+"""How the factor `a` starts: by a name, or by a function `(key, shape, dtype) -> array`
+as in `jax.nn.initializers`."""
 
 
 def initial_factor(

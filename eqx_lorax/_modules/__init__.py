@@ -1,13 +1,14 @@
 """Adapters in models: which arrays are adapted, with which rank and axes, and putting
-the layers in, taking them out and merging them. The layers themselves live in `_layers`,
-and the arithmetic of weights in `_methods`. What is trained, saved or planned is decided
-in the rooms above.
+the layers in, taking them out and merging them. The layers themselves live in
+`_layers`, and the arithmetic of weights in `_methods`. What is trained, saved or
+planned is decided in the rooms above.
 """
 
 from .dropout import dropout_key as dropout_key, remove_keys as remove_keys
 from .form import infer_axes as infer_axes
 from .forward import merged_forward as merged_forward
 from .held import without_gates as without_gates, without_views as without_views
+from .options import PerTarget as PerTarget
 from .surgery import (
     loraify as loraify,
     make_wrapper as make_wrapper,

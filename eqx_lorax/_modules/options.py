@@ -10,6 +10,9 @@ from .targets import list_targets, Target
 
 _Value = TypeVar("_Value")
 PerTarget: TypeAlias = _Value | Mapping[Pattern, _Value]
+"""One value for all targets, or a mapping from patterns to values: each target has the
+value of the first `lorax.Pattern` that matches it or a container around it."""
+
 _Paths: TypeAlias = list[tuple[str, ...]]
 
 

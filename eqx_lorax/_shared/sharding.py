@@ -16,8 +16,11 @@ from .arrays import as_array, axes_from_end
 
 
 ShardingLike: TypeAlias = Sharding | PartitionSpec | None
-# For both factors, or for `b` and for `a`; `None` for where the base says.
+
 Placement: TypeAlias = ShardingLike | tuple[ShardingLike, ShardingLike]
+"""The sharding of new factors: one for both, or a pair for `b` and for `a`. A
+`PartitionSpec` is on the mesh of the base. `None` follows the base."""
+
 _Labels: TypeAlias = Sequence[Any]
 
 

@@ -1,7 +1,7 @@
 """Models as trees: the places in them, the filters that name places, the trees of ranks
-that `lorax.init_lora` takes, and the replacement of nodes. A factored weight counts as a
-leaf here, and an adapted layer as the module that it stands for. Whether an array can be
-adapted, and how, is decided in `_modules`.
+that `lorax.init_lora` takes, and the replacement of nodes. A factored weight counts as
+a leaf here, and an adapted layer as the module that it stands for. Whether an array can
+be adapted, and how, is decided in `_modules`.
 """
 
 from .filters import (
@@ -24,6 +24,8 @@ from .places import (
     rebuild as rebuild,
 )
 from .spec import (
+    DecisionFn as DecisionFn,
+    KeyPath as KeyPath,
     LORA_FREEZE as LORA_FREEZE,
     LORA_FULL as LORA_FULL,
     LoraSpec as LoraSpec,

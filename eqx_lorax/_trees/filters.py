@@ -18,14 +18,19 @@ from .places import flatten_one_level, Place, Places
 
 
 Pattern: TypeAlias = str | re.Pattern[str]
-_JIT_WRAPPER = type(eqx.filter_jit(lambda: None))
+"""A pattern for paths. A string without dots is a glob for the last name of a path, one
+with dots is matched name by name from the root, where `**` stands for any number of
+names; a compiled regular expression has to match the full dotted path."""
 
 Filter: TypeAlias = Any
-"""`None`, a pattern or a list of patterns, a predicate on modules, or a filter spec: a
-pytree prefix of the model with bools or predicates at its leaves."""
+"""What to choose in a model: `None`, a `lorax.Pattern` or a list of them, a predicate
+on modules or a type, or a filter spec, that is a pytree prefix of the model with bools
+or predicates at its leaves. See `lorax.loraify`."""
 
-Eligible: TypeAlias = Callable[[Place], bool]
-"""Whether a place is one of those arrays among which a filter chooses."""
+IsEligible: TypeAlias = Callable[[Place], bool]
+"""Whether a place is one of the arrays among which a filter chooses."""
+
+_JIT_WRAPPER = type(eqx.filter_jit(lambda: None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +61,7 @@ class FilterMatch:
 
 
 def match_filter(
-    model: Any, places: Places, filter: Filter, argument: str, is_eligible: Eligible
+    model: Any, places: Places, filter: Filter, argument: str, is_eligible: IsEligible
 ) -> list[FilterMatch]:
     """What `filter` names in `model`, whose places are `places`. The arrays among which
     it may choose are those that are eligible.
@@ -92,7 +97,7 @@ def exclude_places(
     places: Places,
     exclude: Filter,
     among: Sequence[Place],
-    is_eligible: Eligible,
+    is_eligible: IsEligible,
 ) -> list[Place]:
     """`among` but for what `exclude` names and what is beneath that.
 
@@ -159,7 +164,7 @@ def explain_no_match(argument: str, label: str, names: Iterable[Sequence[str]]) 
     return f"`{argument}={label!r}` matched nothing.{hint}"
 
 
-def list_available(places: Places, is_eligible: Eligible) -> str:
+def list_available(places: Places, is_eligible: IsEligible) -> str:
     """A short list of the arrays that are eligible, numbered siblings as one."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for place in places.all:
@@ -187,7 +192,7 @@ def list_briefly(places: Sequence[Place]) -> str:
 
 
 def _match_pattern(
-    places: Places, pattern: str, argument: str, is_eligible: Eligible
+    places: Places, pattern: str, argument: str, is_eligible: IsEligible
 ) -> FilterMatch:
     found = [place for place in places.all if matches(pattern, place.path)]
     if not found:
@@ -198,7 +203,7 @@ def _match_pattern(
 
 
 def _match_regex(
-    places: Places, pattern: re.Pattern[str], argument: str, is_eligible: Eligible
+    places: Places, pattern: re.Pattern[str], argument: str, is_eligible: IsEligible
 ) -> FilterMatch:
     # Otherwise what is meant to leave something out, `(?!head).+`, would match all that
     # is around it.
@@ -225,7 +230,7 @@ def _no_match_error(
     pattern: Pattern,
     candidates: Iterable[Place],
     argument: str,
-    is_eligible: Eligible,
+    is_eligible: IsEligible,
 ) -> ValueError:
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     message = explain_no_match(argument, text, [place.path for place in candidates])
@@ -260,7 +265,7 @@ def _match_predicate(
 
 
 def _match_spec(
-    places: Places, spec: Any, argument: str, is_eligible: Eligible
+    places: Places, spec: Any, argument: str, is_eligible: IsEligible
 ) -> FilterMatch:
     by_indices = {place.indices: place for place in places.all}
     marked: list[Place] = []
@@ -335,7 +340,7 @@ def _is_rule(filter: Any, model: Any) -> bool:
 
 
 def _match_rule(
-    places: Places, rule: Any, argument: str, is_eligible: Eligible
+    places: Places, rule: Any, argument: str, is_eligible: IsEligible
 ) -> FilterMatch:
     if isinstance(rule, re.Pattern):
         return _match_regex(places, rule, argument, is_eligible)

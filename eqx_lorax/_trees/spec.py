@@ -86,12 +86,16 @@ class LoraSpec:
 
 
 SpecValue: TypeAlias = int | LoraSpec
+"""What happens to one parameter: a rank, a `lorax.LoraSpec`, `lorax.LORA_FREEZE` or
+`lorax.LORA_FULL`."""
+
 DecisionFn: TypeAlias = Callable[["KeyPath", Any], SpecValue]
+"""From the `lorax.KeyPath` of an array, and the array, to what happens to it."""
 
 
 class KeyPath(tuple[Any, ...]):
-    """Where a parameter is: JAX's keys. `"name" in path` asks for a component of that
-    name, and `str(path)` is `"these/names"`."""
+    """The path of a parameter: the tuple of JAX's keys. `"name" in path` asks for a
+    component of that name, and `str(path)` is `"these/names"`."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import pkgutil
+import sys
+import textwrap
 
 import equinox as eqx
 from paths import ROOT
@@ -44,6 +46,59 @@ def test_everything_public_is_documented():
     ours = [x for x in public if getattr(x, "__module__", "").startswith("eqx_lorax.")]
     assert lorax.loraify in ours and lorax.LoraWeight in ours
     assert all(x.__doc__ for x in ours)
+
+
+def test_public_names_only():
+    names = [name for name in dir(lorax) if not name.startswith("_")]
+    exported = {"constants", "peft"}
+    for node in ast.parse((ROOT / "eqx_lorax" / "__init__.py").read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            exported |= {alias.asname or alias.name for alias in node.names}
+    assert set(names) == exported
+
+
+def _annotated(function):
+    """The names in the annotations of a function."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
+    (definition,) = [x for x in tree.body if isinstance(x, ast.FunctionDef)]
+    annotations = [definition.returns]
+    annotations += [x.annotation for x in ast.walk(definition.args) if _is_arg(x)]
+    found = [x for x in annotations if x is not None]
+    return {y.id for x in found for y in ast.walk(x) if isinstance(y, ast.Name)}
+
+
+def _is_arg(node):
+    return isinstance(node, ast.arg)
+
+
+def _ours(module):
+    """The names that a file of the package defines, or has from another one; not type
+    variables."""
+    names = set()
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.AnnAssign):
+            names.add(ast.unparse(node.target))
+        elif isinstance(node, ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
+def test_public_signatures_have_public_types():
+    faces = {lorax: "eqx_lorax", lorax.peft: "eqx_lorax.peft"}
+    public = {name for face in faces for name in dir(face) if not name.startswith("_")}
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    functions = [lorax.peft.save, lorax.peft.load]
+    functions += [x for x in vars(lorax).values() if inspect.isfunction(x)]
+    assert len(functions) > 20
+    for function in functions:
+        module = sys.modules[inspect.unwrap(function).__module__]
+        types = _annotated(function) & _ours(module)
+        where = f"{function.__module__}.{function.__name__}"
+        for name in types - {"Weights"}:  # The numbers of `weighted_sum`.
+            assert name in public, f"{where}: {name}"
+            assert f"{name}\n" in pages, f"{name} has no page"
 
 
 def test_core_imports_only_what_it_declares():
