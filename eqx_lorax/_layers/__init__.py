@@ -8,12 +8,12 @@ from .conv import LoraConv as LoraConv
 from .embedding import LoraEmbedding as LoraEmbedding
 from .forwarding import NORMS as NORMS, replace_fields as replace_fields
 from .kinds import (
-    adapted_names as adapted_names,
     find_axes as find_axes,
     find_layer as find_layer,
     is_adapted_by_default as is_adapted_by_default,
     is_field_of_kind as is_field_of_kind,
     is_known_layer as is_known_layer,
+    list_adapted_names as list_adapted_names,
     register as register,
 )
 from .layer import (

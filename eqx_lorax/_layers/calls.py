@@ -1,4 +1,4 @@
-"""What layers with an arithmetic of their own have in common when they are called."""
+"""Parts of the calls of several layers: checks, dropout, bias."""
 
 from typing import Any, TypeAlias
 

@@ -12,11 +12,11 @@ from .._methods import AbstractLoraWeight
 from .calls import add_bias, check_unstacked, drop_inputs, Keys
 from .forwarding import run_module
 from .geometry import conv_geometry
-from .kinds import kernel_axes, register
+from .kinds import find_kernel_axes, register
 from .layer import AbstractLoraLayer
 
 
-@register({"weight": kernel_axes})
+@register({"weight": find_kernel_axes})
 class LoraConv(AbstractLoraLayer):
     """An `equinox.nn.Conv` or `equinox.nn.ConvTranspose`, of any number of spatial
     dimensions, with a factored kernel.

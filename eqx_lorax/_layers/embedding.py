@@ -6,11 +6,11 @@ from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray
 
 from .._methods import AbstractLoraWeight
 from .calls import check_unstacked
-from .kinds import matrix_axes, register
+from .kinds import find_matrix_axes, register
 from .layer import AbstractLoraLayer
 
 
-@register({"weight": matrix_axes})
+@register({"weight": find_matrix_axes})
 class LoraEmbedding(AbstractLoraLayer):
     """An `equinox.nn.Embedding` with a factored table."""
 
@@ -40,6 +40,6 @@ class LoraEmbedding(AbstractLoraLayer):
         embedding = self.wrapped
         if isinstance(embedding.weight, AbstractLoraWeight):
             check_unstacked(embedding, embedding.weight, 2)
-        # The table knows how to be indexed, which is all that its layer does.
+        # The layer only indexes its table, and a factored weight can be indexed.
         with jax.named_scope("lorax.LoraEmbedding"):
             return embedding(x, key=key)

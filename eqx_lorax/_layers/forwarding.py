@@ -1,8 +1,8 @@
-"""An adapted layer answers as its module does: what that computes in its methods, its
-properties and its operators, it computes through the function door.
+"""The attributes, methods and operators of a module, for the layer in its place.
 
-What is returned of the module itself, such as a layer that it holds, comes back with
-its adapters.
+Whatever the module's own code computes is run through `lorax.lora`, so that weights
+stay factored. A part of the module that it returns, such as a layer inside it, comes
+back with its adapters.
 """
 
 import dataclasses
@@ -21,15 +21,15 @@ from .._methods import is_weight
 
 
 NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
-"""The modules that rewrite a weight of the layer they hold whenever they are called."""
+"""The modules that rewrite a weight of the layer inside them in every call."""
 
 ARRAY_PROTOCOLS = ("__array__", "__jax_array__")
-"""What NumPy and JAX look for in an object itself, and not in its type."""
+"""The special methods that NumPy and JAX look up in an object, not in its type."""
 
 
 def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-    """`fn(module, *args, **kwargs)` for the module that `layer` stands for, whose
-    factored weights `fn` sees as arrays."""
+    """`fn(module, *args, **kwargs)` for the module that `layer` stands for. To `fn`,
+    its factored weights are arrays."""
     module = layer.wrapped
     result = call(
         _encode_result(fn), (module, *args), kwargs, _interpreter_options(module)
@@ -40,7 +40,7 @@ def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any)
         case _Iterated(items=items):
             return iter(items)
         case _Closure():
-            # It was made while `fn` was traced, so it has to be made anew.
+            # It was made while `fn` was traced, so each call has to make it again.
             return lambda *more, **named: run_module(
                 layer,
                 lambda module, *more, **named: fn(module, *args, **kwargs)(
@@ -56,7 +56,7 @@ def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any)
 
 
 def get_attribute(layer: Any, name: str) -> Any:
-    """What `name` is of the module that `layer` stands for."""
+    """The attribute `name` of the module that `layer` stands for."""
     module = layer.wrapped
     if name in vars(module):
         return getattr(module, name)
@@ -78,14 +78,14 @@ def replace_fields(layer: Any, **changes: Any) -> Any:
 
 
 def get_fields(layer: Any, **changes: Any) -> tuple[Any, ...]:
-    """The values of its fields, or the `changes` of these."""
+    """The values of the fields of `layer`, with `changes`."""
     names = [field.name for field in dataclasses.fields(type(layer))]
     return tuple(changes.get(name, getattr(layer, name)) for name in names)
 
 
 class SpecialMethod:
-    """A special method, which Python looks up in the type of an object, for layers
-    whose type cannot know whether the module has it."""
+    """A special method of the module, as a descriptor of the layer's type: Python looks
+    special methods up there, and only the instance knows whether its module has it."""
 
     def __init__(self, name: str):
         self.name = name
@@ -115,10 +115,10 @@ class SpecialMethod:
 
 
 class _Missing(AttributeError, TypeError):
-    """`hasattr` wants the one, `len` and the like the other."""
+    """`hasattr` expects an `AttributeError`; `len` and the like a `TypeError`."""
 
 
-# What Python makes of other special methods, and of which ones.
+# Special methods that Python derives from others: how, and from which.
 _BUILT_IN: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
     "__bool__": (bool, ("__len__",)),
     "__contains__": (operator.contains, ("__iter__", "__getitem__")),
@@ -135,8 +135,8 @@ _BINARY = [
     for side in ("", "r")
 ]
 
-# Not those that turn into a number of Python's own: a type that has them passes for a
-# number, and a traced array cannot.
+# Without `__float__`, `__int__` and the like: an object whose type has them passes for
+# a number, and a traced array cannot become a number of Python's.
 SPECIAL_METHODS = (
     *("__len__", "__getitem__", *_BUILT_IN, "__enter__", "__exit__"),
     *("__eq__", "__hash__", "__lt__", "__le__", "__gt__", "__ge__"),
@@ -145,7 +145,7 @@ SPECIAL_METHODS = (
 
 
 class _Method(eqx.Module):
-    """A method of the module, bound to its layer: a pytree, as Equinox's own are."""
+    """A method of the module, bound to its layer: a pytree, like Equinox's methods."""
 
     layer: Any
     name: str = eqx.field(static=True)
@@ -165,26 +165,26 @@ _METHODS = (functools.partialmethod, functools.singledispatchmethod)
 
 
 def _look_up(kind: type, name: str) -> Any:
-    """As Python looks up special methods: not in the type of the type."""
+    """Looks up a special method as Python does: in the type, not in its metaclass."""
     return next((vars(x)[name] for x in kind.__mro__ if name in vars(x)), None)
 
 
 class _SameModule(NamedTuple):
-    """The module was returned."""
+    """Stands for the module itself, where that was returned."""
 
 
 class _Iterated(NamedTuple):
-    """What an iterator gave, which outlives the trace in which it was made."""
+    """Stands for an iterator, which would end with the trace in which it was made."""
 
     items: tuple[Any, ...]
 
 
 class _Closure(NamedTuple):
-    """Something was returned that is going to compute with the module."""
+    """Stands for a function that will compute with the module."""
 
 
 def _encode_result(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, but what it returns holds nothing that was traced, except in its leaves."""
+    """`fn`, with its result encoded so that only leaves of it are traced."""
 
     def run_and_encode(module: Any, /, *args: Any, **kwargs: Any) -> Any:
         result = fn(module, *args, **kwargs)

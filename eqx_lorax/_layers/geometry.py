@@ -1,4 +1,4 @@
-"""Where the window of a convolution goes: Equinox's padding, in terms of `jax.lax`."""
+"""The padding and strides of Equinox's convolutions, in the terms of `jax.lax`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,19 +15,19 @@ _PAD_MODES = {"REFLECT": "reflect", "REPLICATE": "edge", "CIRCULAR": "wrap"}
 def conv_geometry(
     conv: eqx.nn.Conv | eqx.nn.ConvTranspose, spatial: Sequence[int]
 ) -> tuple[Callable[[Array], Array], dict[str, Any]]:
-    """How `conv` treats images `(channels, *spatial)`.
+    """The geometry of `conv` on images `(channels, *spatial)`.
 
     **Returns:**
 
-    A function that pads an image as far as zeros do not do, and the keyword arguments
-    with which `jax.lax.conv_general_dilated` does the rest.
+    A function that pads an image where the padding is not zeros, and the keyword
+    arguments of `jax.lax.conv_general_dilated` for everything else.
     """
     ones = (1,) * conv.num_spatial_dims
     if isinstance(conv, eqx.nn.ConvTranspose):
         padding = _transposed_padding(conv)
         pad_width = [(0, 0)] * conv.num_spatial_dims
         if conv.padding_mode == "CIRCULAR":
-            # Whole strides of padding are whole pixels; the rest are zeros between.
+            # A whole stride of padding is a whole pixel. The rest are zeros in between.
             strided = list(zip(padding, conv.stride))
             pad_width = [(low // s, high // s) for (low, high), s in strided]
             padding = [(low % s, high % s) for (low, high), s in strided]
@@ -61,7 +61,7 @@ def _explicit_padding(
 
 
 def _transposed_padding(conv: eqx.nn.ConvTranspose) -> list[tuple[int, int]]:
-    """The padding of the convolution that a transposed one is: relationship 14 of
+    """The padding of the convolution that equals a transposed one: relationship 14 of
     [A guide to convolution arithmetic](https://arxiv.org/abs/1603.07285)."""
     padding = []
     for i, (kernel, stride, dilation, extra) in enumerate(

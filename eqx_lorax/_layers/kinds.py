@@ -17,8 +17,8 @@ Axes: TypeAlias = tuple[int, ...]
 
 FindAxes: TypeAlias = Callable[[Any, int], tuple[Axes, Axes]]
 """From a module, and the number of axes of one of its arrays, to the row and the column
-axes of that array, counted from the end. The axes before those number the layers of a
-stack."""
+axes of that array, counted from the end. All other axes are batch axes, such as that of
+a stack of layers."""
 
 _Layer = TypeVar("_Layer", bound=type[AbstractLoraLayer])
 
@@ -62,8 +62,8 @@ def register(arrays: Mapping[str, FindAxes]) -> Callable[[_Layer], _Layer]:
     **Arguments:**
 
     - `arrays`: The names of the arrays of such a module that the layer adapts, and for
-        each a function that finds its axes: `matrix_axes`, `kernel_axes`, or another
-        `(module, ndim) -> (rows, columns)`.
+        each a function that finds its axes: `find_matrix_axes`, `find_kernel_axes`, or
+        another `(module, ndim) -> (rows, columns)`.
     """
 
     def decorate(layer: _Layer) -> _Layer:
@@ -99,7 +99,7 @@ def is_field_of_kind(module: Any, field: str) -> bool:
     return kind is not None and field in kind.names
 
 
-def adapted_names(module: Any) -> tuple[str, ...]:
+def list_adapted_names(module: Any) -> tuple[str, ...]:
     """The names of the arrays that are adapted where only `module` is named. In modules
     of no kind that is `weight`, if there is one."""
     kind = _find_kind(module)
@@ -113,15 +113,15 @@ def find_axes(module: Any, name: str, ndim: int) -> tuple[Axes, Axes]:
     if kind is not None and name in kind.arrays:
         return kind.arrays[name](module, ndim)
     # Convolutions of other libraries look like those of Equinox.
-    return (kernel_axes if name == "weight" else matrix_axes)(module, ndim)
+    return (find_kernel_axes if name == "weight" else find_matrix_axes)(module, ndim)
 
 
-def matrix_axes(module: Any, ndim: int) -> tuple[Axes, Axes]:
+def find_matrix_axes(module: Any, ndim: int) -> tuple[Axes, Axes]:
     """The axes of a matrix, `(out, in)`: the last two."""
     return (-2,), (-1,)
 
 
-def kernel_axes(module: Any, ndim: int) -> tuple[Axes, Axes]:
+def find_kernel_axes(module: Any, ndim: int) -> tuple[Axes, Axes]:
     """The axes of the kernel of a convolution, `(out, in, *window)`, where
     `module.num_spatial_dims` says that it is one; otherwise the last two."""
     spatial = getattr(module, "num_spatial_dims", 0)

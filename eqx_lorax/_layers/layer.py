@@ -1,4 +1,4 @@
-"""What all layers that stand in the place of adapted ones have in common."""
+"""The base class of the layers that stand in the place of adapted modules."""
 
 from typing import Any, ClassVar
 
@@ -16,26 +16,30 @@ from .forwarding import (
 
 
 class AbstractLoraLayer(AbstractOpaque):
-    """A module some of whose weights are adapted, in that module's place."""
+    """A layer in the place of a module, some of whose arrays are adapted.
+
+    The layer passes for the module: attributes and `isinstance` answer as the module
+    does."""
 
     wrapped: eqx.AbstractVar[Any]
-    """The module as it was, but with each adapted weight an `AbstractLoraWeight`."""
+    """The module, with an `AbstractLoraWeight` in the place of each adapted array."""
 
     adapts: ClassVar[tuple[type, ...]]
-    """The types that it stands for: these, and subclasses that compute as they do."""
+    """The types of modules that it stands for. Subclasses that compute as they do are
+    included."""
 
     by_default: ClassVar[bool]
-    """Whether a filter that only names what is around such a module selects it."""
+    """Whether such a module is adapted where a filter names only a container of it."""
 
     has_dropout: ClassVar[bool]
     """Whether it has the fields `dropout`, for the input of the low-rank branch, and
-    `key`, for where it is called without one."""
+    `key`, the default of its calls."""
 
     is_lookup: ClassVar[bool]
-    """Whether its weight is looked up in rather than multiplied with."""
+    """Whether its weight is a table that is indexed, not multiplied with."""
 
     def __getattr__(self, name: str) -> Any:
-        # `wrapped` is missing only while Python builds or copies the object.
+        # Only while Python makes or copies the object is there no `wrapped`.
         is_special = name.startswith("__") and name not in ARRAY_PROTOCOLS
         if name == "wrapped" or is_special:
             raise AttributeError(name)
@@ -43,21 +47,21 @@ class AbstractLoraLayer(AbstractOpaque):
 
     @property
     def is_opaque(self) -> bool:
-        # Only the layer knows which branch its dropout is for.
+        # Only the layer itself knows that its dropout is for the low-rank branch.
         return has_active_dropout(self)
 
-    # Models ask `isinstance(layer, eqx.nn.Linear)` and would take another branch.
-    # `type(layer)` remains the truth.
+    # Models branch on `isinstance(layer, eqx.nn.Linear)`. `type(layer)` is the type of
+    # the layer.
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
         return type(self.wrapped)
 
     def __pdoc__(self, **options: Any) -> Any:
-        # Not as what it passes for.
+        # With the name of the layer, not of the module that it passes for.
         return layer_document(self, **options)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
-        # The default is refused by `pickle`, because of `__class__`.
+        # `pickle` refuses the default, because of `__class__`.
         return type(self), get_fields(self)
 
 
@@ -66,12 +70,12 @@ for _name in SPECIAL_METHODS:
 
 
 def is_layer(node: Any) -> bool:
-    """Whether `node` is one of the layers here, which pass for other modules."""
+    """Whether `node` is an adapted layer. `isinstance` would see its module."""
     return issubclass(type(node), AbstractLoraLayer)
 
 
-# Functions, because every attribute of a layer's own hides one of its module.
+# A function: an attribute of the layer would hide that of its module.
 def has_active_dropout(layer: AbstractLoraLayer) -> bool:
-    """Whether it has active dropout."""
+    """Whether `layer` has dropout that is switched on."""
     dropout: Any = layer.dropout if layer.has_dropout else None
     return dropout is not None and not dropout.inference

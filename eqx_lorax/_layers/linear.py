@@ -10,11 +10,11 @@ from jaxtyping import Array, ArrayLike, PRNGKeyArray
 from .._methods import AbstractLoraWeight, matmul
 from .calls import add_bias, check_unstacked, drop_inputs, Keys
 from .forwarding import run_module
-from .kinds import matrix_axes, register
+from .kinds import find_matrix_axes, register
 from .layer import AbstractLoraLayer
 
 
-@register({"weight": matrix_axes})
+@register({"weight": find_matrix_axes})
 class LoraLinear(AbstractLoraLayer):
     """An `equinox.nn.Linear` with a factored weight."""
 

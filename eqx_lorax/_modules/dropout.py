@@ -1,5 +1,4 @@
-"""Keys for dropout that the model holds, for modules that call their layers without
-one."""
+"""Keys for dropout inside the model, for modules that pass no keys to their layers."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray, UInt32
 
 from .._layers import (
-    adapted_names,
     find_axes,
     has_active_dropout,
     is_layer,
+    list_adapted_names,
     replace_fields,
 )
 from .._methods import base_of, check_key, is_weight, key_for_words, words_of
@@ -27,10 +26,10 @@ _Model = TypeVar("_Model")
 def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
     """Gives every adapted layer with active dropout a key of its own.
 
-    Layers then need none when they are called: this is for models that pass no keys to
+    The layers can then be called without keys. This is for models that pass none to
     their layers, such as `equinox.nn.MLP` and `equinox.nn.MultiheadAttention`. A key
-    that is passed in a call all the same is the one that counts. Call it once a step,
-    and once an example below `jax.vmap`:
+    that is passed in a call takes precedence. Call this function once in each step, and
+    inside `jax.vmap` once for each example:
 
     !!! example
 
@@ -43,28 +42,28 @@ def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
             ...
         ```
 
-    The keys are no adapter: they are not trained, not saved with one, not in `params`,
-    and gone after `lorax.unloraify`.
+    The keys are not part of the adapter: they are not trained, not saved with it and
+    not in `params`, and `lorax.unloraify` removes them.
 
     **Arguments:**
 
     - `model`: A model with adapters, or the `frozen` part of one.
-    - `key`: A `jax.random.key`, also a traced one. The key of a layer depends on it and
-        on the layer's path alone. A stack of layers gets as many keys, along its
-        leading axes, for `jax.lax.scan` and `jax.vmap` to slice. `None` takes the keys
-        out again, as before `equinox.tree_serialise_leaves`, which writes none of
-        them unless they are raw ones (`jax.random.PRNGKey`).
+    - `key`: A `jax.random.key`, which may be traced. The key of a layer depends on it
+        and on the layer's path alone. A stack of layers gets one key for each layer,
+        along its leading axes, so that `jax.lax.scan` and `jax.vmap` can slice them.
+        `None` removes the keys. Do so before `equinox.tree_serialise_leaves`, which can
+        write raw keys (`jax.random.PRNGKey`) only.
 
     **Returns:**
 
-    The model with keys. `model` itself is not changed, and comes back as it is where no
-    dropout is active, so that the same code evaluates in
+    The model with keys. `model` itself is not changed. Where no dropout is active it is
+    returned as it is, so that the same code works for
     `equinox.nn.inference_mode(model)`.
 
     **Raises:**
 
     `ValueError` if the model has no adapters or no base. `TypeError` or `ValueError` if
-    `key` is not one key.
+    `key` is not a single key.
     """
     places = Places(model)
     _check_model(places)
@@ -86,7 +85,7 @@ def dropout_key(model: _Model, key: PRNGKeyArray | None) -> _Model:
 
 
 def remove_keys(model: _Model) -> _Model:
-    """`model`, which may be anything, without keys for dropout."""
+    """`model`, or any other pytree, without keys for dropout."""
     layers = [place for place in Places(model).all if is_layer(place.node)]
     keyed = [x for x in layers if x.node.has_dropout and x.node.key is not None]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
@@ -96,9 +95,9 @@ def remove_keys(model: _Model) -> _Model:
 
 
 def _stack_shape(layer: Any) -> tuple[int, ...]:
-    """The leading axes of the layer's arrays: those that number layers of a stack."""
+    """The sizes of the leading axes of a stack of layers; `()` for a single layer."""
     module = layer.wrapped
-    names = adapted_names(module)
+    names = list_adapted_names(module)
     name = next(x for x in names if getattr(module, x, None) is not None)
     shape = getattr(module, name).shape
     own = sum(map(len, find_axes(module, name, len(shape))))
@@ -110,7 +109,7 @@ def _derive_keys(
     words: Sequence[tuple[int, int]],
     shapes: Sequence[tuple[int, ...]],
 ) -> list[Array]:
-    # One program for all of them: each `fold_in` on its own takes long to compile.
+    # One program for all: to compile a `fold_in` for each takes long.
     return _derive(key, jax.device_put(np.array(words, np.uint32)), tuple(shapes))
 
 

@@ -1,4 +1,4 @@
-"""The form of a fresh adapter: its rank, its axes, its scale."""
+"""The form of a fresh adapter: its rank, axes and scale."""
 
 import dataclasses
 import glob
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .._layers import adapted_names, find_axes, is_known_layer
+from .._layers import find_axes, is_known_layer, list_adapted_names
 from .._shared import list_some, Placement
 from .._trees import LoraSpec, Pattern, Place
 from .options import group_by_pattern, resolve_per_array
@@ -23,7 +23,7 @@ _DEFAULT_RANK = 8
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What the fresh adapter of one array is like."""
+    """The form of the fresh adapter of one array."""
 
     rank: int
     rows: Axes
@@ -41,12 +41,12 @@ def resolve_forms(
     rank_stabilised: bool,
     sharding: Any,
 ) -> dict[Place, Form]:
-    """The form for each array of each target. The options are those of `loraify`.
+    """Finds the form for each array of each target. The options are those of `loraify`.
 
     **Raises:**
 
     `ValueError` or `TypeError` if an option is out of range for any array, or if axes
-    that nobody said cannot be meant.
+    would have to be guessed and the guess is implausible.
     """
     ranks = resolve_per_array(rank, targets, "rank", None)
     alphas = resolve_per_array(alpha, targets, "alpha", None)
@@ -70,14 +70,13 @@ def resolve_forms(
 
 
 def infer_axes(array: Place) -> tuple[Axes, Axes]:
-    """The row and the column axes of an array of a module, counted from the end, where
-    nobody says them."""
+    """The default row and column axes of an array of a module, counted from the end."""
     assert array.owner is not None
     return find_axes(array.owner.module, array.path[-1], len(array.node.shape))
 
 
 class _Request:
-    """What `rank` asks for one array."""
+    """The form that `rank` asks for, for one array."""
 
     def __init__(self, array: Place, value: Any):
         _check_rank(value)
@@ -90,8 +89,8 @@ class _Request:
         except ValueError as error:
             raise ValueError(f"{array.dotted} {self.shape}: {error}") from None
         self.rows, self.columns = axes
-        # What layers and convolutions are is known; of other arrays of several axes the
-        # last two may or may not be a matrix.
+        # The axes of known layers and convolutions are known. In any other array of
+        # several axes, the last two may or may not be a matrix.
         is_matrix = len(self.shape) == 2
         self.is_guess = not (says_axes or is_matrix or _has_known_axes(array))
         self.requested = _DEFAULT_RANK if value is None else spec.rank
@@ -123,12 +122,12 @@ class _Request:
 
     @property
     def suggestion(self) -> Any:
-        """What could be asked in its place."""
+        """A value of `rank` that would be valid."""
         if not self.is_guess:
             spec = dataclasses.replace(self.spec, rank=self.limit)
             return spec.rank if spec == LoraSpec(spec.rank) else spec
-        # The fewest numbers for one adapter of all of it: between the axes of heads and
-        # the axis of the model.
+        # One adapter for the whole array, with the axes split where the factors are
+        # smallest: between the axes of heads and the axis of the model.
         shape, ndim = self.shape, len(self.shape)
         cut = min(
             range(1, ndim), key=lambda i: math.prod(shape[:i]) + math.prod(shape[i:])
@@ -143,7 +142,7 @@ class _Request:
 
     @property
     def confirmation(self) -> LoraSpec:
-        """The guess, said outright."""
+        """The guess as an explicit spec."""
         ndim = len(self.shape)
         return dataclasses.replace(
             self.spec,
@@ -157,7 +156,7 @@ class _Request:
 def _has_known_axes(array: Place) -> bool:
     assert array.owner is not None
     module = array.owner.module
-    if array.path[-1] not in adapted_names(module):
+    if array.path[-1] not in list_adapted_names(module):
         return False
     return is_known_layer(module) or infer_axes(array) != ((-2,), (-1,))
 
@@ -211,8 +210,8 @@ def _describe_problems(pattern: Pattern, found: Sequence[_Request]) -> str:
 def _group_problems(
     wrong: Sequence[_Request], targets: Sequence[Target]
 ) -> dict[Pattern, list[_Request]]:
-    """What is wrong by patterns that match nothing else, numbered siblings as one where
-    the same helps them all."""
+    """Groups the problems by patterns that match nothing else. Numbered siblings with
+    the same suggestion are one group."""
     alike: dict[tuple[str, str], list[_Request]] = {}
     for one in wrong:
         names = [glob.escape(name) for name in one.array.dotted.split(".")]
@@ -237,7 +236,7 @@ def _match_arrays(pattern: Pattern, targets: Sequence[Target]) -> list[Place]:
 
 
 def _format(value: Any) -> str:
-    """`value` as it is written in a program."""
+    """The code that makes `value`."""
     if not isinstance(value, LoraSpec):
         return repr(value)
     others = [

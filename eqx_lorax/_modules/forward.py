@@ -1,4 +1,4 @@
-"""Choosing how adapted weights are multiplied with in the forward pass."""
+"""The choice to form whole weights in the forward pass."""
 
 from typing import Any, TypeVar
 
@@ -27,15 +27,15 @@ def merged_forward(
 ) -> _Model:
     """Makes adapted weights form `w + scale * (b · a)` once in each forward pass.
 
-    Results are the same to rounding, and so are gradients, which remain those of base
-    and factors kept apart. What differs is the cost: a product of `w`'s shape for each
-    forward pass, in exchange for the reading and writing of all activations by the
-    low-rank branch. That pays where the tokens of a step are many more than
-    `m n / (m + n)`, for a base of `m × n`, and costs where they are few. Lookups, and
-    branches with dropout, go on as before.
+    Results are the same up to rounding. So are gradients: they are still those of the
+    base and the factors. The cost differs: each forward pass forms one array of the
+    shape of `w`, and the low-rank branch no longer reads and writes all activations.
+    That is faster where a step has many more tokens than `m n / (m + n)`, for a base of
+    `m × n`, and slower where it has few. Lookups and branches with dropout are not
+    affected.
 
-    This only sets a static field of the weights, so it may also be called inside a
-    step, for that step alone.
+    Only a static field of the weights is set, so this may also be called inside a step,
+    for that step alone.
 
     !!! example
 
@@ -46,9 +46,9 @@ def merged_forward(
     **Arguments:**
 
     - `model`: A model with adapters, or any pytree with weights in it.
-    - `filter`: Which of them, as of `lorax.loraify`; `None` for all.
-    - `exclude`: Which of these not: again a filter.
-    - `enabled`: `False` for the default, base and branch apart.
+    - `filter`: Which of the weights, see `lorax.loraify`; `None` for all.
+    - `exclude`: A filter for those that are left out.
+    - `enabled`: `False` restores the default: base and branch apart.
 
     **Returns:**
 

@@ -33,7 +33,7 @@ def make_adapter(
     dtype: DTypeLike | None,
     key: PRNGKeyArray,
 ) -> LoraWeight:
-    """The array of a target with a fresh adapter."""
+    """The array of a target with a fresh adapter: a weight in its place."""
     w, rank, rows, columns = array.node, form.rank, form.rows, form.columns
     shape = tuple(w.shape)
     b_shape, a_shape = factor_shapes(shape, rows, columns, rank)

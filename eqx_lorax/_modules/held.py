@@ -1,8 +1,8 @@
-"""What a model holds in the place of an array, as files and partitions need it.
+"""Weights that code has put into a model, in the form that files and partitions need.
 
-Code may put a view of a weight into a model, which shows its axes in another order, or
-a mixture out of an `AdapterBank`, which has a gate on its rank. No argument of
-`LoraWeight` says so. Here these are brought back to base and factors.
+Such a weight may be a view, which shows the axes of its base in another order, or a
+mixture from an `AdapterBank`, which has a gate on its rank. No argument of `LoraWeight`
+gives either. The functions here bring them back to base and factors.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ _Model = TypeVar("_Model")
 
 
 def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
-    """`model`, each weight of which is what the arguments of its class say: its gate is
-    multiplied into a factor, and its base lies in the order in which it is shown.
+    """`model` with weights that the arguments of their classes can give: a gate is
+    multiplied into a factor, and a base is stored in the order in which it is shown.
 
     **Raises:**
 
@@ -40,8 +40,8 @@ def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
 
 
 def without_gates(model: _Model) -> _Model:
-    """`model` with the gates of its weights, which are in no partition trained,
-    multiplied into factors, which are. Bases stay as they lie.
+    """`model` with the gates of its weights multiplied into factors. Gates are not
+    trained, and factors are. The order of bases is kept.
 
     **Raises:**
 
@@ -56,7 +56,7 @@ def without_gates(model: _Model) -> _Model:
 
 
 def strip_adapters(weight: Any) -> Array:
-    """What is left of a weight in `without_views` without its adapters."""
+    """The base of a weight of `without_views`, with its gain."""
     if not is_weight(weight):
         return weight
     base = strip_adapters(weight.w)
@@ -93,7 +93,7 @@ def _check_unscaled(places: Sequence[Place]) -> None:
 
 
 def _stored(weight: Any) -> Any:
-    # In a part of a partition there is a base without factors, or these without it.
+    # A part of a partition has the base without factors, or the factors without it.
     if not is_weight(weight) or weight.w is None:
         return weight
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(weight)):

@@ -1,4 +1,4 @@
-"""Adding the updates to their bases."""
+"""Merging adapters: adding updates to their bases."""
 
 import collections
 import functools
@@ -18,16 +18,17 @@ from .._trees import Place
 
 
 def merge_weights(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:
-    """What the weights of a model stand for, each where its base lies.
+    """Merges the weights of a model. Each result has the sharding of its base.
 
     **Arguments:**
 
-    - `donate`: Whether each is written over its base, if that is nowhere else in the
-        model.
+    - `donate`: Whether each result is written over its base, unless that is also
+        elsewhere in the model.
 
     **Raises:**
 
-    `ValueError` if any is not finite; inside `jax.jit` that is found out at run time.
+    `ValueError` if any result is not finite. Inside `jax.jit` that is an error at run
+    time.
     """
     dotted = [place.dotted for place in weights]
     nodes = [place.node for place in weights]
@@ -39,7 +40,7 @@ def merge_weights(model: Any, weights: Sequence[Place], *, donate: bool) -> list
         ]
     if donate:
         _check_finite(dotted, [_is_merge_finite(node) for node in nodes])
-        # What is also found elsewhere, as a tied embedding is, stays.
+        # A base that is also elsewhere, such as a tied embedding, is kept.
         uses = collections.Counter(id(x) for x in jax.tree.leaves(model))
         return [_merge(node, uses[id(base_of(node))] == 1) for node in nodes]
     arrays = [_merge(node, False) for node in nodes]

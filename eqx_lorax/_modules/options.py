@@ -1,4 +1,4 @@
-"""Options that may differ from target to target."""
+"""Options that may differ between targets."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ def resolve_per_array(
 
     **Raises:**
 
-    `ValueError` if a pattern decides for nothing.
+    `ValueError` if a pattern is the first match of no array.
     """
     arrays = [(target, array) for target in targets for array in target.arrays]
     paths = [[array.path, *_paths_of(target)] for target, array in arrays]
@@ -35,7 +35,7 @@ def resolve_per_array(
 def resolve_per_target(
     option: Any, targets: Sequence[Target], argument: str, default: Any
 ) -> list[Any]:
-    """As `per_array`, but one value for all arrays of a target."""
+    """Like `resolve_per_array`, but one value for all arrays of a target."""
     paths = [
         [*_paths_of(target), *(array.path for array in target.arrays)]
         for target in targets
@@ -46,8 +46,8 @@ def resolve_per_target(
 def group_by_pattern(
     patterns: Iterable[Pattern], targets: Sequence[Target]
 ) -> dict[Pattern, list[Place]]:
-    """For each pattern the arrays for which it decides, being the first that matches.
-    Patterns that decide for none are left out."""
+    """For each pattern the arrays of which it is the first match. Patterns without such
+    arrays are left out."""
     patterns = list(patterns)
     found: dict[Pattern, list[Place]] = {}
     for target in targets:

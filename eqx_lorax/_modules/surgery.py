@@ -1,4 +1,4 @@
-"""The module door: putting adapters into a model, and taking them out again."""
+"""Putting adapters into a model, and taking them out."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -67,33 +67,31 @@ def loraify(
 
     - `model`: Any pytree with Equinox modules in it.
     - `filter`: What to adapt.
-        - `None`: every `equinox.nn.Linear` and convolution, and every instance of a
-            subclass.
-        - A path pattern or a list of them. `"query"` names whatever is called that,
-            anywhere; `"blocks.*.attention.query"` is matched name by name from the root
-            (`**` for any number of names). Naming a container selects the layers
-            beneath it; naming an array of any other module, such as
+        - `None`: every `equinox.nn.Linear` and convolution, subclasses included.
+        - A path pattern or a list of them. `"query"` names everything with that name,
+            anywhere. `"blocks.*.attention.query"` is matched name by name from the
+            root, and `**` stands for any number of names. Naming a container selects
+            the layers beneath it. Naming an array of any other module, such as
             `"cell.weight_hh"`, adapts that array. A compiled regular expression must
-            match the full path of a layer or an array; those of containers it does not
-            see.
+            match the full path of a layer or an array; it does not see containers.
         - A predicate, called on every module in the model, or a type.
         - A filter spec: a pytree prefix of the model with bools or predicates at its
             leaves.
-    - `exclude`: What of that is not adapted after all: again a filter. What it names,
-        and all that is beneath that, is left out.
+    - `exclude`: A filter for what is not adapted. Everything that it names, and
+        everything beneath that, is left out.
     - `rank`: The rank of the updates, from 1 to the smaller side of the weight. By
         default 8, or the smaller side where that is less. A `lorax.LoraSpec` also says
         which axes are rows, columns and batch, and may have its own `alpha`,
-        `rank_stabilised` and `sharding`; if it says no axes, they are those of the
-        layer. For this, `alpha`, `dropout` and `sharding` a mapping from patterns to
-        values gives each target the value of the first pattern that matches it or a
-        container around it, and the default where none does.
+        `rank_stabilised` and `sharding`. If it names no axes, they are those of the
+        layer. `rank`, `alpha`, `dropout` and `sharding` may also be mappings from
+        patterns to values: a target has the value of the first pattern that matches it
+        or a container around it, and the default where none does.
     - `alpha`: The numerator of `scale = alpha / rank`. Defaults to the rank, so that
         the scale is 1.
     - `dropout`: The probability with which inputs of the low-rank branch are dropped in
-        linear layers and convolutions. That takes keys: see `lorax.dropout_key`.
-    - `init`: How `a` starts: `"uniform"`, that is `U(±1 / sqrt(fan_in))`;
-        `"gaussian"`, that is `N(0, 1 / rank²)`; or a function
+        linear layers and convolutions. Dropout needs keys: see `lorax.dropout_key`.
+    - `init`: How `a` starts: `"uniform"` for `U(±1 / sqrt(fan_in))`, `"gaussian"` for
+        `N(0, 1 / rank²)`, or a function
         `(key, shape, dtype) -> array` as in `jax.nn.initializers`. For embeddings both
         names mean `N(0, 1)`.
     - `dtype`: The dtype of the factors. Defaults to that of the weight, or to float32
@@ -101,13 +99,14 @@ def loraify(
     - `rank_stabilised`: Whether to use `scale = alpha / sqrt(rank)`.
     - `nested`: Whether a target that already has an adapter gets another on top, with
         the one there frozen. Otherwise that is an error.
-    - `sharding`: Where the factors lie, or a mapping from patterns. By default they
-        follow the base, which is never moved: `b` is sharded as the rows are and `a` as
-        the columns, and the rank is replicated. Otherwise a `jax.sharding.Sharding`; a
-        `jax.sharding.PartitionSpec` on the base's mesh, such as `PartitionSpec()` for
-        replicated factors; or a pair of these for `b` and `a`, `None` for what follows.
-        Every device makes its own part. `init` is then compiled, and has to allow it.
-    - `key`: A `jax.random.key`. The factors of a target depend on it and on the
+    - `sharding`: The sharding of the factors, or a mapping from patterns. By default
+        they follow the base, which is never moved: `b` is sharded as the rows are and
+        `a` as the columns are, and the rank is replicated. Otherwise a
+        `jax.sharding.Sharding`; a `jax.sharding.PartitionSpec` on the base's mesh, such
+        as `PartitionSpec()` for replicated factors; or a pair of these for `b` and `a`,
+        where `None` follows the base. Every device makes its own part of the factors,
+        by a compiled program, so `init` has to be traceable then.
+    - `key`: A `jax.random.key`. The factors of a target depend on the key and on the
         target's path alone.
 
     **Returns:**
@@ -117,13 +116,13 @@ def loraify(
     **Raises:**
 
     `ValueError` or `TypeError`, before anything is done, if any part of `filter`, of
-    `exclude` or of a mapping matches nothing, and if an option is out of range for any
-    target. Of an array of three axes or more that belongs to no known layer the last
-    two are taken for matrices, of which the others number several; where such an
-    adapter would have as many elements as the array, the axes have to be said.
+    `exclude` or of a mapping matches nothing, or if an option is out of range for any
+    target. An array of three axes or more that belongs to no known layer is taken for a
+    batch of matrices in its last two axes. Where such an adapter would have as many
+    elements as the array, the axes have to be given, by a `lorax.LoraSpec`.
 
-    A warning if a layer that nobody named cannot be adapted, because it has no weight,
-    or something else in its place.
+    A warning if a layer that nobody named cannot be adapted, because its weight is
+    missing or is not an array.
 
     ??? cite
 
@@ -167,28 +166,28 @@ def loraify(
 
 
 def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Model:
-    """Takes the adapters out of a model: the tree structure, types and dtypes are again
-    those that it had before `lorax.loraify`.
+    """Takes the adapters out of a model. The tree structure, types and dtypes are those
+    from before `lorax.loraify`.
 
     **Arguments:**
 
     - `model`: A model with adapters.
     - `merge`: Whether the updates are added to the base weights, in float32 or wider
-        and rounded once. With `merge=False` they are dropped, and the very base arrays
-        come back.
+        and rounded once. With `merge=False` they are dropped, and the base arrays
+        themselves come back.
     - `donate`: Whether each merged weight is written over its base, so that no second
-        copy of the weights is needed. The base arrays of `model`, but those that are
-        also elsewhere in it, can then no longer be used.
+        copy of the weights is needed. The base arrays of `model` can then no longer be
+        used, except for those that are also elsewhere in it.
 
     **Returns:**
 
-    The model without adapters, every weight where its base lies: nothing is gathered.
-    `model` itself is not changed, but for what is donated.
+    The model without adapters. Each weight has the sharding of its base: nothing is
+    gathered. `model` itself is not changed, except for donated arrays.
 
     **Raises:**
 
-    `ValueError` if there is no adapter, or if any merged weight is not finite, and then
-    nothing was changed; inside `jax.jit` that is found out at run time.
+    `ValueError` if there is no adapter, or if any merged weight is not finite. Nothing
+    was changed then. Inside `jax.jit` the second is an error at run time.
     """
     check_whole(model, "lorax.unloraify({})")
     model = without_views(model, allow_scaled=True)
@@ -218,7 +217,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
 
 
 def make_wrapper(target: Target, rate: int | float) -> Callable[[Any], Any]:
-    """What puts the layer for the module of `target` around it."""
+    """A function that puts the layer for the module of `target` around it."""
     layer: Any = target.layer
 
     def wrap(node: Any) -> Any:
@@ -231,8 +230,8 @@ def make_wrapper(target: Target, rate: int | float) -> Callable[[Any], Any]:
 
 
 def _key_paths(targets: Sequence[Target]) -> dict[Place, str]:
-    """The path from which each array's key is derived: its own, or that of the first
-    place where the same array is found."""
+    """The path that each array's key is derived from: its own, or that of the first
+    place with the same array."""
     first: dict[int, Place] = {}
     paths: dict[Place, str] = {}
     twice: list[str] = []
@@ -251,7 +250,7 @@ def _key_paths(targets: Sequence[Target]) -> dict[Place, str]:
     return paths
 
 
-# From a function that `loraify` calls: past it, and past what names its keywords.
+# From a function that `loraify` calls, past it and past the decorator.
 _CALLER = 4
 
 

@@ -1,4 +1,4 @@
-"""Targets: which arrays of which modules are to be adapted."""
+"""Targets: the arrays of modules that are to be adapted."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from .._layers import (
     AbstractLoraLayer,
-    adapted_names,
     find_layer,
     is_adapted_by_default,
     is_field_of_kind,
     is_known_layer,
+    list_adapted_names,
     LoraModule,
     NORMS,
 )
@@ -33,13 +33,13 @@ from .._trees import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
-    """A module, and those of its arrays that are to become factored weights."""
+    """A module, and its arrays that are to become factored weights."""
 
     place: Place
-    """The module that a layer is to stand for."""
+    """The place of the module, which a layer will stand for."""
 
     arrays: tuple[Place, ...]
-    """Arrays of that module, or of the layer inside it if it is a norm wrapper."""
+    """Arrays of that module. For a norm wrapper, of the layer inside it."""
 
     @property
     def is_adapted(self) -> bool:
@@ -48,9 +48,9 @@ class Target:
 
     @property
     def layer(self) -> type[AbstractLoraLayer]:
-        """The layer that is to stand for the module."""
+        """The type of the layer that will stand for the module."""
         module = self.place.module
-        paths = {(*self.place.path, name) for name in adapted_names(module)}
+        paths = {(*self.place.path, name) for name in list_adapted_names(module)}
         layer = find_layer(module)
         has_own = any(array.path in paths for array in self.arrays)
         return layer if layer is not None and has_own else LoraModule
@@ -58,7 +58,7 @@ class Target:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Unadaptable:
-    """What was named, or is a layer, and yet cannot be adapted."""
+    """A place that was named, or is a layer, and cannot be adapted."""
 
     place: Place
     reason: str
@@ -72,8 +72,8 @@ _Item: TypeAlias = Target | Unadaptable
 def find_targets(
     model: Any, places: Places, filter: Filter, exclude: Filter = None
 ) -> tuple[list[Target], list[str]]:
-    """The targets that `filter` names but for what `exclude` names, in the order of the
-    model; and why layers that nobody excluded are passed over.
+    """Finds the targets that `filter` names and `exclude` does not, in the order of the
+    model, and the reasons why layers are passed over that nobody excluded.
 
     **Raises:**
 
@@ -120,17 +120,17 @@ def is_target(array: Place) -> bool:
 
 
 def find_target(array: Place) -> Target | None:
-    """The target that adapting `array` makes; `None` if it cannot be adapted."""
+    """The target with this array alone; `None` if it cannot be adapted."""
     owner = array.owner
     while owner is not None and _is_array_like(owner.module):
-        # Only what is around it computes with it.
+        # Such a module computes an array, so the module around it multiplies with it.
         owner = owner.owner
     if owner is None or not array.is_array or len(array.node.shape) < 2:
         return None
     if not jnp.issubdtype(array.node.dtype, jnp.inexact) or 0 in array.node.shape:
         return None
     field = array.path[len(owner.path)]
-    is_adapted = field in adapted_names(owner.module)
+    is_adapted = field in list_adapted_names(owner.module)
     if not is_adapted and is_field_of_kind(owner.module, field):
         # A stacked bias looks like a matrix.
         return None
@@ -158,12 +158,12 @@ def join_targets(targets: Iterable[Target]) -> list[Target]:
 
 
 def list_targets(targets: Sequence[Target]) -> str:
-    """The targets in a few words."""
+    """The paths of the first few targets."""
     return list_briefly([target.place for target in targets])
 
 
 def _resolve(part: FilterMatch, places: Places) -> list[_Item]:
-    """What one part of a filter means by what it names."""
+    """Finds the targets for one part of a filter."""
     found: list[_Item] = []
     left: list[Place] = []
     for place in part.places:
@@ -172,7 +172,7 @@ def _resolve(part: FilterMatch, places: Places) -> list[_Item]:
         if not items:
             left.append(place)
     if part.is_leafwise:
-        # Marking a bias together with its weight is how specs usually look.
+        # A filter spec usually marks a bias together with its weight.
         owners = {item.place for item in found if isinstance(item, Target)}
         left = [place for place in left if place.owner not in owners]
     if left and (part.is_leafwise or not found):
@@ -196,7 +196,7 @@ def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
     own = [x for x in places.beneath(place) if x.owner is place and is_target(x)]
     is_shallow = part.is_shallow and not is_known_layer(place.module)
     found = [] if is_shallow else _find_layers(place, places)
-    names = adapted_names(place.module)
+    names = list_adapted_names(place.module)
     found += [x for y in own if y.path[-1] in names and (x := find_target(y))]
     if not found and own:
         listed = ", ".join(f"{x.dotted!r} {tuple(x.node.shape)}" for x in own)
@@ -209,7 +209,7 @@ def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
 
 
 def _find_layers(place: Place, places: Places) -> list[_Item]:
-    """The layers of the kinds that need not be named, at or beneath `place`."""
+    """The targets for layers that are adapted by default, at or beneath `place`."""
     return [
         item
         for layer in places.beneath(place)
@@ -219,9 +219,9 @@ def _find_layers(place: Place, places: Places) -> list[_Item]:
 
 
 def _resolve_layer(layer: Place, places: Places, is_named: bool) -> list[_Item]:
-    """For each array that a layer of a known kind adapts, a target, or why there is
-    none."""
-    names = adapted_names(layer.module)
+    """For each adapted array of a layer of a known kind, a target, or the reason why
+    there is none."""
+    names = list_adapted_names(layer.module)
     return [_resolve_array(layer, name, places, is_named) for name in names]
 
 

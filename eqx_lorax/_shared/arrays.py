@@ -1,4 +1,4 @@
-"""What counts as an array, and which dtypes products are computed in."""
+"""Kinds of arrays, and the dtypes in which products are computed."""
 
 from typing import Any, TypeGuard
 
@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike
 
 
 def is_array(x: Any) -> TypeGuard[Array]:
-    """Whether `x` is an array: JAX's, NumPy's, or only its shape and dtype."""
+    """Whether `x` is an array of JAX or NumPy, or a `jax.ShapeDtypeStruct`."""
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
@@ -20,7 +20,7 @@ def axes_from_end(ndim: int) -> range:
 
 
 def count_bits(dtype: DTypeLike) -> int:
-    """How many bits an entry has, which for some dtypes are fewer than a byte."""
+    """The number of bits of an entry. Some dtypes have fewer than a byte."""
     dtype = jnp.dtype(dtype)
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits
@@ -35,10 +35,10 @@ def is_inexact(x: Any) -> TypeGuard[Array]:
 
 
 def promote(*dtypes: DTypeLike) -> jnp.dtype:
-    """The common dtype, also where `jax_numpy_dtype_promotion` is `"strict"`: widths
-    are chosen here on purpose."""
+    """The common dtype. This also works where `jax_numpy_dtype_promotion` is
+    `"strict"`, since the promotion is meant."""
     if len({jnp.dtype(x) for x in dtypes}) > 1:
-        # Those of eight bits and fewer have no common dtype with any other in JAX;
+        # In JAX, floats of eight bits and fewer have no common dtype with any other.
         # bfloat16 has all of their values.
         dtypes = tuple(jnp.bfloat16 if _is_tiny(x) else x for x in dtypes)
     with jax.numpy_dtype_promotion("standard"):
@@ -50,38 +50,41 @@ def _is_tiny(dtype: DTypeLike) -> bool:
 
 
 def accumulation_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """The dtype in which sums of products of `dtype` are accumulated."""
+    """The dtype in which sums of products of `dtype` are accumulated: at least float32
+    for floats."""
     dtype = jnp.dtype(dtype)
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     return jnp.dtype(jnp.float32) if is_narrow else dtype
 
 
 def as_array(x: Any, dtype: DTypeLike | None = None) -> Array:
-    """As `jax.numpy.asarray`. What comes from the host is transferred explicitly, which
-    `jax.transfer_guard("disallow")` lets pass."""
+    """Like `jax.numpy.asarray`, but transfers from the host are explicit, so that
+    `jax.transfer_guard("disallow")` allows them."""
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(x)):
         return jnp.asarray(x, dtype)
-    # A Python number stays one of weak type.
+    # A Python number keeps its weak type.
     is_number = dtype is None and isinstance(x, bool | int | float | complex)
     return jax.device_put(x if is_number else np.asarray(x, dtype))
 
 
 zeros = jax.jit(jnp.zeros, static_argnums=(0, 1))
-"""As `jax.numpy.zeros`, made on the device."""
+"""Like `jax.numpy.zeros`, but made on the device."""
 
 
 def multiply(x: Array, number: ArrayLike) -> Array:
-    """`x` times one or several numbers, not yet rounded: in a dtype that is wide enough
-    for both."""
+    """`x` times one or several numbers, in a dtype that is wide enough for both. The
+    caller rounds."""
     number = as_array(number)
     dtype = promote(accumulation_dtype(x.dtype), number.dtype)
     return x.astype(dtype) * number.astype(dtype)
 
 
 def check_real(name: str, numbers: ArrayLike, what: str, dtype: DTypeLike) -> None:
-    """**Raises:**
+    """Checks that `numbers` can scale an array of `dtype`.
 
-    `ValueError` if the `numbers` are complex, and what they are to scale is not.
+    **Raises:**
+
+    `ValueError` if the numbers are complex and the dtype is not.
     """
     if jnp.iscomplexobj(numbers) and not jnp.issubdtype(dtype, jnp.complexfloating):
         raise ValueError(

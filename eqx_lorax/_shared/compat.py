@@ -1,5 +1,5 @@
-"""What differs between versions of JAX, and what of a traced program has no public
-reader."""
+"""Differences between versions of JAX, and readers for parts of a traced program that
+JAX has no public function for."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ import jaxlib
 import numpy as np
 
 
-# Since JAX 0.11 there is one class of jaxprs, before there are closed and open ones.
+# JAX 0.11 has one class of jaxprs. Before, there are open and closed ones.
 Jaxpr: TypeAlias = Any
 
 _PACKAGES = tuple(
@@ -28,20 +28,20 @@ _INSTALLED = tuple(sysconfig.get_path(name) + os.sep for name in ("purelib", "st
 
 
 def close(jaxpr: Jaxpr) -> Jaxpr:
-    """`jaxpr`, whichever kind it is of, as one that holds its constants."""
+    """`jaxpr`, open or closed, as a closed one."""
     is_closed = isinstance(jaxpr, jec.ClosedJaxpr)
     return jaxpr if is_closed else jec.ClosedJaxpr(jaxpr, ())
 
 
 def hoist_constants(jaxpr: Jaxpr) -> tuple[Jaxpr, Sequence[Any]]:
-    """A jaxpr that takes its constants as its first inputs, and these."""
+    """A jaxpr that takes its constants as its first inputs, and the constants."""
     inner = jaxpr.jaxpr
     taking = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])
     return taking, jaxpr.consts
 
 
 def scan_counts(params: dict[str, Any], inputs: int) -> tuple[int, int]:
-    """The number of constants and of carried values of a `scan`."""
+    """The number of constants and the number of carried values of a `scan`."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
     parts = params["ft_in"].update(list(range(inputs))).unpack()
@@ -50,28 +50,28 @@ def scan_counts(params: dict[str, Any], inputs: int) -> tuple[int, int]:
 
 
 def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
-    """The axes that a `shard_map` maps over."""
+    """The mesh axes that a `shard_map` maps over."""
     before_0_10 = "manual_axes" in params
     return params["manual_axes" if before_0_10 else "newly_manual_axes"]
 
 
 def source_line(equation: Any) -> tuple[str, int] | None:
-    """The file and line of the innermost call in the user's own code, or else in the
-    installed package that holds the model."""
+    """The file and line of the innermost call in the user's own code. If there is
+    none, that in an installed package, such as the one that has the model."""
     stack = equation.source_info.traceback
     frames = [] if stack is None else stack.frames
     return _users_own((frame.file_name, frame.line_num) for frame in frames)
 
 
 def calling_line() -> tuple[str, int] | None:
-    """As `source_line`, of the call that is being executed."""
+    """Like `source_line`, for the call that is being executed."""
     frames = traceback.walk_stack(inspect.currentframe())
     return _users_own((frame.f_code.co_filename, line) for frame, line in frames)
 
 
 def is_library_code(jaxpr: Jaxpr) -> bool:
-    """Whether `jaxpr` was traced from a function of a library. It may then have been
-    traced long ago, for somebody else."""
+    """Whether `jaxpr` was traced from a function of a library. It may then come from
+    a cache, and have been traced for another caller."""
     where = getattr(jaxpr.jaxpr.debug_info, "func_src_info", None) or ""
     return _is_library(where.rpartition(" at ")[2])
 

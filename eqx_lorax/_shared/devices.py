@@ -1,4 +1,4 @@
-"""What of a tree of arrays, which may be abstract, lies on one device."""
+"""The part of a tree of arrays that is on one device. The arrays may be abstract."""
 
 import math
 from typing import Any
@@ -25,25 +25,25 @@ def count_bytes(tree: PyTree) -> int:
 
 
 def count_device_bytes(tree: PyTree) -> int:
-    """The bytes of all arrays on one device."""
+    """The bytes of the parts of all arrays that are on one device."""
     return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in arrays_of(tree))
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
-    """The shape of the part of an array that is on one device: all of it, where nothing
-    is known of a sharding."""
+    """The shape of the part of an array that is on one device. That is all of it where
+    no sharding is known."""
     sharding = getattr(x, "sharding", None)
     return tuple(x.shape if sharding is None else sharding.shard_shape(tuple(x.shape)))
 
 
 def count_devices(tree: PyTree) -> int:
-    """On how many devices the arrays are, or would be."""
+    """The number of devices that the arrays are on, or would be on."""
     shardings = (getattr(x, "sharding", None) for x in arrays_of(tree))
     return max((x.num_devices for x in shardings if x is not None), default=1)
 
 
 def mesh_axes(x: Any) -> dict[str, int]:
-    """The axes of the mesh along which an array is divided, and their sizes."""
+    """The axes of the mesh that an array is sharded over, and their sizes."""
     sharding = getattr(x, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return {}
@@ -54,14 +54,14 @@ def mesh_axes(x: Any) -> dict[str, int]:
 def plan_optimizer_state(
     optimizer: optax.GradientTransformation, params: PyTree
 ) -> PyTree[jax.ShapeDtypeStruct]:
-    """The state of an optimizer, abstract. What it holds for a parameter, and is of the
-    shape of it, is sharded as that parameter is."""
+    """The abstract state of an optimizer. An array of the state that has the path and
+    the shape of a parameter is sharded as that parameter is."""
     by_path = {path: x for path, x in jtu.tree_leaves_with_path(params) if is_array(x)}
 
     def placed(path: tuple[Any, ...], x: Any) -> Any:
         if not isinstance(x, jax.ShapeDtypeStruct):
             return x
-        # A state holds trees like `params`, so their paths end as those of `params`.
+        # A state holds trees like `params`, so their paths end with paths of `params`.
         ends = (path[i:] for i in range(len(path) + 1))
         param = next((by_path[end] for end in ends if end in by_path), None)
         if param is None or tuple(param.shape) != x.shape:
@@ -74,7 +74,7 @@ def plan_optimizer_state(
 
 
 def drop_shardings(tree: PyTree, shape: Any = lambda x: x.shape) -> PyTree:
-    """The tree with its arrays abstract and on no device."""
+    """The tree with abstract arrays, which have no sharding."""
 
     def abstract(x: Any) -> Any:
         return jax.ShapeDtypeStruct(shape(x), x.dtype) if is_array(x) else x

@@ -1,4 +1,4 @@
-"""Keywords that people know from elsewhere."""
+"""Hints for keywords that people know from other libraries."""
 
 import difflib
 import functools
@@ -14,8 +14,8 @@ _Result = TypeVar("_Result")
 def suggest_keywords(
     **here: str,
 ) -> Callable[[Callable[_Parameters, _Result]], Callable[_Parameters, _Result]]:
-    """A decorator: a keyword that the function does not have is answered with what it
-    is called here, or else with the one that is nearest."""
+    """A decorator that adds a hint to the error for an unknown keyword: its name here,
+    if `here` has it, or else the most similar keyword."""
 
     def decorate(fn: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
         known = list(inspect.signature(fn).parameters)

@@ -1,6 +1,6 @@
-"""How adapted layers and weights print: short, and by their own names.
+"""The printed forms of adapted layers and weights: short, and with their own names.
 
-Equinox prints by Wadler-Lindig documents, and asks an object for its own.
+Equinox prints Wadler-Lindig documents. An object may have its own, by `__pdoc__`.
 """
 
 import dataclasses
@@ -8,9 +8,9 @@ from typing import Any
 
 
 def weight_document(weight: Any, **options: Any) -> Any:
-    """`LoraWeight(f32[4,8], rank=2, scale=1.0)`; `None`, which means as any other
-    module, where something else is in the place of the factors."""
-    # Whoever asks has imported it.
+    """`LoraWeight(f32[4,8], rank=2, scale=1.0)`. Where there is something else than
+    arrays in the place of the factors, `None`: it prints like any other module."""
+    # The caller has imported it already.
     import wadler_lindig as wl
 
     if not all(hasattr(factor, "shape") for factor in (weight.b, weight.a)):
@@ -26,7 +26,7 @@ def weight_document(weight: Any, **options: Any) -> Any:
 
 def layer_document(layer: Any, **options: Any) -> Any:
     """`LoraLinear(weight=..., bias=..., ...)` for an `equinox.nn.Linear`, and
-    `LoraModule(GRUCell(...))` where the layer's name does not say what it is."""
+    `LoraModule(GRUCell(...))` where the layer's name does not name the module."""
     import wadler_lindig as wl
 
     module = layer.wrapped

@@ -1,4 +1,4 @@
-"""What is done when the arrays of a model lie on the devices of several processes."""
+"""Arrays on the devices of several processes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,12 +10,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def spans_processes(x: Any) -> bool:
-    """Whether parts of `x` belong to other processes."""
+    """Whether parts of `x` are on devices of other processes."""
     return isinstance(x, jax.Array) and not x.is_fully_addressable
 
 
 def replicate(x: Any) -> Any:
-    """`x` with all of its entries in every process. All of them have to ask."""
+    """`x` with all of its entries in every process. Every process has to call this."""
     if not spans_processes(x) or x.is_fully_replicated:
         return x
     if not isinstance(x.sharding, NamedSharding):
@@ -25,12 +25,12 @@ def replicate(x: Any) -> Any:
 
 
 def write_once(write: Callable[[], None], leaves: Iterable[Any]) -> None:
-    """`write()`, by the first process alone if any of the leaves is shared. In all of
-    them it has been done when this returns.
+    """Calls `write()`, in the first process alone if any of the leaves spans several.
+    When this returns in any process, the file is written.
 
     **Raises:**
 
-    `OSError` in the others if it failed in the first.
+    The error of `write` in the process that called it, and `OSError` in the others.
     """
     if not any(map(spans_processes, leaves)):
         return write()
@@ -45,6 +45,6 @@ def write_once(write: Callable[[], None], leaves: Iterable[Any]) -> None:
         raise error
     if failed:
         raise OSError(
-            "The first process, which writes for all of them, could not; its own error "
-            "says why."
+            "The first process, which writes for all of them, could not write. Its own "
+            "error says why."
         )

@@ -1,5 +1,5 @@
-"""Where arrays lie. The factors of a weight follow its base: `b` lies as the rows do,
-`a` as the columns do, and the rank is replicated."""
+"""The shardings of arrays. The factors of a weight inherit from its base: `b` is
+sharded as the rows are and `a` as the columns are, and the rank is replicated."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -25,16 +25,16 @@ _Labels: TypeAlias = Sequence[Any]
 
 
 def committed_sharding(x: Any) -> Sharding | None:
-    """Where the array `x`, which is not traced, was put by anyone; `None` for NumPy
-    arrays and for what JAX has put on its default device."""
+    """The sharding of the array `x`, which is not traced, if somebody chose it. `None`
+    for NumPy arrays and for arrays that JAX has put on its default device."""
     if isinstance(x, jax.Array):
         return x.sharding if x.committed else None
     return getattr(x, "sharding", None)
 
 
 def known_sharding(x: Any) -> Sharding | None:
-    """Where the array `x` lies, by axes that others can follow, as far as it is known
-    and was chosen by anyone."""
+    """The sharding of the array `x`, if it is known and somebody chose it, in a form
+    that other arrays can inherit."""
     if isinstance(x, jax.core.Tracer):
         return explicit_sharding(x)
     sharding = committed_sharding(x)
@@ -42,7 +42,7 @@ def known_sharding(x: Any) -> Sharding | None:
         return sharding
     if sharding.num_devices == 1:
         return sharding
-    # It does not say by what axes it is sharded.
+    # It names no mesh axes, so there is nothing to inherit but its devices.
     devices = sorted(sharding.device_set, key=lambda device: device.id)
     return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
 
@@ -54,28 +54,28 @@ def explicit_sharding(x: Any) -> NamedSharding | None:
 
 
 def _is_explicit(sharding: Sharding) -> bool:
-    """Whether it is on a mesh of whose axes types speak."""
+    """Whether any axis of its mesh is explicit: part of the types of arrays."""
     is_named = isinstance(sharding, NamedSharding)
     return is_named and AxisType.Explicit in sharding.mesh.axis_types
 
 
 def relabel(
-    sharding: NamedSharding | None, labels: _Labels, requested: _Labels
+    sharding: NamedSharding | None, labels: _Labels, new_labels: _Labels
 ) -> NamedSharding | None:
-    """`sharding`, of an array with the axes `labels`, for one with the axes `wanted`,
-    replicated along those that are new."""
+    """From the sharding of an array with the axes `labels` to that of an array with the
+    axes `new_labels`. Along axes without a counterpart it is replicated."""
     if sharding is None:
         return None
     axes = dict(zip(labels, sharding.spec))
-    spec = PartitionSpec(*(axes.get(label) for label in requested))
+    spec = PartitionSpec(*(axes.get(label) for label in new_labels))
     return NamedSharding(sharding.mesh, spec)
 
 
 def inherit_sharding(
     base: Sharding | None, ndim: int, labels: _Labels
 ) -> Sharding | None:
-    """Where an array with the axes `labels` lies if it goes with a base of `ndim` axes.
-    The labels are those axes, counted from the end, and others."""
+    """The sharding of an array with the axes `labels` that goes with a base of `ndim`
+    axes. A label is an axis of the base, counted from the end, or something else."""
     if not isinstance(base, NamedSharding):
         return base
     return relabel(base, axes_from_end(ndim), labels)
@@ -88,12 +88,13 @@ def resolve_sharding(
     base: Sharding | None,
     inherited: Sharding | None,
 ) -> Sharding | None:
-    """`wanted`, if that is anything, on the mesh of `base` if it names none; or else
-    what follows from the base.
+    """The requested sharding, on the mesh of `base` if it names none. If nothing is
+    requested, the inherited one.
 
     **Raises:**
 
-    `ValueError` if there is no mesh, or if the shape cannot be sharded like that.
+    `TypeError` if it is not a sharding. `ValueError` if there is no mesh, or if the
+    shape cannot be sharded like that.
     """
     if requested is None:
         return inherited
@@ -108,12 +109,12 @@ def resolve_sharding(
         if isinstance(requested, NamedSharding) and len(requested.spec) > len(shape):
             raise ValueError(f"it is for {len(requested.spec)} axes")
         requested.shard_shape(tuple(shape))
-    # JAX says in as many ways that axes are missing, named twice, or do not divide.
+    # JAX has errors of several types for missing, repeated and indivisible axes.
     except Exception as error:
         raise ValueError(
             f"`sharding={requested}` for {name} does not fit a factor of shape "
             f"{tuple(shape)}: {str(error).rstrip('.')}. Pass a pair, for `b` and for "
-            "`a`, or leave it to follow the base."
+            "`a`, or leave it out to follow the base."
         ) from error
     return requested
 
@@ -136,14 +137,14 @@ def create(
     base: Any,
     sharding: Sharding | None,
 ) -> Any:
-    """`make(*arguments)`, of which each device makes its own part.
+    """`make(*arguments)`, where each device makes its own part.
 
     **Arguments:**
 
-    - `make`: A function of arrays and hashable values. It is the same one in every
-        call, so that what was compiled is found again.
+    - `make`: A function of arrays and hashable values. It has to be the same object in
+        every call, so that it is compiled once.
     - `base`: If this is abstract, so is the result.
-    - `sharding`: Where the result is to lie.
+    - `sharding`: The sharding of the result.
     """
     if isinstance(base, jax.ShapeDtypeStruct):
         made = jax.eval_shape(lambda: make(*arguments))
@@ -164,14 +165,14 @@ def _compile(
 
 
 def _move(x: Array, sharding: Sharding) -> Array:
-    """`x`, inside a program, where it is to lie."""
+    """`x`, in a traced program, with another sharding."""
     if _is_explicit(sharding):
         return jax.sharding.reshard(x, sharding)
     return lax.with_sharding_constraint(x, sharding)
 
 
 def place_array(x: Any, sharding: Sharding | None) -> Array:
-    """The array `x`, which every process has whole, where it is to lie."""
+    """The array `x`, which every process has whole, with the given sharding."""
     if sharding is None:
         return as_array(x)
     x = np.asarray(jax.device_get(x))
@@ -185,9 +186,9 @@ def product_sharding(
     y_labels: _Labels,
     out_labels: _Labels,
 ) -> NamedSharding | None:
-    """Where the product of two arrays lies, given the shardings in their types: along
-    each axis as the first that has it. What is sharded and summed over is then summed
-    over devices, which JAX does not do without being told so."""
+    """The sharding of the product of two arrays, given the shardings in their types.
+    Each axis is sharded as in `x`, or else as in `y`. For an axis that is sharded and
+    summed over, JAX sums over devices only if it is told the sharding of the result."""
     known = [sharding for sharding in (x, y) if sharding is not None]
     if not known:
         return None
@@ -206,8 +207,7 @@ def product_sharding(
 
 
 def mesh_names(entry: Any) -> tuple[str, ...]:
-    """The axes of the mesh in an entry of a `PartitionSpec`: a name, several, or that
-    there is none or no constraint."""
+    """The mesh axes in an entry of a `PartitionSpec`: one name, several, or none."""
     if isinstance(entry, str):
         return (entry,)
     return entry if isinstance(entry, tuple) else ()

@@ -1,4 +1,4 @@
-"""Filters: from what a user names to places in a model."""
+"""Filters: from the names that a user gives to places in a model."""
 
 import dataclasses
 import difflib
@@ -35,24 +35,24 @@ _JIT_WRAPPER = type(eqx.filter_jit(lambda: None))
 
 @dataclasses.dataclass(frozen=True)
 class FilterMatch:
-    """What one part of a filter, such as one pattern of a list, names."""
+    """The places that one part of a filter, such as one pattern of a list, names."""
 
     label: str
-    """The part as the user wrote it, for messages."""
+    """The part of the filter as the user wrote it, for messages."""
 
     places: list[Place]
-    """The places that it names directly, never empty."""
+    """The places that it names directly. There is at least one."""
 
     is_leafwise: bool = False
-    """Whether it marks leaf by leaf, as a filter spec does, and not by a rule that may
-    well name more than is meant."""
+    """Whether it marks each leaf, as a filter spec does. A rule, such as a pattern, may
+    also name places that the user did not mean."""
 
     is_shallow: bool = False
-    """Whether it never means what is inside a container, but of a module that is none
-    of the known layers its own arrays only: so it is with regular expressions."""
+    """Whether naming a module means its own arrays only, unless it is a known layer. So
+    it is for regular expressions. Naming a container otherwise means all inside it."""
 
     def find_covered(self, places: Places) -> Iterator[Place]:
-        """All that it means, at and beneath what it names."""
+        """All places that are meant: those that are named, and places beneath them."""
         for root in self.places:
             for place in places.beneath(root):
                 is_own = place is root or place.owner is root
@@ -63,8 +63,8 @@ class FilterMatch:
 def match_filter(
     model: Any, places: Places, filter: Filter, argument: str, is_eligible: IsEligible
 ) -> list[FilterMatch]:
-    """What `filter` names in `model`, whose places are `places`. The arrays among which
-    it may choose are those that are eligible.
+    """Finds the places in `model` that each part of `filter` names. `places` are all
+    places of the model; the filter chooses among the eligible ones.
 
     **Raises:**
 
@@ -99,7 +99,7 @@ def exclude_places(
     among: Sequence[Place],
     is_eligible: IsEligible,
 ) -> list[Place]:
-    """`among` but for what `exclude` names and what is beneath that.
+    """`among` without the places that `exclude` names and those beneath them.
 
     **Raises:**
 
@@ -130,8 +130,8 @@ def matches(pattern: Pattern, path: Sequence[str]) -> bool:
     """Whether `pattern` names the place at `path`.
 
     A compiled regular expression must match the full dotted path. A glob without a dot
-    matches a name anywhere. One with dots is matched name by name from the root; `**`
-    stands for any number of names.
+    matches the last name of a path. One with dots is matched name by name from the
+    root, and `**` stands for any number of names.
     """
     dotted = ".".join(path)
     if isinstance(pattern, re.Pattern):
@@ -151,8 +151,8 @@ def matches_around(pattern: Pattern, path: Sequence[str]) -> bool:
 
 
 def explain_no_match(argument: str, label: str, names: Iterable[Sequence[str]]) -> str:
-    """The message for a pattern that matches none of the paths `names`: near misses
-    first."""
+    """The message for a pattern that matches none of the paths `names`. It suggests
+    similar ones."""
     paths = [".".join(path) for path in names]
     components = list(dict.fromkeys(part for path in paths for part in path.split(".")))
     near = [f"**.{label}"] if _matches_any(f"**.{label}", paths) else []
@@ -165,7 +165,7 @@ def explain_no_match(argument: str, label: str, names: Iterable[Sequence[str]]) 
 
 
 def list_available(places: Places, is_eligible: IsEligible) -> str:
-    """A short list of the arrays that are eligible, numbered siblings as one."""
+    """A short list of the eligible arrays. Numbered siblings are one item."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for place in places.all:
         if type(place.node) is _JIT_WRAPPER:
@@ -187,7 +187,7 @@ def list_available(places: Places, is_eligible: IsEligible) -> str:
 
 
 def list_briefly(places: Sequence[Place]) -> str:
-    """The paths of a few of these places."""
+    """The paths of the first few places."""
     return list_some(place.dotted for place in places)
 
 
@@ -197,7 +197,7 @@ def _match_pattern(
     found = [place for place in places.all if matches(pattern, place.path)]
     if not found:
         raise _no_match_error(places, pattern, places.all, argument, is_eligible)
-    # Modules come first: `"*"` means every layer, not also every array in one.
+    # If it names modules and arrays, the modules are meant: `"*"` means every layer.
     modules = [place for place in found if not place.is_array]
     return FilterMatch(f"`{argument}={pattern!r}`", modules or found)
 
@@ -205,8 +205,8 @@ def _match_pattern(
 def _match_regex(
     places: Places, pattern: re.Pattern[str], argument: str, is_eligible: IsEligible
 ) -> FilterMatch:
-    # Otherwise what is meant to leave something out, `(?!head).+`, would match all that
-    # is around it.
+    # Containers are not matched. Otherwise a pattern that leaves something out, such as
+    # `(?!head).+`, would match the containers around it.
     owners = {place.owner for place in places.all if place.is_array}
     layers = [x for x in places.all if x in owners or is_known_layer(x.module)]
     arrays = [x for x in places.all if x.is_array]
@@ -239,7 +239,7 @@ def _no_match_error(
     elif any(matches(pattern, place.path) for place in places.all):
         message += (
             " A regular expression has to match the full path of a layer or of an "
-            rf"array, not that of a container. '{text}\..*' has what is beneath."
+            rf"array, not that of a container. '{text}\..*' matches what is beneath."
         )
     return ValueError(f"{message} Available: {list_available(places, is_eligible)}.")
 
@@ -302,7 +302,7 @@ def _match_spec(
             )
 
     visit(spec, places.root.node, (), "")
-    # What is no array and holds none, such as an activation function, has no say.
+    # Marks without an array, such as that of an activation function, are ignored.
     found = [x for x in marked if any(y.is_array for y in places.beneath(x))]
     if not found:
         raise ValueError(
@@ -333,8 +333,8 @@ def _matches_any(pattern: str, paths: Iterable[str]) -> bool:
 
 
 def _is_rule(filter: Any, model: Any) -> bool:
-    """Whether it is a pattern or a predicate, and not a filter spec: modules, and so
-    specs for them, are callable too."""
+    """Whether `filter` is a pattern or a predicate, not a filter spec. Filter specs may
+    be callable too, since they have the type of the model."""
     is_pattern = isinstance(filter, str | re.Pattern)
     return is_pattern or callable(filter) and type(filter) is not type(model)
 

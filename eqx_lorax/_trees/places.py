@@ -1,7 +1,8 @@
-"""Models as trees of named places, and surgery on them.
+"""Models as trees of places, and the replacement of nodes.
 
-Everything goes one level at a time, by what JAX flattens, and not by attribute paths:
-that is how it reaches inside containers, `jax.tree_util.Partial` and bound methods.
+Trees are flattened by JAX, one level at a time. In this way containers,
+`jax.tree_util.Partial` and bound methods are entered too, which attribute paths would
+not reach.
 """
 
 import dataclasses
@@ -19,27 +20,27 @@ from .._shared import is_array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Place:
-    """A node of a model and where it is.
+    """A node of a model, with its path.
 
-    An adapted layer and the module inside it are one place, so that paths do not change
-    with adaptation; `steps` tell them apart.
+    An adapted layer and the module inside it are one place, so that adaptation changes
+    no paths. Their `indices` differ.
     """
 
     path: tuple[str, ...]
     """The names on the way from the root."""
 
     indices: tuple[int, ...]
-    """The number of each child on the way from the root."""
+    """The index of each child on the way from the root."""
 
     node: Any
-    """The node, an adapted layer as itself."""
+    """The node. An adapted layer is the layer itself."""
 
     owner: "Place | None"
-    """The module around it."""
+    """The place of the innermost module around it."""
 
     @property
     def module(self) -> Any:
-        """The node, an adapted layer as the module it stands for."""
+        """The node. An adapted layer is the module that it stands for."""
         return self.node.wrapped if is_layer(self.node) else self.node
 
     @property
@@ -49,7 +50,7 @@ class Place:
 
     @property
     def dotted(self) -> str:
-        """The path as it is written in filters and messages."""
+        """The path as filters and messages have it."""
         return ".".join(self.path) or "<the model itself>"
 
     def holds(self, other: "Place") -> bool:
@@ -58,14 +59,14 @@ class Place:
 
 
 def join_path(path: Sequence[str]) -> str:
-    """The path as one string, of which no other path is an example: dots inside names
-    are escaped."""
+    """The path as one string, which no other path has: dots inside names are
+    escaped."""
     return ".".join(name.replace("\\", r"\\").replace(".", r"\.") for name in path)
 
 
 def flatten_one_level(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
-    """The named children of `node` and how to put it together again; `None` if JAX sees
-    a leaf. A factored weight is a leaf here: it stands for an array."""
+    """The named children of `node`, and the treedef to put it together again; `None`
+    for leaves. A factored weight counts as a leaf, since it stands for an array."""
     if is_weight(node) or node is None:
         return None
     keyed, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
@@ -89,7 +90,7 @@ def _walk(model: Any) -> Iterator[Place]:
             if child is None:
                 continue
             if is_layer(node):
-                # What it has of its own, such as dropout, is no part of the model.
+                # The layer's other fields, such as dropout, are not the model's.
                 if child is node.wrapped:
                     yield from beneath(place, child, below)
             else:
@@ -99,7 +100,7 @@ def _walk(model: Any) -> Iterator[Place]:
 
 
 class Places:
-    """All the places of a model, a node before its children."""
+    """All places of a model, each before those beneath it."""
 
     def __init__(self, model: Any):
         self.all = list(_walk(model))
@@ -110,15 +111,14 @@ class Places:
         return self.all[0]
 
     def beneath(self, place: Place) -> Iterator[Place]:
-        """The places at and beneath `place`."""
+        """`place`, and all places beneath it."""
         rest = itertools.islice(self.all, self._index[place], None)
         return itertools.takewhile(place.holds, rest)
 
 
 def rebuild(model: Any, edits: Mapping[tuple[int, ...], Callable[[Any], Any]]) -> Any:
-    """`model` with the node at each of the `steps` replaced by what its edit makes of
-    it, innermost first. What is not on the way to an edit is not touched: it remains
-    the same object."""
+    """`model` with each edit applied to the node at its indices, innermost first. A
+    node that is not on the way to an edit remains the same object."""
     on_the_way = {indices[:i] for indices in edits for i in range(len(indices))}
 
     def visit(node: Any, indices: tuple[int, ...]) -> Any:

@@ -1,4 +1,4 @@
-"""What happens to each parameter of a tree: frozen, trained whole, or adapted."""
+"""Specs: for each parameter of a tree, whether it is frozen, trained or adapted."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ LORA_FREEZE = 0
 """The parameter is not trained."""
 
 LORA_FULL = -1
-"""The parameter is trained as it is."""
+"""The parameter is trained whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSpec:
-    """How one parameter is adapted, where its rank alone does not say it: in the spec
-    of `lorax.init_lora`, and as `rank` of `lorax.loraify`.
+    """How one parameter is adapted, where a rank is not enough: in the spec of
+    `lorax.init_lora`, and as `rank` of `lorax.loraify`.
 
     !!! example
 
@@ -39,15 +39,15 @@ class LoraSpec:
     - `rank`: The rank of the update.
     - `rows`: The axes that the factor `b` owns.
     - `columns`: The axes that the factor `a` owns.
-    - `batch`: The axes along which there are as many adapters, such as the layers of a
-        stack. Of `rows` and `columns`, one may be left out: it then has all other axes.
-        If both are, `columns` is the last axis; in `lorax.loraify`, if `batch` is left
-        out too, the axes are those of the layer.
-    - `alpha`: The numerator of the scale, if not that of `lorax.init_lora` or
-        `lorax.loraify`.
+    - `batch`: The axes with an adapter for each index, such as the layers of a stack.
+        Of `rows` and `columns`, one may be left out: it then has all other axes. If
+        both are, `columns` is the last axis. In `lorax.loraify`, if `batch` is left out
+        too, the axes are those of the layer.
+    - `alpha`: The numerator of the scale. Defaults to the argument of
+        `lorax.init_lora` or `lorax.loraify`.
     - `rank_stabilised`: Whether the scale is `alpha / sqrt(rank)`.
-    - `sharding`: Where the factors lie, as of `lorax.loraify`, if not where its
-        `sharding` or that of `lorax.init_lora` says.
+    - `sharding`: The sharding of the factors, see `lorax.loraify`. Defaults to the
+        argument of `lorax.init_lora` or `lorax.loraify`.
     """
 
     rank: int
@@ -60,7 +60,7 @@ class LoraSpec:
 
     def axes(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The row and the column axes of an array of `ndim` axes, counted from the
-        end. Raises `ValueError` if they are not there, or named twice."""
+        end. Raises `ValueError` if an axis does not exist or is named twice."""
 
         def from_the_end(axes: Sequence[int]) -> tuple[int, ...]:
             if not all(-ndim <= axis < ndim for axis in axes):
@@ -119,13 +119,12 @@ def simple_spec(
     **Arguments:**
 
     - `params`: A pytree of arrays.
-    - `decision_fn`: Is called with the path and the array, for each array of two axes
-        or more, and returns a rank, a `lorax.LoraSpec`, `lorax.LORA_FREEZE` or
-        `lorax.LORA_FULL`. The path is JAX's tuple of keys, of which
-        `"name" in path` asks for a component and `str(path)` is `"a/b"`. If there is
-        none, all is frozen.
-    - `tune_vectors`: Whether arrays of fewer axes are trained, instead of frozen.
-    - `is_leaf`: As of `jax.tree.map`.
+    - `decision_fn`: A function that is called with the path and the array, for each
+        array of two axes or more, and returns a rank, a `lorax.LoraSpec`,
+        `lorax.LORA_FREEZE` or `lorax.LORA_FULL`. The path is a `lorax.KeyPath`. Without
+        the function everything is frozen.
+    - `tune_vectors`: Whether arrays of fewer axes are trained instead of frozen.
+    - `is_leaf`: See `jax.tree.map`.
 
     **Returns:**
 
@@ -146,9 +145,9 @@ def map_spec(
     spec: PyTree[SpecValue],
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree:
-    """`params` with `fn(path, parameter, its spec)` in the place of each parameter, be
-    that an array or a weight. `spec` may be a prefix: what it says of a node holds for
-    all beneath.
+    """`params` with `fn(path, parameter, its spec)` in the place of each parameter: an
+    array or a weight. `spec` may be a prefix: its value for a node holds for everything
+    beneath that.
 
     Raises `ValueError` if `spec` does not fit, or has something else at its leaves.
     """

@@ -113,8 +113,12 @@ def test_keys_for_its_dropout(getkey):
 
 def test_saved_for_peft(tmp_path, getkey):
     """PEFT adapts a parameter of a module by its name where there are several."""
-    from eqx_lorax._peft.pytorch import named
+    from eqx_lorax._peft.pytorch import path_in_names
     from eqx_lorax._trees import Places
 
-    found = {".".join(named(x)) for x in Places(Model(key=getkey())).all if x.is_array}
+    found = {
+        ".".join(path_in_names(x))
+        for x in Places(Model(key=getkey())).all
+        if x.is_array
+    }
     assert {"gated.0.kernel", "gated.0.gate", "head"} <= found

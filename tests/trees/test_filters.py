@@ -178,7 +178,7 @@ UNMATCHED = {
     "regex of a part": (re.compile("query"), "matched nothing"),
     "regex of a container": (
         re.compile(r"blocks\.0"),
-        r"not that of a container. 'blocks\\.0\\..\*' has what is beneath",
+        r"not that of a container. 'blocks\\.0\\..\*' matches what is beneath",
     ),
     "regex of a module of arrays": (
         re.compile("cell"),

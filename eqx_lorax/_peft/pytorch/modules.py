@@ -6,7 +6,7 @@ from typing import Any
 
 import equinox as eqx
 
-from ..._layers import adapted_names
+from ..._layers import list_adapted_names
 from ..._shared import is_inexact
 from ..._trees import Place, Places
 from .names import expand, find_template, Names
@@ -31,7 +31,7 @@ def path_in_names(place: Place) -> tuple[str, ...]:
     """The path by which `names` knows an array. For the only adapted array of a module,
     usually its `weight`, that is the path of the module."""
     module = None if place.owner is None else place.owner.module
-    is_only_one = adapted_names(module) == (place.path[-1],)
+    is_only_one = list_adapted_names(module) == (place.path[-1],)
     return place.path[:-1] if is_only_one else place.path
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 import numpy as np
 
-from ..._layers import adapted_names, find_axes
+from ..._layers import find_axes, list_adapted_names
 from ..._trees import Place
 
 
@@ -192,7 +192,7 @@ def choose_layout(
     module = place.owner.module if place.owner is not None else None
     plain = Linear(a_has_rows) if experts is None else Experts(experts, a_has_rows)
     name = place.path[-1]
-    if name not in adapted_names(module):
+    if name not in list_adapted_names(module):
         return plain
     if isinstance(module, eqx.nn.ConvTranspose):
         raise ValueError("PEFT has no transposed convolutions")
