@@ -13,32 +13,29 @@ Writes `devices.json` and `devices.png`.
 """
 
 import dataclasses
-import functools
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.random as jr
+from contests import adapted_by
+from harness import (
+    compare,
+    draw_line,
+    pyplot,
+    save_figure,
+    save_points,
+    study_parser,
+    use_virtual_devices,
+)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from steps import adapted_and_frozen
+from transformer import make_transformer
+
 
 COUNTS = (1, 2, 4, 8)
-# Before JAX is imported. Says nothing where there are accelerators.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + f" --xla_force_host_platform_device_count={max(COUNTS)}"
-)
-
-import equinox as eqx  # noqa: E402
-import jax  # noqa: E402
-import jax.random as jr  # noqa: E402
-from contests import adapted_by, on_batch  # noqa: E402
-from harness import compare, save_points, study_parser  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
-from steps import frozen, step  # noqa: E402
-from transformer import Block, Scanned  # noqa: E402
-
-import eqx_lorax as lorax  # noqa: E402
-
-
 HEAD, LENGTH = 32, 64
 
 
@@ -76,8 +73,7 @@ def points(
         axis_types=(AxisType.Auto,) * 2,
         devices=jax.devices()[:devices],
     )
-    make = functools.partial(Block, width, width // HEAD)
-    model = Scanned(eqx.filter_vmap(make)(jr.split(jr.key(0), 4)))
+    model = make_transformer("scanned", 4, width, width // HEAD)
 
     def put(path: Any, x: Any) -> Any:
         if not eqx.is_array(x):
@@ -89,8 +85,7 @@ def points(
     adapted = adapted_by(model, 8)
     x = jr.normal(jr.key(1), (sequences, LENGTH, width))
     x = jax.device_put(x, NamedSharding(mesh, P("data")))
-    floor = frozen("frozen", on_batch, model, x)
-    program = step("adapted", on_batch, adapted, lorax.trainable(adapted), x)
+    floor, program = adapted_and_frozen(model, adapted, x)
     rows = compare(f"{work}, {way}, {devices}", floor, [program], rounds)
     return [
         Point(work, way, devices, row.name, row.milliseconds, row.ratio) for row in rows
@@ -118,30 +113,21 @@ def study(small: bool) -> list[Point]:
 
 def save_chart(found: Sequence[Point], path: Path) -> None:
     """Time by devices, a panel for fixed and one for proportional work."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib import ticker
 
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         1, 2, figsize=(10, 4.2), sharey=True, layout="constrained"
     )
     for axis, work in zip(axes, ("fixed", "proportional")):
         for way, style in (("data", "-"), ("tensor", ":")):
-            for program, color in (("frozen", "0.4"), ("adapted", "tab:red")):
+            for program in ("frozen", "adapted"):
                 line = [
-                    (point.devices, point.milliseconds)
+                    point
                     for point in found
                     if (point.work, point.way, point.program) == (work, way, program)
                 ]
-                axis.plot(
-                    *zip(*line),
-                    marker="o",
-                    ls=style,
-                    color=color,
-                    label=f"{program}, {way}-parallel",
-                )
+                label = f"{program}, {way}-parallel"
+                draw_line(axis, line, "devices", "milliseconds", style, label)
         axis.set(xscale="log", yscale="log", xlabel="devices", title=f"{work} work")
         axis.set_xticks(COUNTS, [str(count) for count in COUNTS])
         axis.yaxis.set_major_locator(ticker.LogLocator(base=2))
@@ -150,12 +136,12 @@ def save_chart(found: Sequence[Point], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("step, ms")
     axes[1].legend(frameon=False)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path, dpi=120)
 
 
 def main() -> None:
     flags = study_parser(__doc__).parse_args()
+    use_virtual_devices(max(COUNTS))
     found = study(flags.small)
     save_points("devices", found, save_chart, flags.output)
 

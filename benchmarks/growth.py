@@ -12,20 +12,24 @@ Writes `growth.json` and `growth.png`.
 """
 
 import dataclasses
-import functools
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
-import jax
 import jax.random as jr
-from contests import adapted_by, on_batch
-from harness import compare, save_points, study_parser
-from steps import frozen, step
-from transformer import Block, Scanned, Unrolled
+from contests import adapted_by
+from harness import (
+    compare,
+    draw_line,
+    pyplot,
+    save_figure,
+    save_points,
+    study_parser,
+    timed,
+)
+from steps import adapted_and_frozen
+from transformer import FORMS, make_transformer
 
 import eqx_lorax as lorax
 
@@ -60,28 +64,17 @@ class Point:
 
 
 def seconds(fn: Callable[[], Any], repeats: int = 5) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(eqx.filter(fn(), eqx.is_array))
-        return time.perf_counter() - start
-
-    once()  # compiles
-    return statistics.median(once() for _ in range(repeats))
+    timed(fn)  # compiles
+    return statistics.median(timed(fn)[0] for _ in range(repeats))
 
 
 def points(
     against: str, value: int, form: str, layers: int, width: int, rank: int
 ) -> list[Point]:
-    make = functools.partial(Block, width, width // HEAD)
-    keys = jr.split(jr.key(0), layers)
-    if form == "scanned":
-        model: Any = Scanned(eqx.filter_vmap(make)(keys))
-    else:
-        model = Unrolled([make(key) for key in keys])
+    model = make_transformer(form, layers, width, width // HEAD)
     adapted = adapted_by(model, rank)
     x = jr.normal(jr.key(1), (SEQUENCES, LENGTH, width))
-    floor = frozen("frozen", on_batch, model, x)
-    program = step("adapted", on_batch, adapted, lorax.trainable(adapted), x)
+    floor, program = adapted_and_frozen(model, adapted, x)
     rows = compare(form, floor, [program], 5)
     adapt = seconds(lambda: adapted_by(model, rank))
     merge = seconds(lambda: lorax.unloraify(adapted))
@@ -90,15 +83,15 @@ def points(
             against,
             value,
             form,
-            timed.name,
-            adapt if timed is program else None,
-            merge if timed is program else None,
-            timed.lowering,
-            timed.compiling,
+            each.name,
+            adapt if each is program else None,
+            merge if each is program else None,
+            each.lowering,
+            each.compiling,
             row.milliseconds,
             row.temporary_megabytes,
         )
-        for timed, row in zip((floor, program), rows)
+        for each, row in zip((floor, program), rows)
     ]
 
 
@@ -131,18 +124,10 @@ def study(small: bool, unrolled: int) -> list[Point]:
     return found
 
 
-FORMS = ("unrolled", "scanned")
-
-
 def save_charts(found: Sequence[Point], path: Path) -> None:
     """A row of panels for each measure, a column for each thing that grows."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     columns = list(dict.fromkeys(point.against for point in found))
-    figure, axes = plt.subplots(
+    figure, axes = pyplot().subplots(
         len(MEASURES),
         len(columns),
         figsize=(11, 16),
@@ -155,20 +140,14 @@ def save_charts(found: Sequence[Point], path: Path) -> None:
             for form in FORMS:
                 for program in ("frozen", "adapted"):
                     line = [
-                        (point.value, getattr(point, measure))
+                        point
                         for point in found
                         if (point.against, point.form, point.program)
                         == (against, form, program)
                     ]
-                    if any(y is None for _, y in line):
-                        continue
-                    axis.plot(
-                        *zip(*line),
-                        marker="o",
-                        color="tab:red" if program == "adapted" else "0.4",
-                        ls="-" if form == "unrolled" else ":",
-                        label=f"{program}, {form}",
-                    )
+                    style = "-" if form == "unrolled" else ":"
+                    label = f"{program}, {form}"
+                    draw_line(axis, line, "value", measure, style, label)
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.3)
             axis.minorticks_off()
@@ -179,8 +158,7 @@ def save_charts(found: Sequence[Point], path: Path) -> None:
         axis.set_xlabel(against)
     handles, labels = axes[-1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -172,18 +172,19 @@ def _processor() -> str:
 
 
 def save_json(rows: Sequence[Row], path: Path) -> None:
+    """Writes the rows, and what they were measured on."""
+    _write_json(path, "rows", rows)
+
+
+def _write_json(path: Path, name: str, figures: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in rows]}
+    content = {"machine": machine(), name: [dataclasses.asdict(x) for x in figures]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_chart(rows: Sequence[Row], path: Path) -> None:
     """A panel for each case, a line for each program, with its quartiles."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     cases = list(dict.fromkeys(row.case for row in rows))
     shown = {case: [row for row in rows if row.case == case][::-1] for case in cases}
     heights = [len(of_case) for of_case in shown.values()]
@@ -207,16 +208,66 @@ def save_chart(rows: Sequence[Row], path: Path) -> None:
         axis.set_title(case, fontsize="medium", loc="left")
         axis.grid(axis="x", alpha=0.3)
     axes[-1, 0].set_xlabel("time over the floor: median and quartiles")
+    save_figure(figure, path, dpi=150)
+
+
+def pyplot() -> Any:
+    """Matplotlib's interface, drawing to files alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_figure(figure: Any, path: Path, dpi: int) -> None:
+    """Writes a figure to a file, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figure.savefig(path, dpi=dpi)
+    pyplot().close(figure)
+
+
+def draw_line(
+    axis: Any, points: Sequence[Any], x: str, y: str, style: str, label: str
+) -> None:
+    """A line through points of one program, which is red if that is adapted. Points
+    without a figure have no line."""
+    values = [(getattr(point, x), getattr(point, y)) for point in points]
+    if any(value is None for _, value in values):
+        return
+    color = "tab:red" if points[0].program == "adapted" else "0.4"
+    axis.plot(*zip(*values), marker="o", color=color, ls=style, label=label)
+
+
+def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
+    """The seconds that `fn()` takes, with all the arrays in what it returns, which
+    comes second."""
+    start = time.perf_counter()
+    result = fn()
+    jax.block_until_ready(
+        [x for x in jax.tree.leaves(result) if isinstance(x, jax.Array)]
+    )
+    return time.perf_counter() - start, result
+
+
+def use_virtual_devices(count: int) -> None:
+    """Lets the processor pass for several devices. To be called before JAX makes the
+    first array. Without effect where there are accelerators."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
+
+
+def flag_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser that shows the docstring of a program as it stands there."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags that studies share."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flag_parser(description)
     parser.add_argument("--small", action="store_true", help="to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("out"))
     return parser
@@ -229,12 +280,7 @@ def save_points(
     folder: Path,
 ) -> None:
     """Writes the points of a study, which are dataclasses, and their chart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {
-        "machine": machine(),
-        "points": [dataclasses.asdict(point) for point in points],
-    }
     file, chart = folder / f"{name}.json", folder / f"{name}.png"
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    _write_json(file, "points", points)
     draw(points, chart)
     print(f"\nWritten: {file}, {chart}")

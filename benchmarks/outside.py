@@ -9,9 +9,7 @@ pass with all matrices frozen. The step gets the frozen matrices and does not re
 them.
 """
 
-import argparse
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,20 +17,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from harness import compare, print_rows
+from harness import compare, flag_parser, print_rows, timed
 from steps import frozen, step
 
 import eqx_lorax as lorax
 
 
 RANK = 64
-
-
-def seconds(fn: Callable[[], Any]) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = fn()
-    jax.block_until_ready(eqx.filter(result, eqx.is_array))
-    return time.perf_counter() - start, result
 
 
 def readme(params: Sequence[Any], x: Any) -> Any:
@@ -46,9 +37,7 @@ def count_bytes(tree: Any) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("--dim", type=int, default=5000)
     parser.add_argument("--layers", type=int, default=30)
     flags = parser.parse_args()
@@ -66,8 +55,8 @@ def main() -> None:
     model = [make(key) for key in jr.split(jr.key(0), flags.layers)]
     jax.block_until_ready([layer.weight for layer in model])
     adapt = lambda: lorax.loraify(model, rank=rank, key=jr.key(1))  # noqa: E731
-    cold, adapted = seconds(adapt)
-    warm, adapted = seconds(adapt)
+    cold, adapted = timed(adapt)
+    warm, adapted = timed(adapt)
     shared = all(
         new.weight.w is old.weight for new, old in zip(adapted, model, strict=True)
     )

@@ -9,40 +9,26 @@ counts. With `--devices 8` the processor passes for as many devices, in a mesh o
 model.
 """
 
-import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from harness import flag_parser, use_virtual_devices
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-def _flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--devices", type=int, default=1, choices=[1, 2, 4, 8])
-    parser.add_argument("--small", action="store_true", help="the smallest alone")
-    return parser.parse_args()
+import eqx_lorax as lorax
 
 
-FLAGS = _flags()
-if FLAGS.devices > 1:
-    # Before JAX is imported.
-    count = f"--xla_force_host_platform_device_count={FLAGS.devices}"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
 sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
-import equinox as eqx  # noqa: E402
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import jax.random as jr  # noqa: E402
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
 import toolbox  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from plan_llama import Config, divided, Llama, loss  # noqa: E402
-
-import eqx_lorax as lorax  # noqa: E402
 
 
 CONFIGS = {
@@ -159,22 +145,28 @@ def compare(name: str, form: str, mesh: Mesh | None, batch: int) -> None:
 
 
 def main() -> None:
+    parser = flag_parser(__doc__)
+    parser.add_argument("--devices", type=int, default=1, choices=[1, 2, 4, 8])
+    parser.add_argument("--small", action="store_true", help="the smallest alone")
+    flags = parser.parse_args()
+    if flags.devices > 1:
+        use_virtual_devices(flags.devices)
     shapes = {1: None, 2: (2, 1), 4: (2, 2), 8: (4, 2)}
-    shape = shapes[FLAGS.devices]
+    shape = shapes[flags.devices]
     meshes: list[Mesh | None] = [None]
     if shape is not None:
         auto = (AxisType.Auto,) * 2
         devices = np.array(jax.devices())
         meshes = [
             Mesh(devices.reshape(shape), ("data", "model"), axis_types=auto)
-            for shape in ((FLAGS.devices, 1), shape)
+            for shape in ((flags.devices, 1), shape)
         ]
     print(f"{'':<27}{'plan over real, one device':^27}{'MB of temporaries':^26}")
     print(
         f"{'model':<6}{'layers':<21}{'base':>9}{'adapters':>9}{'Adam':>9}{'plan':>9}"
         f"{'compiled':>10}{'ratio':>7}{'FLOPs':>8}"
     )
-    names = list(CONFIGS)[:1] if FLAGS.small else list(CONFIGS)
+    names = list(CONFIGS)[:1] if flags.small else list(CONFIGS)
     for mesh in meshes:
         if mesh is not None:
             print(f"mesh {mesh.shape['data']} × {mesh.shape['model']}")

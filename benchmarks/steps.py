@@ -10,6 +10,8 @@ import optax
 from harness import compiled, Program
 from jaxtyping import PyTree
 
+import eqx_lorax as lorax
+
 
 OPTIMIZER = optax.adam(1e-3)
 # Gives the outputs for the parameters and the inputs.
@@ -50,3 +52,10 @@ def step(
         return eqx.apply_updates(train, updates), state, to_x
 
     return compiled(name, update, train, fixed, OPTIMIZER.init(train), x)
+
+
+def adapted_and_frozen(model: PyTree, adapted: PyTree, x: Any) -> list[Program]:
+    """A step of the adapted model, after its floor, both on a batch."""
+    forward = lambda model, x: jax.vmap(model)(x)  # noqa: E731
+    floor = frozen("frozen", forward, model, x)
+    return [floor, step("adapted", forward, adapted, lorax.trainable(adapted), x)]

@@ -9,7 +9,6 @@ seconds, and the median of the ratios of neighbours. A gradient of the plain mod
 that to its inputs.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -19,7 +18,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from transformer import Block, Scanned, Unrolled
+from harness import flag_parser
+from transformer import make_transformer
 
 import eqx_lorax as lorax
 
@@ -90,7 +90,7 @@ def report(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = flag_parser(__doc__)
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=9)
     flags = parser.parse_args()
@@ -99,9 +99,10 @@ def main() -> None:
     params = [block_params() for _ in range(flags.layers)]
     spec = lorax.simple_spec(params, lambda path, array: 8)
     lora_params = lorax.init_lora(params, spec, jr.key(0))
-    keys = jr.split(jr.key(0), flags.layers)
-    model = Unrolled([Block(WIDTH, HEADS, key) for key in keys])
-    stacked = Scanned(eqx.filter_vmap(lambda key: Block(WIDTH, HEADS, key))(keys))
+    model, stacked = (
+        make_transformer(form, flags.layers, WIDTH, HEADS)
+        for form in ("unrolled", "scanned")
+    )
     adapted, adapted_stack = (
         lorax.loraify(plain, rank=8, key=jr.key(1)) for plain in (model, stacked)
     )

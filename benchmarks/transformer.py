@@ -52,3 +52,14 @@ class Scanned(eqx.Module):
             return (eqx.filter_checkpoint(block) if self.checkpoint else block)(x), None
 
         return lax.scan(body, x, arrays)[0]
+
+
+FORMS = ("unrolled", "scanned")
+
+
+def make_transformer(form: str, layers: int, width: int, heads: int) -> Any:
+    """The blocks one after the other, or stacked."""
+    keys = jr.split(jr.key(0), layers)
+    if form == "scanned":
+        return Scanned(eqx.filter_vmap(lambda key: Block(width, heads, key))(keys))
+    return Unrolled([Block(width, heads, key) for key in keys])
