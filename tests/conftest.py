@@ -19,8 +19,8 @@ import pytest  # noqa: E402
 from equinox.internal import GetKey  # noqa: E402
 
 
-# Not by default: the tests marked `own_errors` want to see the library's own errors. It
-# has to come before the library is imported.
+# Not by default, since the tests marked `own_errors` expect the library's own errors.
+# Before the library is imported.
 if os.environ.get("LORAX_CHECK_ANNOTATIONS") == "1":
     import jaxtyping
 
@@ -33,17 +33,20 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
+    """Forgets what was compiled after each file."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture
 def getkey():
+    """A function that gives a new key in each call. A failing test shows the seed."""
     return GetKey()
 
 
 @pytest.fixture
 def as_for_users():
-    """Without the strictness of the tests."""
+    """Promotion of dtypes and ranks as JAX has them by default. The other tests run
+    without."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield

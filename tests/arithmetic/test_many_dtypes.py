@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import lorax_base, run, weights, wide
+from helpers import base_of, run, weights, wide
 
 import eqx_lorax as lorax
 
@@ -163,7 +163,7 @@ def check_bank(name, dtype):
     for y, expected in zip(found, [*updates, 0 * mixed, mixed], strict=True):
         close(y, outputs(frozen, expected, x), dtype)
     close(update(mixture), mixed, dtype, 16)
-    base = lorax_base(weights(frozen)[0])
+    base = base_of(weights(frozen)[0])
     (kernel,) = [x for x in jax.tree.leaves(merged) if x.shape == base.shape]
     close(kernel.reshape(mixed.shape), wide(base).reshape(mixed.shape) + mixed, dtype)
     assert kernel.dtype == dtype

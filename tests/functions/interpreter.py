@@ -1,4 +1,4 @@
-"""Traced programs run by NumPy, which needs no compiler: hundreds of small ones then
+"""Runs traced programs by NumPy. Nothing is compiled, so that hundreds of small ones
 take seconds."""
 
 import itertools
@@ -48,7 +48,7 @@ def _evaluate(equation, values):
     rule = RULES.get(name)
     if rule is not None:
         return [np.asarray(rule(*values, **params), equation.outvars[0].aval.dtype)]
-    # What is rare may compile.
+    # Rare primitives may be compiled.
     outputs = equation.primitive.bind(*map(jnp.asarray, values), **params)
     outputs = outputs if equation.primitive.multiple_results else [outputs]
     return [np.asarray(x) for x in outputs]
@@ -122,7 +122,7 @@ def _dynamic_update_slice(x, update, *starts):
 
 
 def _windows(shape, indices, sizes, index_map, batching, indices_batching, mode):
-    """For each row of the indices where it points to: a window, and whether it is all
+    """For each row of indices the window that it points to, and whether all of that is
     within an array of `shape`."""
     for at in itertools.product(*map(range, indices.shape[:-1])):
         starts = [0] * len(shape)

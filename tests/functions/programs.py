@@ -1,5 +1,5 @@
-"""Random small programs over adapted and plain arrays, and what of their values and
-gradients is not as in the dense program."""
+"""Random small programs over adapted and plain arrays, and comparing their values and
+gradients with those of the dense programs."""
 
 import functools
 
@@ -49,7 +49,7 @@ def parameters():
 
 
 def dense_of(tree):
-    """The arrays that are stood for, with the derivatives that they are to have."""
+    """The dense arrays, with the derivatives that those of weights must have."""
 
     def of_weight(x):
         if not is_weight(x):
@@ -78,7 +78,7 @@ class Writer:
         self.unread = {}
         self.lines = []
         while len(self.lines) < LINES:
-            # Mostly from what there is already, so that things pile up.
+            # Mostly from values that were computed, so that operations pile up.
             self.write(self.choose(MOVES)(self))
         for name in [*self.unread]:
             self.write(self.choose(MEETINGS)(self, name))
@@ -114,7 +114,7 @@ class Writer:
         return int(self.random.integers(low, high + 1))
 
     def value(self, ndim=None):
-        """The name of an array, rather one that was computed than a parameter."""
+        """The name of an array, more often one that was computed than a parameter."""
         names = [*self.known][:-1] if self.chance(0.5) else [*self.unread]
         names = [x for x in names if x not in "cef"]
         fits = [x for x in names if ndim in (None, self.known[x].ndim)]
@@ -359,8 +359,7 @@ def _compiled(source):
 
 
 def faults(source):
-    """What of the value and of the gradients of a program is not as in the dense
-    program."""
+    """The differences in value and gradients between a program and the dense one."""
     with jax.enable_x64(True):
         params = parameters()
         fn = _compiled(source)

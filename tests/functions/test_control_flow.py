@@ -1,9 +1,6 @@
 """`lorax.lora(fn)` through transformations and control flow."""
 
-import dataclasses
 import warnings
-from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,18 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from functions import check, dense, factored, normal, scalar, trained_part
+from functions import Case, check, dense, factored, normal, scalar, trained_part
 from helpers import assert_close, equations
 from jax.sharding import PartitionSpec as P
 
 import eqx_lorax as lorax
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
 
 
 W = factored((11, 11))

@@ -1,10 +1,7 @@
 """`lorax.lora(fn)`: what a function computes over factored weights, rule by rule."""
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,20 +9,12 @@ import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from functions import check, dense, factored, normal, scalar, trained_part
+from functions import Case, check, dense, factored, normal, scalar, trained_part
 from helpers import assert_close, equations, wide
 from hypothesis import given, settings, strategies as st
 from jax.ad_checkpoint import checkpoint_name
 
 import eqx_lorax as lorax
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    name: str
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    sides: tuple[int, ...] | None = (11, 13)
 
 
 # Sizes that occur nowhere else, so that a dense array is known by its shape.

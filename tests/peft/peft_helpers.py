@@ -5,17 +5,26 @@ import warnings
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
+import pytest
 
 from eqx_lorax._peft.pytorch import expand, find_own_arrays, find_template
 from eqx_lorax._trees import Places
 
 
+AGAINST_PEFT = [
+    pytest.mark.interop,
+    # What PEFT and PyTorch warn of is not ours to mend.
+    pytest.mark.filterwarnings("default"),
+    pytest.mark.usefixtures("as_for_users"),
+]
+
 # PyTorch is imported where it is used: only those who run these tests have it.
 
 
 def in_peft(model, folder):
-    """The PyTorch model with the adapter of `folder`, of which PEFT misses nothing."""
+    """The PyTorch model with the adapter in `folder`. PEFT has to find all of it."""
     import peft
 
     with warnings.catch_warnings():
@@ -24,7 +33,7 @@ def in_peft(model, folder):
 
 
 def by_peft(model, folder, **config):
-    """The PyTorch model with a random adapter of PEFT's, which is saved to `folder`."""
+    """The PyTorch model with a random adapter by PEFT, which is saved to `folder`."""
     import peft
     import torch
 
@@ -49,8 +58,8 @@ def tensor(x):
 
 
 def filled_from(model, named, names, is_turned=lambda path: False):
-    """An Equinox model with the arrays of a PyTorch model of `named` parameters;
-    `is_turned` says which of them are transposed here."""
+    """The Equinox model with the arrays of a PyTorch model, given by its `named`
+    parameters. `is_turned` says by its path whether an array is transposed here."""
     places = Places(model)
     found = {}
     for module in places.all:
@@ -74,9 +83,47 @@ def filled_from(model, named, names, is_turned=lambda path: False):
 
 
 def ours_on(model, tokens):
+    """The outputs of the Equinox model for a batch."""
     return _ours_on(model, jnp.asarray(tokens))
 
 
 @eqx.filter_jit
 def _ours_on(model, tokens):
     return jax.vmap(lambda tokens: model(tokens))(tokens)
+
+
+def through_layers(layers, activation, x):
+    """`x` after a stack of layers, with an activation behind each of them."""
+    arrays, rest = eqx.partition(layers, eqx.is_array)
+
+    def body(x, arrays):
+        return activation(jax.vmap(eqx.combine(arrays, rest))(x)), None
+
+    return jax.lax.scan(body, x, arrays)[0]
+
+
+def llama_pair(key, *, is_tied=False, **sizes):
+    """A Llama of `transformers`, and the same in Equinox."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        tie_word_embeddings=is_tied,
+        **sizes,
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    named = dict(theirs.named_parameters(remove_duplicate=False))
+    ours = llama.Llama(
+        config.vocab_size,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        key,
+    )
+    return filled_from(ours, named, llama.NAMES), theirs

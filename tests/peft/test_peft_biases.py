@@ -10,16 +10,21 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import assert_identical, trained
-from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
+from peft_helpers import (
+    AGAINST_PEFT,
+    by_peft,
+    filled_from,
+    in_peft,
+    numpy,
+    ours_on,
+    tensor,
+    through_layers,
+)
 
 import eqx_lorax as lorax
 
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.usefixtures("as_for_users"),
-]
+pytestmark = AGAINST_PEFT
 
 
 def make_theirs():
@@ -66,12 +71,7 @@ class Ours(eqx.Module):
         self.head = eqx.nn.Linear(5, 3, key=keys[4])
 
     def __call__(self, tokens):
-        arrays, rest = eqx.partition(self.layers, eqx.is_array)
-
-        def body(x, arrays):
-            return jnp.cos(jax.vmap(eqx.combine(arrays, rest))(x)), None
-
-        x, _ = jax.lax.scan(body, jax.vmap(self.words)(tokens), arrays)
+        x = through_layers(self.layers, jnp.cos, jax.vmap(self.words)(tokens))
         x = jax.vmap(self.norm)(jax.vmap(self.plain)(x))
         return self.head(self.conv(x.T).mean(-1))
 

@@ -10,16 +10,21 @@ import llama
 import numpy as np
 import pytest
 from helpers import assert_identical, trained
-from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
+from peft_helpers import (
+    AGAINST_PEFT,
+    by_peft,
+    filled_from,
+    in_peft,
+    llama_pair,
+    numpy,
+    ours_on,
+    tensor,
+)
 
 import eqx_lorax as lorax
 
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.usefixtures("as_for_users"),
-]
+pytestmark = AGAINST_PEFT
 
 
 TOKENS = np.random.default_rng(0).integers(0, 41, (2, 7))
@@ -188,24 +193,15 @@ def test_words_or_a_head_that_peft_adapts_alone(target, tmp_path):
 
 
 def test_tied_words_of_a_llama(tmp_path):
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    plain, model = llama_pair(
+        jr.key(0),
+        is_tied=True,
         vocab_size=41,
         hidden_size=32,
         intermediate_size=32,
         num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
     )
-    model = transformers.LlamaForCausalLM(config).eval()
-    named = dict(model.named_parameters(remove_duplicate=False))
-    plain = llama.Llama(41, 32, 32, 1, 4, 2, jr.key(0))
-    plain = llama.Tied(filled_from(plain, named, llama.NAMES))
+    plain = llama.Tied(plain)
     names = {f"shared.pytree.{x}": y for x, y in llama.NAMES.items()}
     tied = {"shared.pytree.words": "lm_head"}
     options = dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)

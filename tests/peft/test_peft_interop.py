@@ -13,18 +13,24 @@ import llama
 import numpy as np
 import pytest
 from helpers import trained
-from peft_helpers import by_peft, filled_from, in_peft, numpy, ours_on, tensor
+from peft_helpers import (
+    AGAINST_PEFT,
+    by_peft,
+    filled_from,
+    in_peft,
+    llama_pair,
+    numpy,
+    ours_on,
+    tensor,
+    through_layers,
+)
 from running import running
 from safetensors.numpy import load_file
 
 import eqx_lorax as lorax
 
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.usefixtures("as_for_users"),
-]
+pytestmark = AGAINST_PEFT
 
 
 # Each kind of layer
@@ -71,12 +77,7 @@ class Ours(eqx.Module):
         self.head = eqx.nn.Linear(4, 3, key=keys[4])
 
     def __call__(self, tokens):
-        arrays, rest = eqx.partition(self.layers, eqx.is_array)
-
-        def body(x, arrays):
-            return jnp.tanh(jax.vmap(eqx.combine(arrays, rest))(x)), None
-
-        x, _ = jax.lax.scan(body, jax.vmap(self.words)(tokens), arrays)
+        x = through_layers(self.layers, jnp.tanh, jax.vmap(self.words)(tokens))
         return self.head(self.grouped(self.conv(x.T)).mean(-1))
 
 
@@ -378,23 +379,13 @@ def test_minilm_from_a_script_of_pefts_own(tmp_path):
 
 @pytest.fixture
 def causal(getkey):
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
+    ours, theirs = llama_pair(
+        getkey(),
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
-    named = dict(theirs.named_parameters())
-    ours = llama.Llama(61, 32, 48, 3, 4, 2, getkey())
-    ours = filled_from(ours, named, llama.NAMES)
     tokens = np.random.default_rng(0).integers(0, 61, (2, 10))
     expected = numpy(theirs(tensor(tokens)).logits)
     np.testing.assert_allclose(ours_on(ours, tokens), expected, atol=1e-5)

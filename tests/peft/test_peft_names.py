@@ -11,15 +11,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import assert_identical, trained
+from peft_helpers import AGAINST_PEFT
 
 import eqx_lorax as lorax
 
 
-pytestmark = [
-    pytest.mark.interop,
-    pytest.mark.filterwarnings("default"),
-    pytest.mark.usefixtures("as_for_users"),
-]
+pytestmark = AGAINST_PEFT
 
 
 def theirs_of(names):

@@ -3,7 +3,6 @@
 import re
 import subprocess
 
-import jax
 import pytest
 from paths import ROOT
 
@@ -12,21 +11,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture
-def _as_for_users():
-    """Without the strictness of the tests."""
-    names = ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update("jax_numpy_dtype_promotion", "standard")
-    jax.config.update("jax_numpy_rank_promotion", "allow")
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.mark.own_errors
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_blocks(page, tmp_path, monkeypatch, _as_for_users):
+def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))
     assert blocks or page.parent.name == "api"

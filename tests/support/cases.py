@@ -35,7 +35,8 @@ class SubLinear(eqx.nn.Linear):
 
 
 class WideLinear(eqx.nn.Linear):
-    """A subclass that computes as its parent does, with more to it than that has."""
+    """A subclass that computes as its parent does, with fields and methods of its
+    own."""
 
     width: int
     extra: Array
@@ -77,9 +78,9 @@ class Attention(eqx.Module):
 class Case:
     name: str
     make: Callable[..., Any]
-    """From a dtype and a key to a layer."""
+    """Makes the layer from a dtype and a key."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of the inputs; `()` of an integer input."""
+    """The shapes of the inputs, `()` for an integer."""
     filter: Any = None
     rank: int = 2
     integer: bool = False
@@ -288,7 +289,7 @@ class _Lstm(eqx.Module):
 
 
 CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
-# For what does not depend on how a convolution pads.
+# For properties that do not depend on how a convolution pads.
 FEW = [
     case
     for case in [*LAYERS, *MODELS]

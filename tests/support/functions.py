@@ -1,5 +1,9 @@
 """Checks of `lorax.lora(fn)` against `fn` on the dense weights, for the tests."""
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +11,16 @@ import numpy as np
 from helpers import assert_close, equations, is_weight, wide
 
 import eqx_lorax as lorax
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function and its arguments, for `check`."""
+
+    name: str
+    fn: Callable[..., Any]
+    args: tuple[Any, ...]
+    sides: tuple[int, ...] | None = (11, 13)
 
 
 def factored(shape, rows=(-2,), columns=(-1,), rank=2, dtype="float32", seed=0):

@@ -1,4 +1,4 @@
-"""References and tools that the tests share."""
+"""What the tests of all rooms share: references, comparisons, random numbers."""
 
 from typing import Any
 
@@ -16,11 +16,13 @@ def is_weight(x: Any) -> bool:
 
 
 def weights(model: Any) -> list[lorax.LoraWeight]:
+    """The adapted weights of a model, in order."""
     return [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
 
 
 def filled(make, dtype, key) -> Any:
-    """`make(dtype, key)` with other random numbers: NumPy's, which need not compile."""
+    """`make(dtype, key)` with random numbers of NumPy's, for which nothing is
+    compiled."""
     random = np.random.default_rng(np.asarray(key).ravel().tolist())
     model = eqx.filter_eval_shape(make, dtype, key)
     return jax.tree.map(
@@ -51,6 +53,7 @@ def _random(random: np.random.Generator, like: Any) -> jax.Array:
 
 
 def wide(x: Any) -> np.ndarray:
+    """`x` as a NumPy array in double precision."""
     return np.asarray(x, np.complex128 if jnp.iscomplexobj(x) else np.float64)
 
 
@@ -66,10 +69,10 @@ def dense_weight(weight: Any) -> np.ndarray:
 
 
 def dense64(model: Any) -> Any:
-    """The plain model in float64, with NumPy arrays, that `model` stands for."""
+    """The plain model that `model` stands for, with NumPy arrays in float64."""
     plain = lorax.unloraify(model, merge=False)
     dense = iter([dense_weight(weight) for weight in weights(model)])
-    bases = {id(lorax_base(weight)) for weight in weights(model)}
+    bases = {id(base_of(weight)) for weight in weights(model)}
 
     def convert(x):
         if id(x) in bases:
@@ -79,7 +82,8 @@ def dense64(model: Any) -> Any:
     return jax.tree.map(convert, plain)
 
 
-def lorax_base(weight: Any) -> Any:
+def base_of(weight: Any) -> Any:
+    """The array beneath all adapters."""
     while is_weight(weight):
         weight = weight.w
     return weight
@@ -106,7 +110,7 @@ def is_inexact(x: Any) -> bool:
 
 
 def assert_close(x: Any, y: Any, tolerance: float = 1e-5) -> None:
-    """Leaf by leaf, relative to the largest entry of the leaf."""
+    """Asserts that all leaves are close, relative to the largest entry of each."""
     xs, ys = jax.tree.leaves(x), jax.tree.leaves(y)
     assert len(xs) == len(ys)
     for x, y in zip(xs, ys):
@@ -117,7 +121,7 @@ def assert_close(x: Any, y: Any, tolerance: float = 1e-5) -> None:
 
 
 def assert_identical(x: Any, y: Any) -> None:
-    """The same structure, types, dtypes and bits."""
+    """Asserts that structure, types, dtypes and bits are the same."""
     assert jax.tree.structure(x) == jax.tree.structure(y)
     for x, y in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
         assert type(x) is type(y)
@@ -142,8 +146,8 @@ def equations(jaxpr: Any):
 
 
 def assert_no_dense(fn, model: Any, *args: Any) -> None:
-    """No array of a base's shape is computed by `fn(model, *args)`: those there are
-    are the bases themselves, untouched or cast."""
+    """Asserts that `fn(model, *args)` computes no array of a base's shape. The bases
+    themselves may be there, untouched or cast."""
     shapes = {tuple(weight.w.shape) for weight in weights(model)}
     assert shapes
     jaxpr = eqx.filter_make_jaxpr(fn)(model, *args)[0]

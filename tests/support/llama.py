@@ -39,7 +39,7 @@ class Attention(eqx.Module):
 
 
 def rotated(x):
-    """Rotary positions as `transformers` has them: the halves are the pairs."""
+    """Rotary positions as in `transformers`: entries of the two halves are pairs."""
     size = x.shape[-1]
     frequency = 10_000.0 ** (-jnp.arange(0.0, size, 2.0) / size)
     angle = jnp.arange(0.0, len(x))[:, None, None] * frequency[None, None]

@@ -19,7 +19,7 @@ import eqx_lorax as lorax
 
 DATA, MODEL = "data", "model"
 
-# By the name of the layer: what shards the rows and what the columns, as of Megatron.
+# For each layer, by its name, the mesh axes of its rows and columns, as in Megatron.
 _TENSOR = {
     **dict.fromkeys(["query", "key", "value", "gate", "up", "head"], (MODEL, None)),
     **dict.fromkeys(["output", "down", "words"], (None, MODEL)),
@@ -31,10 +31,10 @@ class Way(NamedTuple):
 
     mesh: tuple[int, int]
     rows: str | None = None
-    """What shards the rows of all matrices besides."""
+    """A mesh axis that shards the rows of all matrices as well."""
     is_tensor: bool = False
     layers: str | None = None
-    """What shards the axis of the layers."""
+    """The mesh axis that shards the axis of the layers."""
 
 
 WAYS = {
@@ -47,7 +47,8 @@ WAYS = {
 }
 
 
-# Those that are trained by several processes, each of which compiles them once more.
+# These are also trained by several processes. All of them would take too long, since
+# each process compiles anew.
 SOME_WAYS = {name: WAYS[name] for name in WAYS if name != "mixed and fully sharded"}
 
 
@@ -120,7 +121,7 @@ def step(params, frozen, state, tokens):
 
 
 def adapted(model):
-    """With factors that are both different from zero, on whatever devices."""
+    """The adapted model, with both factors different from zero."""
     model = lorax.loraify(model, "blocks", rank=2, key=jr.key(1))
     return jax.tree.map(
         lambda x: eqx.tree_at(lambda w: w.b, x, x.b + 0.01) if is_weight(x) else x,
@@ -147,8 +148,8 @@ COLLECTIVE = re.compile(
 
 
 def collectives(program: str) -> list[tuple[str, tuple[int, ...]]]:
-    """The collective operations of a partitioned program, and the shapes of their
-    results on one device."""
+    """The collective operations in the text of a partitioned program, with the shapes
+    of their results on one device."""
     return [
         (kind, tuple(int(size) for size in shape.split(",") if size))
         for result, kind in COLLECTIVE.findall(program)

@@ -1,8 +1,8 @@
 """Programs in processes of their own, for the tests.
 
-They end whatever happens, with all that they have started. Who waits for them waits as
-long as they get on with something, by what they print and compute, and not for a fixed
-time: the machine may be busy.
+They end whatever happens, with all that they have started. There is no fixed limit of
+time, since the machine may be busy: a program is waited for as long as it prints or
+computes something.
 """
 
 import contextlib
@@ -46,11 +46,12 @@ class Program:
 
     @property
     def status(self) -> int | None:
-        """Of its end; `None` before that."""
+        """Its exit status, `None` while it runs."""
         return self.process.poll()
 
     def wait_until(self, condition: Callable[[], bool]) -> bool:
-        """Whether it came to that before the program has ended."""
+        """Waits until the condition holds or the program has ended. Returns whether the
+        condition held."""
         is_met = False
 
         def is_met_or_over() -> bool:
@@ -62,11 +63,11 @@ class Program:
         return is_met
 
     def wait_until_nothing_is_left(self) -> None:
-        """Waits for the end of what it has started, too."""
+        """Waits until all that it has started has ended, too."""
         _wait_until(lambda: not self.processes(), self)
 
     def finish(self, status: int = 0) -> None:
-        """Waits for its end, which must have this status."""
+        """Waits until it has ended, and asserts that its exit status is this one."""
         self.wait_until(lambda: False)
         assert self.status == status, self.out + self.err
 
@@ -78,13 +79,12 @@ class Program:
         self.wait_until_nothing_is_left()
 
     def processes(self) -> list[psutil.Process]:
-        """It and all that it has started, also if it has ended itself, as far as they
-        have not ended."""
+        """What still runs of it and of all that it has started."""
         return [x for x in psutil.process_iter() if _is_of(x, self.process.pid)]
 
 
-# What runs a program until it ends, or until the tests have, however they did: by then
-# nobody holds the other end of its input. All that it has started ends with it.
+# Runs a program until it ends or the tests do, however they end: nothing then holds the
+# other end of its standard input. All that it has started ends with it.
 _WATCHED = """
 import os, runpy, signal, sys, threading
 
@@ -107,14 +107,14 @@ def running(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[Program]:
-    """A Python program, which is ended at the end of the `with`.
+    """Runs a Python program, and ends it at the end of the `with`.
 
     **Arguments:**
 
     - `program`: Its file, or its text.
     - `arguments`: Its arguments.
     - `folder`: Where it runs.
-    - `environment`: All of it, if it is not that of the tests.
+    - `environment`: All its environment variables. By default those of the tests.
     """
     with tempfile.TemporaryDirectory() as kept:
         if isinstance(program, str):
@@ -142,7 +142,7 @@ def running(
 
 
 def finish_together(*programs: Program) -> None:
-    """Waits for the end of all of them, or until one has failed, which none must."""
+    """Waits until all have ended or one has failed, and asserts that none has."""
 
     def is_over() -> bool:
         statuses = [program.status for program in programs]
@@ -160,7 +160,7 @@ def _wait_until(condition: Callable[[], bool], *programs: Program) -> None:
         now = time.monotonic()
         if now > looked + 0.5:
             seconds = sum(_computed(y) for x in programs for y in x.processes())
-            # What waits in vain still looks after it now and then.
+            # A program that waits in vain still wakes up now and then.
             done = int(2 * seconds), *(x.out + x.err for x in programs)
             began = now if done != before else began
             looked, before = now, done
