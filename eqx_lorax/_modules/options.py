@@ -27,7 +27,7 @@ def resolve_per_array(
     `ValueError` if a pattern is the first match of no array.
     """
     arrays = [(target, array) for target in targets for array in target.arrays]
-    paths = [[array.path, *_paths_of(target)] for target, array in arrays]
+    paths = [[array.path, *_list_paths(target)] for target, array in arrays]
     values = _resolve(option, paths, targets, argument, default)
     return {array: value for (_, array), value in zip(arrays, values)}
 
@@ -37,7 +37,7 @@ def resolve_per_target(
 ) -> list[Any]:
     """Like `resolve_per_array`, but one value for all arrays of a target."""
     paths = [
-        [*_paths_of(target), *(array.path for array in target.arrays)]
+        [*_list_paths(target), *(array.path for array in target.arrays)]
         for target in targets
     ]
     return _resolve(option, paths, targets, argument, default)
@@ -52,12 +52,12 @@ def group_by_pattern(
     found: dict[Pattern, list[Place]] = {}
     for target in targets:
         for array in target.arrays:
-            for pattern in _find_first(patterns, [array.path, *_paths_of(target)]):
+            for pattern in _find_first(patterns, [array.path, *_list_paths(target)]):
                 found.setdefault(pattern, []).append(array)
     return {pattern: found[pattern] for pattern in patterns if pattern in found}
 
 
-def _paths_of(target: Target) -> _Paths:
+def _list_paths(target: Target) -> _Paths:
     owners = [array.owner.path for array in target.arrays if array.owner is not None]
     return [target.place.path, *owners]
 
@@ -95,12 +95,11 @@ def _explain_unused(
 ) -> str:
     if any(_find_first([pattern], one) for one in paths):
         return (
-            f"`{argument}` has a pattern {pattern!r} that decides nothing: another "
-            "before it matches all the same targets. The first that matches counts, so "
-            "put the general ones last."
+            f"`{argument}` has a pattern {pattern!r} without effect: others before it "
+            "match all of its targets. The first that matches counts, so put the "
+            "general ones last."
         )
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    message = explain_no_match(
-        argument, text, [target.place.path for target in targets]
-    )
+    known = [target.place.path for target in targets]
+    message = explain_no_match(argument, text, known)
     return f"{message} It has to match a target of `filter`: {list_targets(targets)}."

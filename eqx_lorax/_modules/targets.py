@@ -62,8 +62,8 @@ class Unadaptable:
 
     place: Place
     reason: str
-    how: Literal["silent", "warning", "error"]
-    """How the user hears of it."""
+    severity: Literal["silent", "warning", "error"]
+    """Whether the user gets an error, a warning or nothing."""
 
 
 _Item: TypeAlias = Target | Unadaptable
@@ -86,21 +86,21 @@ def find_targets(
         named = match_filter(model, places, filter, "filter", is_target)
         found = [item for part in named for item in _resolve(part, places)]
     targets = join_targets(item for item in found if isinstance(item, Target))
-    unfit = [item for item in found if isinstance(item, Unadaptable)]
+    unadaptable = [item for item in found if isinstance(item, Unadaptable)]
     if exclude is not None:
         among = [array for target in targets for array in target.arrays]
-        among += [item.place for item in unfit]
+        among += [item.place for item in unadaptable]
         left = set(exclude_places(model, places, exclude, among, is_target))
-        unfit = [item for item in unfit if item.place in left]
+        unadaptable = [item for item in unadaptable if item.place in left]
         kept = [
             Target(target.place, tuple(x for x in target.arrays if x in left))
             for target in targets
         ]
         targets = [target for target in kept if target.arrays]
-    reasons = {
-        how: list(dict.fromkeys(item.reason for item in unfit if item.how == how))
-        for how in ("warning", "error")
-    }
+    reasons: dict[str, list[str]] = {"silent": [], "warning": [], "error": []}
+    for item in unadaptable:
+        if item.reason not in reasons[item.severity]:
+            reasons[item.severity].append(item.reason)
     if wrong := reasons["error"]:
         listed = list_some(wrong, 5, separator="; ")
         raise ValueError(f"{listed}. Or leave it out, with `exclude`.")
@@ -132,7 +132,7 @@ def find_target(array: Place) -> Target | None:
     field = array.path[len(owner.path)]
     is_adapted = field in list_adapted_names(owner.module)
     if not is_adapted and is_field_of_kind(owner.module, field):
-        # A stacked bias looks like a matrix.
+        # Such as a stacked bias, which looks like a matrix.
         return None
     norm = owner.owner
     if (
@@ -146,7 +146,7 @@ def find_target(array: Place) -> Target | None:
 
 
 def join_targets(targets: Iterable[Target]) -> list[Target]:
-    """Each module once, with all of its arrays, in the order of the model."""
+    """One target for each module, with all of its arrays, in the order of the model."""
     modules: dict[Place, dict[Place, None]] = {}
     for target in targets:
         modules.setdefault(target.place, {}).update(dict.fromkeys(target.arrays))
@@ -167,7 +167,7 @@ def _resolve(part: FilterMatch, places: Places) -> list[_Item]:
     found: list[_Item] = []
     left: list[Place] = []
     for place in part.places:
-        items = _find_items(place, places, part)
+        items = _resolve_place(place, places, part)
         found += items
         if not items:
             left.append(place)
@@ -187,7 +187,7 @@ def _resolve(part: FilterMatch, places: Places) -> list[_Item]:
     return found
 
 
-def _find_items(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
+def _resolve_place(place: Place, places: Places, part: FilterMatch) -> list[_Item]:
     if place.is_array:
         target = find_target(place)
         return [] if target is None else [target]
@@ -242,6 +242,9 @@ def _resolve_array(layer: Place, name: str, places: Places, is_named: bool) -> _
         )
         return Unadaptable(weight, reason, "error" if is_named else "warning")
     target = find_target(weight)
+    if target is None and jnp.issubdtype(weight.node.dtype, jnp.inexact):
+        reason = f"{weight.dotted} is {_describe(weight)}, which has no matrix to adapt"
+        return Unadaptable(weight, reason, "error" if is_named else "warning")
     if target is None:
         reason = (
             f"{weight.dotted} has dtype {weight.node.dtype}, which cannot carry an "
@@ -257,8 +260,8 @@ def _explain_no_array(
     shared = _find_shared_owner(weight, places)
     if shared is not None:
         reason = (
-            f"{layer.dotted} was named, whose weight `eqx.nn.Shared` takes from "
-            f"elsewhere. Name its owner: {shared!r}"
+            f"{layer.dotted} was named, but `eqx.nn.Shared` takes its weight from "
+            f"elsewhere. Name the owner of the weight: {shared!r}"
         )
         return Unadaptable(weight, reason, "error" if is_named else "silent")
     inside = [x.dotted for x in places.beneath(weight) if is_target(x)]

@@ -13,11 +13,11 @@ from jaxtyping import PyTree
 from .._methods import check_whole
 from .._modules import remove_keys
 from .._shared import (
-    arrays_of,
     count_device_bytes,
     count_devices,
     drop_shardings,
     is_array,
+    list_arrays,
     local_shape,
     mesh_axes,
     plan_optimizer_state,
@@ -185,7 +185,7 @@ def plan(
         activations=peak(local),
         flops=flops(everywhere),
         read=read,
-        received=gathered + sum(_summed(x, divided) for x in arrays_of(params)),
+        received=gathered + sum(_summed(x, divided) for x in list_arrays(params)),
     )
 
 
@@ -201,7 +201,7 @@ class _Trace:
     ):
         self.loss = loss
         self.weights = [
-            Value(0, _weight(x, divided)) for x in arrays_of((params, frozen))
+            Value(0, _weight(x, divided)) for x in list_arrays((params, frozen))
         ]
         self.model = drop_shardings((params, frozen))
 
@@ -232,7 +232,7 @@ def _weight(x: Any, divided: dict[str, int]) -> Weight:
 
 
 def _batch_axes(batch: PyTree) -> dict[str, int]:
-    return {k: v for x in arrays_of(batch) for k, v in mesh_axes(x).items()}
+    return {k: v for x in list_arrays(batch) for k, v in mesh_axes(x).items()}
 
 
 def _summed(param: Any, divided: dict[str, int]) -> int:

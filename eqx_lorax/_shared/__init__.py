@@ -23,11 +23,11 @@ from .compat import (
     scan_counts as scan_counts,
 )
 from .devices import (
-    arrays_of as arrays_of,
     count_bytes as count_bytes,
     count_device_bytes as count_device_bytes,
     count_devices as count_devices,
     drop_shardings as drop_shardings,
+    list_arrays as list_arrays,
     local_shape as local_shape,
     mesh_axes as mesh_axes,
     plan_optimizer_state as plan_optimizer_state,

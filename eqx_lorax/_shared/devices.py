@@ -14,19 +14,19 @@ from .arrays import is_array
 from .sharding import mesh_names
 
 
-def arrays_of(tree: PyTree) -> list[Any]:
+def list_arrays(tree: PyTree) -> list[Any]:
     """The arrays among the leaves."""
     return [x for x in jax.tree.leaves(tree) if is_array(x)]
 
 
 def count_bytes(tree: PyTree) -> int:
     """The bytes of all arrays."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays_of(tree))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in list_arrays(tree))
 
 
 def count_device_bytes(tree: PyTree) -> int:
     """The bytes of the parts of all arrays that are on one device."""
-    return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in arrays_of(tree))
+    return sum(math.prod(local_shape(x)) * x.dtype.itemsize for x in list_arrays(tree))
 
 
 def local_shape(x: Any) -> tuple[int, ...]:
@@ -38,7 +38,7 @@ def local_shape(x: Any) -> tuple[int, ...]:
 
 def count_devices(tree: PyTree) -> int:
     """The number of devices that the arrays are on, or would be on."""
-    shardings = (getattr(x, "sharding", None) for x in arrays_of(tree))
+    shardings = (getattr(x, "sharding", None) for x in list_arrays(tree))
     return max((x.num_devices for x in shardings if x is not None), default=1)
 
 

@@ -14,11 +14,11 @@ from jaxtyping import PyTree
 from .._methods import base_of, check_whole, is_weight, LoraWeight, without_base
 from .._modules import remove_keys
 from .._shared import (
-    arrays_of,
     count_bytes,
     count_device_bytes,
     is_array,
     is_inexact,
+    list_arrays,
     plan_optimizer_state,
 )
 from .._trees import Filter, Place, Places
@@ -225,7 +225,7 @@ def _kind(place: Place) -> str:
 
 
 def _count(tree: PyTree) -> int:
-    return sum(math.prod(x.shape) for x in arrays_of(tree))
+    return sum(math.prod(x.shape) for x in list_arrays(tree))
 
 
 def _adam(params: PyTree) -> PyTree:

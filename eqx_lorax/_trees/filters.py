@@ -69,7 +69,7 @@ def match_filter(
     **Raises:**
 
     `ValueError` if any part of the filter names nothing, or if a filter spec does not
-    fit the model. `TypeError` if it is none of the things that a filter can be.
+    fit the model. `TypeError` if `filter` is not a filter.
     """
     if _is_rule(filter, model):
         return [_match_rule(places, filter, argument, is_eligible)]
@@ -109,14 +109,14 @@ def exclude_places(
         return list(among)
     gone: set[Place] = set()
     for part in match_filter(model, places, exclude, "exclude", is_eligible):
-        find_covered = set(part.find_covered(places))
-        if find_covered.isdisjoint(among):
+        covered = set(part.find_covered(places))
+        if covered.isdisjoint(among):
             raise ValueError(
                 f"{part.label} excludes nothing: what it names, "
                 f"{list_briefly(part.places)}, was not chosen in the first place. "
-                f"Chosen are {list_briefly(among) or 'none'}."
+                f"Chosen: {list_briefly(among) or 'nothing'}."
             )
-        gone |= find_covered
+        gone |= covered
     left = [place for place in among if place not in gone]
     if not left:
         raise ValueError(
@@ -219,9 +219,8 @@ def _match_regex(
             found.append(layer)
     found = sorted([*known, *found], key=lambda place: place.indices)
     if not found:
-        raise _no_match_error(
-            places, pattern, [*layers, *arrays], argument, is_eligible
-        )
+        seen = [*layers, *arrays]
+        raise _no_match_error(places, pattern, seen, argument, is_eligible)
     return FilterMatch(f"`{argument}={pattern.pattern!r}`", found, is_shallow=True)
 
 
@@ -286,11 +285,7 @@ def _match_spec(
                 zip(level[0], spec_level[0])
             ):
                 visit(spec_child, child, (*indices, i), f"{path}.{name}".lstrip("."))
-        elif (
-            callable(spec)
-            and not isinstance(spec, eqx.Module)
-            and indices in by_indices
-        ):
+        elif _is_predicate(spec) and indices in by_indices:
             below = list(places.beneath(by_indices[indices]))
             marked.extend(_match_predicate(below, spec, argument).places)
         elif spec is not None or node is not None:
@@ -313,6 +308,7 @@ def _match_spec(
 
 
 def _is_predicate(spec: Any) -> bool:
+    """Whether a leaf of a filter spec is a predicate, not a module of the model."""
     return callable(spec) and not isinstance(spec, eqx.Module)
 
 

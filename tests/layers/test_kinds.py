@@ -122,3 +122,12 @@ def test_saved_for_peft(tmp_path, getkey):
         if x.is_array
     }
     assert {"gated.0.kernel", "gated.0.gate", "head"} <= found
+
+
+def test_an_array_without_a_matrix(getkey):
+    flat = eqx.tree_at(lambda x: x.gate, Gated(key=getkey()), jnp.ones(5))
+    with pytest.raises(ValueError, match=r"gate is a vector \(5,\), which has no"):
+        lorax.loraify({"gated": flat}, "gated", rank=2, key=getkey())
+    with pytest.warns(UserWarning, match="gate is a vector"):
+        adapted = lorax.loraify({"gated": flat}, rank=2, key=getkey())
+    assert len(weights(adapted)) == 1
