@@ -112,7 +112,7 @@ def find_axes(module: Any, name: str, ndim: int) -> tuple[Axes, Axes]:
     kind = _find_kind(module)
     if kind is not None and name in kind.arrays:
         return kind.arrays[name](module, ndim)
-    # Convolutions of other libraries look like those of Equinox.
+    # A convolution of another library may have `num_spatial_dims` too.
     return (find_kernel_axes if name == "weight" else find_matrix_axes)(module, ndim)
 
 

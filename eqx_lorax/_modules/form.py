@@ -51,20 +51,20 @@ def resolve_forms(
     ranks = resolve_per_array(rank, targets, "rank", None)
     alphas = resolve_per_array(alpha, targets, "alpha", None)
     shardings = resolve_per_array(sharding, targets, "sharding", None)
-    asked = {array: _Request(array, value) for array, value in ranks.items()}
-    _check_fit([x for x in asked.values() if x.is_invalid], rank, targets)
+    requests = {array: _Request(array, value) for array, value in ranks.items()}
+    _check_fit([x for x in requests.values() if x.is_invalid], rank, targets)
     forms = {}
-    for array, one in asked.items():
-        alpha_ = alphas[array] if one.spec.alpha is None else one.spec.alpha
-        _check_alpha(array, alpha_)
-        own_sharding = one.spec.sharding
+    for array, request in requests.items():
+        spec = request.spec
+        numerator = alphas[array] if spec.alpha is None else spec.alpha
+        _check_alpha(array, numerator)
         forms[array] = Form(
-            one.spec.rank,
-            one.rows,
-            one.columns,
-            float(one.spec.rank if alpha_ is None else alpha_),
-            rank_stabilised or one.spec.rank_stabilised,
-            shardings[array] if own_sharding is None else own_sharding,
+            spec.rank,
+            request.rows,
+            request.columns,
+            float(spec.rank if numerator is None else numerator),
+            rank_stabilised or spec.rank_stabilised,
+            shardings[array] if spec.sharding is None else spec.sharding,
         )
     return forms
 
@@ -76,29 +76,30 @@ def infer_axes(array: Place) -> tuple[Axes, Axes]:
 
 
 class _Request:
-    """The form that `rank` asks for, for one array."""
+    """The form of one array that `rank` asks for, before it is checked."""
 
     def __init__(self, array: Place, value: Any):
         _check_rank(value)
         self.array = array
         self.shape = tuple(array.node.shape)
         spec = value if isinstance(value, LoraSpec) else LoraSpec(value or 0)
-        says_axes = not (spec.rows is None and spec.columns is None and not spec.batch)
+        has_axes = not (spec.rows is None and spec.columns is None and not spec.batch)
         try:
-            axes = spec.axes(len(self.shape)) if says_axes else infer_axes(array)
+            axes = spec.axes(len(self.shape)) if has_axes else infer_axes(array)
         except ValueError as error:
             raise ValueError(f"{array.dotted} {self.shape}: {error}") from None
         self.rows, self.columns = axes
         # The axes of known layers and convolutions are known. In any other array of
         # several axes, the last two may or may not be a matrix.
         is_matrix = len(self.shape) == 2
-        self.is_guess = not (says_axes or is_matrix or _has_known_axes(array))
+        self.is_guess = not (has_axes or is_matrix or _has_known_axes(array))
         self.requested = _DEFAULT_RANK if value is None else spec.rank
         rank = min(self.requested, self.limit) if value is None else self.requested
         self.spec = dataclasses.replace(spec, rank=rank)
 
     @property
     def sides(self) -> tuple[int, int]:
+        """The size of the rows, and that of the columns."""
         rows, columns = (
             math.prod(self.shape[axis] for axis in axes)
             for axes in (self.rows, self.columns)
@@ -107,6 +108,7 @@ class _Request:
 
     @property
     def limit(self) -> int:
+        """The largest rank: the smaller side."""
         return min(self.sides)
 
     @property
@@ -117,6 +119,8 @@ class _Request:
 
     @property
     def is_invalid(self) -> bool:
+        """Whether the rank is too large, or the axes are a guess that gives an adapter
+        as large as the array."""
         is_large = self.is_guess and self.sizes[0] >= self.sizes[1]
         return self.spec.rank > self.limit or is_large
 
