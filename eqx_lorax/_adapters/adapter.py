@@ -1,4 +1,4 @@
-"""An adapter apart from its model: what is kept of it, and putting it into a model."""
+"""An adapter apart from its model: taken out of a model, and put into one."""
 
 import dataclasses
 import inspect
@@ -32,30 +32,31 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class DetachedWeight:
-    """One adapted weight without its base."""
+    """An adapted weight without its base, as files have it."""
 
     path: Path
     method: str
     """The `method` of its class."""
     shape: tuple[int, ...]
-    """Of the base."""
+    """The shape of the base."""
     dtype: str
-    """Of the base."""
+    """The dtype of the base."""
     settings: dict[str, Any]
     """The static arguments of the class."""
     dropout: float | None
-    """Of its layer, `None` if that can have none."""
+    """The rate of dropout of its layer; `None` if the layer can have none."""
     arrays: dict[str, Any]
-    """The other arguments of the class, but for the base."""
+    """The other arguments of the class, without the base."""
 
     @property
     def dotted(self) -> str:
+        """The path as it is written in messages."""
         return ".".join(self.path)
 
     def attach(self, node: Any) -> AbstractLoraWeight:
-        """The weight in the place of `node`: of a base, or of another weight. Its
-        arrays get the sharding of the arrays that they replace, or else inherit that of
-        the base."""
+        """The weight for the place of `node`, a base or another weight. Its arrays get
+        the sharding of the arrays that they replace. Where they replace none, they
+        inherit the sharding of the base."""
         replaced = node if is_weight(node) and node.method == self.method else None
         # If `node` is an adapter of an adapted weight, the inner one stays.
         base = node.w if is_weight(node) else node
@@ -80,8 +81,9 @@ class DetachedWeight:
 
         **Raises:**
 
-        `ValueError` if the class has other arguments. What the class itself raises
-        passes through: it is a fault of the arguments only if it is a `ValueError`.
+        `ValueError` if the class has other arguments, or if it refuses these. Whatever
+        else the class raises passes through, since that is its bug and no fault of the
+        arguments.
         """
         settings = {
             # Static fields have to be hashable.
@@ -108,7 +110,7 @@ class DetachedWeight:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """All that is trained of a model."""
+    """All that is trained of a model, without the rest of it."""
 
     weights: list[DetachedWeight]
     others: dict[Path, Any]
@@ -116,13 +118,19 @@ class Adapter:
 
 
 def extract_adapter(model: Any, places: Places, also: Filter) -> Adapter:
-    """The adapter of a model without views.
+    """The adapter of a model.
+
+    **Arguments:**
+
+    - `model`: A model without views, see `without_views`.
+    - `places`: Its places.
+    - `also`: What is trained besides the factors, see `lorax.partition`.
 
     **Raises:**
 
-    `ValueError` if the model has no adapters or no base, or as `lorax.partition`.
-    `TypeError` if there are shapes in the place of arrays, or if a weight holds what no
-    argument of its class says.
+    `ValueError` if the model has no adapters or no base, or if `also` names nothing.
+    `TypeError` if an array is abstract, or if a weight cannot be made again of the
+    arguments of its class.
     """
     weights = [place for place in places.all if is_weight(place.node)]
     if not weights and also is None:
@@ -169,7 +177,7 @@ def _extract_weight(place: Place) -> DetachedWeight:
                 f"`{name}` cannot be saved: it has no field of that name."
             )
     values = {name: getattr(weight, name) for name in names}
-    adapted = DetachedWeight(
+    detached = DetachedWeight(
         path=place.path,
         method=method,
         shape=tuple(weight.shape),
@@ -178,32 +186,36 @@ def _extract_weight(place: Place) -> DetachedWeight:
         dropout=_find_dropout(place),
         arrays={name: x for name, x in values.items() if is_array(x)},
     )
-    _check_nothing_is_lost(adapted, weight)
-    arrays = {name: replicate(x) for name, x in adapted.arrays.items()}
-    return dataclasses.replace(adapted, arrays=arrays)
+    _check_nothing_is_lost(detached, weight)
+    arrays = {name: replicate(x) for name, x in detached.arrays.items()}
+    return dataclasses.replace(detached, arrays=arrays)
 
 
-def _check_nothing_is_lost(adapted: DetachedWeight, weight: AbstractLoraWeight) -> None:
-    """**Raises:**
+def _check_nothing_is_lost(
+    detached: DetachedWeight, weight: AbstractLoraWeight
+) -> None:
+    """Checks that loading would make the same weight again.
 
-    `TypeError` if a weight holds more than loading would make of it.
+    **Raises:**
+
+    `TypeError` if it would not.
     """
     kind = type(weight).__name__
     unsaved = [
-        name for name, setting in adapted.settings.items() if not is_setting(setting)
+        name for name, setting in detached.settings.items() if not is_setting(setting)
     ]
     if not unsaved:
-        loaded = adapted.build(weight.w)
+        loaded = detached.build(weight.w)
         unsaved = [
             field.name
             for field in dataclasses.fields(weight)
-            # That is how to multiply, and not with what.
+            # Says how to multiply, which is not a part of the adapter.
             if field.name != "is_merged"
             and not _is_same(getattr(weight, field.name), getattr(loaded, field.name))
         ]
     if unsaved:
         raise TypeError(
-            f"There is a {kind} at {adapted.dotted} that holds in "
+            f"There is a {kind} at {detached.dotted} that holds in "
             f"{', '.join(f'`{name}`' for name in unsaved)} what would be lost in a "
             "file, which has the arguments of its class: arrays, numbers, strings and "
             "tuples of them. Let an argument say it."
@@ -211,7 +223,7 @@ def _check_nothing_is_lost(adapted: DetachedWeight, weight: AbstractLoraWeight) 
 
 
 def is_setting(x: Any) -> bool:
-    """Whether `x` can be an argument of a weight in a file."""
+    """Whether a file can have `x` as a static argument of a weight."""
     flat = x if isinstance(x, list | tuple) else [x]
     return all(y is None or isinstance(y, bool | int | float | str) for y in flat)
 
@@ -240,7 +252,7 @@ def _find_dropout(place: Place) -> float | None:
 
 def methods() -> dict[str, type[AbstractLoraWeight]]:
     """The classes of weights that can be saved and loaded, by the names of their
-    methods: all that there are, those of other packages too."""
+    methods. These are all subclasses that name a method, in other packages too."""
     found: dict[str, type[AbstractLoraWeight]] = {}
     left = [AbstractLoraWeight]
     while left:
@@ -252,13 +264,18 @@ def methods() -> dict[str, type[AbstractLoraWeight]]:
 
 
 def insert_adapter(model: _Model, places: Places, adapter: Adapter) -> _Model:
-    """`model`, without views, with `adapter` in the place of the one that it has, if
-    any.
+    """The model with `adapter`, which replaces the adapter that it has, if any.
+
+    **Arguments:**
+
+    - `model`: A model without views, see `without_views`.
+    - `places`: Its places.
 
     **Raises:**
 
-    `ValueError`, before anything is done, with all that does not fit: targets that the
-    model has not, or has and the adapter has not; other shapes or dtypes.
+    `ValueError` if the adapter does not fit, with all problems at once: targets that
+    only one of the two has, other shapes, other dtypes. Or if a class of weights
+    refuses what the adapter has for it.
     """
     by_path = {place.path: place for place in places.all}
     has_adapters = any(is_weight(place.node) for place in places.all)
@@ -267,17 +284,17 @@ def insert_adapter(model: _Model, places: Places, adapter: Adapter) -> _Model:
         lines = list_some(wrong, 12, separator="\n  ")
         raise ValueError(f"The adapter does not fit `model`:\n  {lines}")
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
-    fresh: list[Target] = []
+    plain: list[Target] = []
     rates: dict[Place, float] = {}
-    for adapted in adapter.weights:
-        place = by_path[adapted.path]
-        weight = adapted.attach(place.node)
+    for detached in adapter.weights:
+        place = by_path[detached.path]
+        weight = detached.attach(place.node)
         edits[place.indices] = lambda _, weight=weight: weight
         target = find_target(place)
         if target is not None and not is_weight(place.node):
-            fresh.append(target)
-            rates[target.place] = rates.get(target.place) or adapted.dropout or 0.0
-    for target in join_targets(fresh):
+            plain.append(target)
+            rates[target.place] = rates.get(target.place) or detached.dropout or 0.0
+    for target in join_targets(plain):
         edits[target.place.indices] = make_wrapper(target, rates[target.place])
     for path, array in adapter.others.items():
         edits[by_path[path].indices] = lambda old, new=array: place_array(
@@ -289,20 +306,20 @@ def insert_adapter(model: _Model, places: Places, adapter: Adapter) -> _Model:
 def _find_misfits(
     by_path: Mapping[Path, Place], adapter: Adapter, has_adapters: bool
 ) -> Iterator[str]:
-    paths = {adapted.path for adapted in adapter.weights}
-    for adapted in adapter.weights:
-        place = by_path.get(adapted.path)
+    paths = {detached.path for detached in adapter.weights}
+    for detached in adapter.weights:
+        place = by_path.get(detached.path)
         if place is None or not place.is_array:
-            yield f"{adapted.dotted}: there is no such array in the model"
-        elif (found := tuple(place.node.shape)) != adapted.shape:
-            yield f"{adapted.dotted}: {found} in the model, not {adapted.shape}"
+            yield f"{detached.dotted}: there is no such array in the model"
+        elif (found := tuple(place.node.shape)) != detached.shape:
+            yield f"{detached.dotted}: {found} in the model, not {detached.shape}"
         elif has_adapters and not is_weight(place.node):
-            yield f"{adapted.dotted}: the model has other adapters, but none here"
+            yield f"{detached.dotted}: the model has other adapters, but none here"
         elif is_weight(place.node):
-            now = {name: getattr(place.node, name, None) for name in adapted.arrays}
-            for name, array in adapted.arrays.items():
+            now = {name: getattr(place.node, name, None) for name in detached.arrays}
+            for name, array in detached.arrays.items():
                 yield from _find_mismatch(
-                    f"{adapted.dotted}, `{name}`", now[name], array
+                    f"{detached.dotted}, `{name}`", now[name], array
                 )
     for path, place in by_path.items():
         if is_weight(place.node) and path not in paths:

@@ -1,4 +1,4 @@
-"""Writing files that are there whole or not at all."""
+"""Writing files atomically: a file is there whole or not at all."""
 
 import contextlib
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, which takes its place at the end, if nothing is raised.
+    """A context with a new file beside `path`, which replaces the one at `path` at the
+    end, if nothing is raised.
 
-    Whatever happens, what is at `path` is what was there before or the whole of what
-    was written, also for other writers, and after the power has failed.
+    Whatever happens, the file at `path` is the one from before or the whole new one.
+    This holds for other writers too, and after a power failure.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(".tmp", f".{path.name}.", path.parent)
@@ -20,7 +21,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     new = Path(name)
     try:
         yield new
-        # Files made by `mkstemp` are for their owner alone.
+        # `mkstemp` makes files that only their owner may read.
         os.chmod(new, 0o666 & ~_umask())
         _sync(new)
         os.replace(new, path)

@@ -1,8 +1,8 @@
 """Checkpoints of a training run, by Orbax: sharded, written by all processes at once,
 and restored onto any mesh.
 
-Orbax sees a flat dictionary of plain arrays. What they are, with a digest of each and
-of every array of the base, is JSON beside them.
+Orbax is given a flat dictionary of plain arrays. JSON beside them says what they are,
+with a fingerprint of each of them and of every array of the base.
 """
 
 import json
@@ -38,7 +38,7 @@ from .state import (
 
 _State = TypeVar("_State")
 
-# Format 1 had no settings, and nothing of less than a byte.
+# Format 1 had no settings, and no dtypes narrower than a byte.
 FORMAT = 2
 
 
@@ -46,11 +46,11 @@ class Checkpoints:
     """A folder of checkpoints from which a run goes on after it was interrupted.
 
     A checkpoint is there whole or not at all, whenever the processes that write it are
-    killed; what they leave behind is removed by the next `Checkpoints` of that folder.
-    It is written while training goes on.
+    killed. The next `Checkpoints` of the folder removes what they have left behind.
+    Checkpoints are written while training goes on.
 
-    With several processes each of them does the same calls, and the folder is one that
-    all can see.
+    With several processes, each of them does the same calls, and all must see the
+    folder.
 
     !!! example
 
@@ -75,15 +75,15 @@ class Checkpoints:
     ):
         """**Arguments:**
 
-        - `folder`: Is made if it is not there. A URL for what Orbax knows, such as
-            `gs://...`, is fine.
-        - `frozen`: What is not trained, as `lorax.partition` gives it, or the whole
-            plain model. It is not saved, but a digest of each of its arrays is, and
-            what is static in its adapters, so that training does not go on with
+        - `folder`: The folder, which is made if it is not there. It may be a URL that
+            Orbax knows, such as `gs://...`.
+        - `frozen`: What is not trained, as `lorax.partition` returns it, or the whole
+            plain model. Of this a checkpoint has a fingerprint of each array, and the
+            static settings of its adapters, so that training does not go on with
             another base or dropout. `None` if there is none.
-        - `every`: `save` does nothing but for steps that are multiples of this.
-        - `keep`: How many checkpoints there are at most. Older ones are deleted when
-            a new one is whole.
+        - `every`: `save` only writes steps that are multiples of this.
+        - `keep`: How many checkpoints are kept. Older ones are deleted when a new one
+            is whole.
 
         **Raises:**
 
@@ -126,7 +126,8 @@ class Checkpoints:
         self.close()
 
     def close(self) -> None:
-        """Waits until all is written. The end of a `with` block does the same."""
+        """Waits until everything is written. The end of a `with` block does the
+        same."""
         self._manager.close()
 
     @property
@@ -140,31 +141,33 @@ class Checkpoints:
         **Arguments:**
 
         - `step`: How many steps have been done.
-        - `state`: All that training needs to go on: `params` as of `lorax.partition`,
+        - `state`: All that training needs to go on: the `params` of `lorax.partition`,
             the state of the optimizer, keys. Arrays, typed keys and Python's numbers
             are saved; other leaves, such as functions, are not. With several processes,
             an array that is not on a mesh of all of them must be the same in each.
-        - `force`: Whether to save also if `step` is no multiple of `every`: at the end.
+        - `force`: Whether to save even if `step` is no multiple of `every`, such as at
+            the end.
 
         **Raises:**
 
-        `ValueError` if there is a checkpoint of that step or of a later one, if there
+        `ValueError` if there is a checkpoint of this step or of a later one, if there
         are no arrays, or if processes disagree on one. `TypeError` if an array is
-        abstract. What went wrong in the
-        background with an earlier checkpoint is raised here too.
+        abstract. An error that happened in the background, while an earlier checkpoint
+        was written, is raised here too.
         """
         if step % self._every and not force:
             return
         latest = self.latest
         if latest is not None and step <= latest:
             raise ValueError(
-                f"`step={step}` is not after {latest}, of which {self._folder} has a "
-                "checkpoint. Begin with what `restore` gives, or use another folder."
+                f"`step={step}` is not after {latest}, the step of the last "
+                f"checkpoint in {self._folder}. Begin with what `restore` returns, or "
+                "use another folder."
             )
         arrays, values = split_state(state)
         check_storable(arrays)
-        digests = {name: fingerprint(x) for name, x in arrays.items()}
-        check_agreement(step, digests)
+        fingerprints = {name: fingerprint(x) for name, x in arrays.items()}
+        check_agreement(step, fingerprints)
         about = json.dumps(
             {
                 "format": FORMAT,
@@ -173,7 +176,7 @@ class Checkpoints:
                         **describe_array(x),
                         "impl": find_key_impl(x),
                         "packed": is_packed(x),
-                        "digest": digests[name],
+                        "digest": fingerprints[name],
                     }
                     for name, x in arrays.items()
                 },
@@ -204,14 +207,15 @@ class Checkpoints:
 
         **Arguments:**
 
-        - `state`: What a run begins with, or its shapes (`jax.ShapeDtypeStruct`). Each
-            array is restored to where the one here lies: the mesh, and the number of
-            processes, may be others than those that the checkpoint was written with.
-        - `allow_other_base`: Whether base weights may differ from those that were there
-            when it was saved, which is otherwise an error.
-        - `allow_other_settings`: Whether what no array says may differ: `alpha`,
-            `rank_stabilised`, the axes of factors, rates of dropout. Those of `state`
-            and `frozen` then hold.
+        - `state`: The state that a run begins with, or its shapes
+            (`jax.ShapeDtypeStruct`). Each array is restored with the sharding of the
+            one here: the mesh, and the number of processes, need not be those that the
+            checkpoint was written with.
+        - `allow_other_base`: Whether base weights may differ from those of the run that
+            was saved, which is otherwise an error.
+        - `allow_other_settings`: Whether settings may differ that are in no array:
+            `alpha`, `rank_stabilised`, the axes of factors, rates of dropout. Those of
+            `state` and `frozen` are then used.
 
         **Returns:**
 
@@ -245,7 +249,7 @@ class Checkpoints:
                 "trained on, or pass `allow_other_base=True` if these differences are "
                 "meant."
             )
-        # Not always the same: where `frozen` was a plain model, it had none.
+        # The two may have different entries: a plain model as `frozen` has none.
         settings = self._settings | collect_state_settings(state)
         changed = list(find_changes(about.get("settings", {}), settings))
         if changed and not allow_other_settings:
@@ -284,7 +288,7 @@ class Checkpoints:
             intact = found["digest"] == hash_content(found["about"])
             about = json.loads(found["about"])
             version = about["format"]
-        # Orbax raises what its parts raise, of which there are many kinds.
+        # Orbax passes on errors of many kinds from the libraries that it uses.
         except Exception as error:
             raise self._damaged(step, error) from error
         if version > FORMAT:
@@ -299,7 +303,7 @@ class Checkpoints:
     def _arrays(
         self, step: int, arrays: Mapping[str, Any], packed: Mapping[str, bool]
     ) -> dict[str, Any]:
-        """Those at a mesh on that mesh, the others as NumPy arrays."""
+        """Those that belong on a mesh as JAX's arrays there, the others as NumPy's."""
         args = self._orbax.args
         wanted = {name: make_raw_struct(x, packed[name]) for name, x in arrays.items()}
         filled = {name: x for name, x in wanted.items() if x.size}
@@ -325,7 +329,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, problem: object) -> AdapterFileError:
         if isinstance(problem, Exception):
-            # Orbax and TensorStore write pages.
+            # The messages of Orbax and TensorStore are pages long.
             first = (str(problem).strip().splitlines() or [""])[0][:200]
             problem = f"{type(problem).__name__}: {first}"
         before = [x for x in self._manager.all_steps() if x < step]

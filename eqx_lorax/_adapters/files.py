@@ -70,7 +70,7 @@ def read_tensors(
     """
     try:
         with open(path, "rb") as file:
-            # Checks the whole of the file but for the bits of its tensors.
+            # Checks all of the file except the bits of its tensors.
             with safe_open(path, "numpy") as checked:
                 metadata = checked.metadata() or {}
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -84,7 +84,7 @@ def read_tensors(
     entries.pop("__metadata__", None)
     content = np.frombuffer(mapped, np.uint8)[8 + length :]
     tensors: dict[str, Array] = {}
-    digests: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for name, entry in entries.items():
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
@@ -92,9 +92,9 @@ def read_tensors(
                 f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
             )
         bits = content[slice(*entry["data_offsets"])]
-        digests[name] = hash_content(bits)
+        hashes[name] = hash_content(bits)
         tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
-    return metadata, tensors, digests
+    return metadata, tensors, hashes
 
 
 def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
@@ -103,14 +103,14 @@ def _on_device(path: Path, name: str, array: np.ndarray) -> Array:
             f"{path}: {name} is of dtype {array.dtype}, which JAX would round. Switch "
             "on `jax_enable_x64`."
         )
-    # A copy, since the file may change. Not put off until it has.
+    # A copy, since the file may change. It is waited for, since it is made later.
     return jax.block_until_ready(jax.device_put(array, may_alias=False))
 
 
 def parse_content(path: Any, parse: Callable[[], _Value]) -> _Value:
-    """What `parse` returns, which takes what the file at `path` says for what it should
-    be, and so may fail anyhow. It should do nothing else: whatever it raises is said to
-    be the fault of the file.
+    """Calls `parse`, a function that takes the content of the file at `path` for
+    well-formed and so may fail in any way. It should do nothing else, since whatever it
+    raises is reported as a fault of the file.
 
     **Raises:**
 
@@ -128,7 +128,7 @@ def parse_content(path: Any, parse: Callable[[], _Value]) -> _Value:
 def find_differences(
     written: Mapping[str, Any], found: Mapping[str, Any]
 ) -> Iterator[str]:
-    """What is not the same in two mappings, a line each."""
+    """A line for each name whose values in the two mappings differ."""
     for name in written:
         if name not in found:
             yield f"{name} is missing"

@@ -1,9 +1,9 @@
-"""Telling one base from another: a digest of every bit of the arrays that an adapter
-was trained on top of.
+"""Two ways to tell one content from another, both over every bit.
 
-It is a sum of mixed words modulo 2⁶⁴, in no particular order, so that it is the same on
-any device and for any sharding, and nothing is gathered or copied. It finds other
-weights and damaged ones; against forgery it is no help.
+A *fingerprint* is of an array, wherever it is: a sum of mixed words modulo 2⁶⁴. A sum
+has no order, so it is the same on any device and for any sharding, and nothing is
+gathered or copied. It tells other weights and damaged ones, but does not withstand
+forgery. A *hash*, BLAKE2b, is of the bytes of a file.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from .._trees import join_path, Places
 def fingerprint_base(
     places: Places, without: Collection[tuple[str, ...]]
 ) -> dict[str, str]:
-    """A digest of every array of a model that is frozen, by its path in the plain
-    model: all but the factors of adapters, and but those at `without`."""
+    """A fingerprint of every frozen array of a model, by its path in the plain model:
+    of all arrays but the factors of adapters and those at the paths in `without`."""
     return {
         join_path(path): fingerprint(array)
         for path, array in _find_frozen(places)
@@ -47,7 +47,7 @@ def fingerprint(array: Any) -> str:
 
 
 def hash_content(content: Any) -> str:
-    """A digest of an array of NumPy, of text, or of bytes."""
+    """A hash of an array of NumPy, of text, or of bytes."""
     if isinstance(content, str):
         content = content.encode()
     if isinstance(content, np.ndarray):
@@ -60,7 +60,7 @@ def _find_frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
         if is_array(place.node):
             yield place.path, place.node
         elif is_weight(place.node):
-            # One array, or several if the base is a weight in its turn.
+            # One array, or several if the base is itself a weight.
             for keys, array in jax.tree_util.tree_leaves_with_path(place.node.w):
                 yield (*place.path, *(key.name for key in keys)), array
 
@@ -77,7 +77,7 @@ def _bits(x: Any) -> Array:
         return as_array(to_bits(x))
     unsigned = np.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")
     if isinstance(x, np.ndarray):
-        # Not by way of JAX, which would round what has 64 bits.
+        # JAX would round entries of 64 bits.
         words = (x.dtype.itemsize // 4,) * (x.dtype.itemsize > 4)
         return as_array(
             np.ascontiguousarray(x).view(unsigned).reshape(*x.shape, *words)
@@ -86,16 +86,16 @@ def _bits(x: Any) -> Array:
 
 
 def to_bits(x: Any) -> Any:
-    """The bits of entries of at most a byte, in a byte each."""
+    """The bits of `x`, whose entries have at most a byte, in one byte for each."""
     count = count_bits(x.dtype)
     if isinstance(x, np.ndarray | np.generic):
-        # NumPy's bits above these are whatever they are.
+        # NumPy leaves the other bits of each byte undefined.
         return np.array(x, order="C").view(np.uint8) & np.uint8(2**count - 1)
     return lax.bitcast_convert_type(x, f"uint{count}").astype(jnp.uint8)
 
 
 def from_bits(x: Any, dtype: DTypeLike) -> Any:
-    """The array of `dtype` of which `bits` gives `x`."""
+    """The inverse of `to_bits`."""
     count = count_bits(dtype)
     if not isinstance(x, np.ndarray):
         return lax.bitcast_convert_type(x.astype(f"uint{count}"), dtype)
@@ -106,13 +106,13 @@ def from_bits(x: Any, dtype: DTypeLike) -> Any:
 
 
 @jax.jit
-def _mix(to_bits: Array) -> Array:
-    """Two sums of words that are mixed with their positions."""
-    position = jnp.zeros(to_bits.shape, jnp.uint32)
-    for axis, size in enumerate(to_bits.shape):
-        along = lax.broadcasted_iota(jnp.uint32, to_bits.shape, axis)
+def _mix(bits: Array) -> Array:
+    """Two sums of words, each mixed with its position."""
+    position = jnp.zeros(bits.shape, jnp.uint32)
+    for axis, size in enumerate(bits.shape):
+        along = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position = position * jnp.uint32(size % 2**32) + along
-    word = to_bits.astype(jnp.uint32)
+    word = bits.astype(jnp.uint32)
     seeds = (0x9E3779B9, 0x7F4A7C15)
     mixed = [_scramble(word ^ _scramble(position + jnp.uint32(s))) for s in seeds]
     return jnp.stack([jnp.sum(word, dtype=jnp.uint32) for word in mixed])

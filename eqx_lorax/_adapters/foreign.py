@@ -1,5 +1,5 @@
-"""What files and folders are that are no adapter of this library, and what to do with
-them. Nothing in them is ever executed."""
+"""Explaining files and folders that are no adapter of this library: what they are, and
+what to do with them. Nothing in them is ever executed."""
 
 import re
 from collections.abc import Collection
@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open, SafetensorError
 
 
-# The key of this library's own files.
+# The key of the metadata of this library's own files.
 HEADER = "eqx_lorax"
 READ_BY_PEFT = "a folder of PEFT's is read by `lorax.peft.load`."
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,7 +44,8 @@ _WHOLE_MODEL = (
     f"which `lorax.peft.load` reads, is a folder with `{PEFT_CONFIG}` and "
     f"`{PEFT_WEIGHTS}`."
 )
-# What a folder without the weights of an adapter may have instead, in this order.
+# What a folder may have in the place of the weights of an adapter: the first match
+# counts.
 _IN_FOLDERS = {
     r"adapter_model[-.].*safetensors.*": (
         "has an adapter in parts, which no version of PEFT reads. Put them together: "
@@ -61,7 +62,8 @@ _IN_FOLDERS = {
 
 
 def explain_foreign_file(path: Path) -> str | None:
-    """What the file at `path` is by its first bytes; `None` if these say nothing."""
+    """Says what the file at `path` is, by its first bytes; `None` if they do not
+    tell."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
@@ -73,7 +75,8 @@ def explain_foreign_file(path: Path) -> str | None:
 
 
 def explain_foreign_tensors(names: Collection[str]) -> str | None:
-    """What a file with tensors of these names is, if that is no adapter of PEFT's."""
+    """Says what a file with tensors of these names is; `None` if it may be an adapter
+    of PEFT's."""
     if any(re.search(r"\.lora_(down|up)\.weight$", name) for name in names):
         kohya = any(re.match(r"lora_[a-z0-9]+_", name) for name in names)
         return _KOHYA if kohya else _DIFFUSERS
@@ -86,7 +89,7 @@ def explain_foreign_tensors(names: Collection[str]) -> str | None:
 
 
 def explain_foreign_folder(path: Path) -> str | None:
-    """What the folder at `path` has in the place of the weights of an adapter."""
+    """Says what the folder at `path` has in the place of the weights of an adapter."""
     inside = sorted(x.name for x in path.iterdir())
     for pattern, what in _IN_FOLDERS.items():
         if found := [name for name in inside if re.fullmatch(pattern, name)]:
@@ -98,8 +101,7 @@ def explain_foreign_folder(path: Path) -> str | None:
 
 
 def explain_not_native(path: Path) -> str | None:
-    """What is at `path`, if that is no file that `lorax.save_adapter` could have
-    written."""
+    """Says what is at `path`; `None` if `lorax.save_adapter` may have written it."""
     if (path / PEFT_CONFIG).is_file() or (path / PEFT_WEIGHTS).is_file():
         return f"is a folder: {READ_BY_PEFT}"
     return explain_foreign_file(path)

@@ -1,9 +1,9 @@
 """Adapters on disk, in the format of this library: one safetensors file.
 
-The file holds the trained arrays, bit for bit. Under `"eqx_lorax"` its metadata have a
-JSON object that says what they are, and a digest of every tensor and of every base
-array; under `"eqx_lorax_digest"` a digest of that object. Nothing in the file is ever
-executed.
+The file holds the trained arrays, bit for bit. Its metadata have two entries. The
+first, `"eqx_lorax"`, is a JSON object, the header: it says what the arrays are, and has
+a hash of each of them and a fingerprint of each array of the base. The second,
+`"eqx_lorax_digest"`, is a hash of the header. Nothing in the file is ever executed.
 """
 
 import importlib.metadata
@@ -56,11 +56,11 @@ def save_adapter(
     also: Filter = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes what is trained of a model, and not its base, to one file.
+    """Writes what is trained of a model to one file, without the base.
 
     The file is written beside `path` and then moved there: a good file that was there
-    before stays until the new one is whole. If the model lies on the devices of several
-    processes, all of them do this call and the first one writes.
+    before stays until the new one is whole. If the model is placed on the devices of
+    several processes, all of them do this call and the first one writes.
 
     !!! example
 
@@ -73,16 +73,16 @@ def save_adapter(
 
     - `path`: The file, usually `*.safetensors`. Folders on the way to it are made.
     - `model`: A model with adapters.
-    - `also`: What was trained besides the factors, as of `lorax.partition`.
-    - `metadata`: Anything JSON has, to be kept with it: `lorax.adapter_info` gives it
-        back.
+    - `also`: What was trained besides the factors, see `lorax.partition`.
+    - `metadata`: Anything that JSON can hold, to be kept in the file.
+        `lorax.adapter_info` returns it.
 
     **Raises:**
 
-    `ValueError` if there is nothing to save, or as `lorax.partition`;
-    `TypeError` if `metadata` is not JSON, if there are shapes in the place of arrays,
-    or if a weight of another method holds what is no argument of its class;
-    `OSError`, in every process, if it cannot be written.
+    `ValueError` if there is nothing to save, or if `also` names nothing. `TypeError` if
+    `metadata` is not JSON, if an array is abstract, or if a weight cannot be made again
+    of the arguments of its class. `OSError`, in every process, if the file cannot be
+    written.
     """
     check_whole(model, "lorax.save_adapter(path, {})")
     model = without_views(model)
@@ -90,7 +90,7 @@ def save_adapter(
     adapter = extract_adapter(model, places, also)
     tensors: dict[str, np.ndarray] = {}
 
-    def stored(name: str, array: Any) -> str:
+    def store(name: str, array: Any) -> str:
         if not is_storable(array.dtype):
             raise TypeError(
                 f"{name} is of dtype {array.dtype}, which safetensors does not have. "
@@ -101,21 +101,21 @@ def save_adapter(
 
     targets = [
         {
-            "path": adapted.path,
-            "method": adapted.method,
-            "shape": adapted.shape,
-            "dtype": adapted.dtype,
-            "settings": adapted.settings,
-            "dropout": adapted.dropout,
+            "path": detached.path,
+            "method": detached.method,
+            "shape": detached.shape,
+            "dtype": detached.dtype,
+            "settings": detached.settings,
+            "dropout": detached.dropout,
             "tensors": {
-                name: stored(f"{join_path(adapted.path)}.{name}", array)
-                for name, array in adapted.arrays.items()
+                name: store(f"{join_path(detached.path)}.{name}", array)
+                for name, array in detached.arrays.items()
             },
         }
-        for adapted in adapter.weights
+        for detached in adapter.weights
     ]
     others = [
-        {"path": path, "tensor": stored(join_path(path), array)}
+        {"path": path, "tensor": store(join_path(path), array)}
         for path, array in adapter.others.items()
     ]
     try:
@@ -159,20 +159,21 @@ def load_adapter(
 
     **Returns:**
 
-    The model with the adapter, and with what else was saved in its place. The arrays
-    have the dtypes and bits that they had when saved, and lie where those of `model`
-    do, or where `lorax.loraify` would put them. `model` itself is not changed.
+    The model with the adapter, and with all else that was saved. The arrays have the
+    dtypes and bits that they had when saved. They have the shardings of the arrays of
+    `model` that they replace, or those that `lorax.loraify` would give them. `model`
+    itself is not changed.
 
     **Raises:**
 
     `lorax.AdapterFileError`, a `ValueError`, if the file is not such an adapter, is
     damaged or from a newer version, or if it does not fit the model: other paths,
-    shapes, dtypes, or base weights. The message names the paths. `OSError` if there is
-    no file that can be read.
+    shapes, dtypes, or base weights. The message names the paths. `OSError` if no file
+    can be read there.
     """
     check_whole(model, "lorax.load_adapter(path, {})")
     header, tensors = _read(Path(path))
-    adapter = parse_content(path, lambda: _adapter(header, tensors))
+    adapter = parse_content(path, lambda: _make_adapter(header, tensors))
     model = without_views(model)
     places = Places(model)
     try:
@@ -194,30 +195,38 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     **Returns:**
 
-    A dictionary with `"format"` and `"library"` (versions), `"targets"` (with path,
-    shape and dtype of the base, method, settings, rank), `"others"` (paths),
-    `"base"` (a digest for each frozen array), and your own `"metadata"`.
+    A dictionary with `"format"` and `"library"` (versions), `"targets"` (with the path,
+    the shape and the dtype of the base, the method, its settings and the shapes of its
+    arrays), `"others"` (paths), `"base"` (a fingerprint of each frozen array), and your
+    own `"metadata"`.
 
     **Raises:**
 
-    As `lorax.load_adapter` for the file alone.
+    `lorax.AdapterFileError`, a `ValueError`, if the file is not such an adapter, is
+    damaged or from a newer version. `OSError` if no file can be read there.
     """
     header, tensors = _read(Path(path))
-    adapter = parse_content(path, lambda: _adapter(header, tensors))
+    return parse_content(path, lambda: _describe(header, tensors))
+
+
+def _describe(
+    header: Mapping[str, Any], tensors: Mapping[str, Array]
+) -> dict[str, Any]:
+    adapter = _make_adapter(header, tensors)
     return {
         "format": header["format"],
         "library": header["library"],
         "targets": [
             {
-                "path": adapted.dotted,
-                "shape": adapted.shape,
-                "dtype": adapted.dtype,
-                "method": adapted.method,
-                "dropout": adapted.dropout,
-                **adapted.settings,
-                "arrays": {name: x.shape for name, x in adapted.arrays.items()},
+                "path": detached.dotted,
+                "shape": detached.shape,
+                "dtype": detached.dtype,
+                "method": detached.method,
+                "dropout": detached.dropout,
+                **detached.settings,
+                "arrays": {name: x.shape for name, x in detached.arrays.items()},
             }
-            for adapted in adapter.weights
+            for detached in adapter.weights
         ],
         "others": [".".join(path) for path in adapter.others],
         "base": header["base"],
@@ -229,10 +238,11 @@ def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
-    """The header and the tensors, the bits of both being those that were written."""
+    """The header and the tensors. Their hashes say that no bit has changed since they
+    were written."""
     if foreign := explain_not_native(path):
         raise AdapterFileError(f"{path} {foreign}")
-    metadata, tensors, digests = read_tensors(path)
+    metadata, tensors, hashes = read_tensors(path)
     if HEADER not in metadata:
         what = explain_foreign_tensors(tensors) or READ_BY_PEFT
         raise AdapterFileError(
@@ -248,15 +258,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Array]]:
             f"version reads formats up to {FORMAT}. Upgrade eqx-lorax."
         )
     wrong = list(
-        find_differences(parse_content(path, lambda: dict(header["digests"])), digests)
+        find_differences(parse_content(path, lambda: dict(header["digests"])), hashes)
     )
     if wrong:
         raise AdapterFileError(f"{path} is damaged: {'; '.join(wrong[:8])}.")
     return header, tensors
 
 
-def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
-    def adapted(target: Mapping[str, Any]) -> DetachedWeight:
+def _make_adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter:
+    """The adapter that a header describes. May raise anything if the header is not
+    well-formed, see `parse_content`."""
+
+    def detach(target: Mapping[str, Any]) -> DetachedWeight:
         if target["method"] not in methods():
             raise ValueError(f"its method {target['method']!r} is not known here")
         if not 0 <= (target["dropout"] or 0) < 1 or not all(
@@ -281,4 +294,4 @@ def _adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Adapter
     }
     if len(tensors) != len(others) + sum(len(t["tensors"]) for t in header["targets"]):
         raise ValueError("some tensors belong to nothing")
-    return Adapter([adapted(target) for target in header["targets"]], others)
+    return Adapter([detach(target) for target in header["targets"]], others)

@@ -1,5 +1,6 @@
-"""What is static about adapted weights, and so is in no array: their scales, which axes
-they own, dropout. A run does not go on with others unseen."""
+"""The static settings of adapted weights, which are in no array: scales, the axes of
+factors, dropout. A checkpoint has them, so that a run does not go on with others
+unnoticed."""
 
 import dataclasses
 import re
@@ -17,7 +18,7 @@ from .fingerprint import fingerprint
 
 
 def collect_state_settings(state: Any) -> dict[str, Any]:
-    """Of the weights in the state of a run, by name."""
+    """The settings of the weights in the state of a run, by name."""
     return {
         f"state{jtu.keystr(path)}": _collect_static(node)
         for path, node in jtu.tree_leaves_with_path(state, is_leaf=is_weight)
@@ -26,8 +27,9 @@ def collect_state_settings(state: Any) -> dict[str, Any]:
 
 
 def collect_frozen_settings(frozen: Any) -> dict[str, Any]:
-    """Of the weights, and of the layers around them, in the frozen part of a model, by
-    path. Of the former also what is frozen besides the base."""
+    """The settings of the weights, and of the layers around them, in the frozen part of
+    a model, by path. For weights this has fingerprints of what is frozen besides the
+    base."""
     found: dict[str, Any] = {}
     for place in Places(frozen).all:
         node = place.node
@@ -43,8 +45,8 @@ def collect_frozen_settings(frozen: Any) -> dict[str, Any]:
 
 
 def find_changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterator[str]:
-    """What differs in both, and where: often the same at all of them, and again in the
-    state of the optimizer."""
+    """A line for each change between two collections of settings, with the places that
+    have it: often all weights do, and the state of the optimizer too."""
     where: dict[str, list[str]] = {}
     for name in (name for name in found if name in written):
         old, new = written[name], found[name]
@@ -60,7 +62,7 @@ def _collect_static(weight: AbstractLoraWeight) -> dict[str, Any]:
     fields = {
         field.name: _to_plain(getattr(weight, field.name))
         for field in dataclasses.fields(weight)
-        # Not how to multiply and to differentiate, but with what.
+        # Those two say how to multiply and to differentiate, not with what.
         if field.metadata.get("static", False)
         and field.name not in ("is_merged", "has_frozen_base")
     }

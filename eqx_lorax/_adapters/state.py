@@ -1,5 +1,5 @@
-"""The state of a training run as named plain arrays and numbers, and back: what Orbax
-can hold."""
+"""The state of a training run as plain arrays and numbers with names, which Orbax can
+hold, and back."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +19,7 @@ from .fingerprint import from_bits, hash_content, to_bits
 
 
 def split_state(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The arrays of a tree, and its numbers that are none, by name."""
+    """The arrays of a tree, and its other numbers and strings, by name."""
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
     for path, leaf in jtu.tree_leaves_with_path(state):
@@ -40,6 +40,7 @@ def find_misfits(
     arrays: Mapping[str, Any],
     values: Mapping[str, Any],
 ) -> Iterator[str]:
+    """A line for each difference between what was written and the state to restore."""
     found = [*arrays, *values]
     kept = [*written, *written_values]
     yield from (f"{name} is not in `state`" for name in kept if name not in found)
@@ -75,7 +76,7 @@ def _is_of_one_process(sharding: Sharding) -> bool:
 
 
 def is_packed(x: Any) -> bool:
-    """Whether `x` is stored as its bits: of dtypes so narrow Orbax knows but some."""
+    """Whether `x` is stored as its bits: Orbax knows few dtypes that are so narrow."""
     return (
         not _is_key(x)
         and x.dtype.name not in ("bool", "int8", "uint8")
@@ -84,17 +85,17 @@ def is_packed(x: Any) -> bool:
 
 
 def to_raw(x: Any) -> Any:
-    """`x` as Orbax holds it. What only this process sees is NumPy's."""
+    """`x` as Orbax holds it: as an array of NumPy if only this process has it."""
     x = jax.random.key_data(x) if _is_key(x) else x
     x = to_bits(x) if is_packed(x) else x
     is_local = not isinstance(x, jax.Array) or _is_of_one_process(x.sharding)
-    # A copy, since it is written while the program goes on.
+    # A copy, since Orbax writes while the program goes on.
     return np.array(jax.device_get(x)) if is_local else x
 
 
 def make_raw_struct(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
-    """What `raw(like)` is restored as, if it was stored as its bits or not. It has a
-    sharding if Orbax is to place it."""
+    """The shape and dtype that `to_raw(like)` is restored with; `packed` says whether
+    it was stored as its bits. It has a sharding if Orbax is to place it."""
     sharding = committed_sharding(like)
     if sharding is not None and _is_of_one_process(sharding):
         sharding = None
@@ -107,7 +108,8 @@ def make_raw_struct(like: Any, packed: bool) -> jax.ShapeDtypeStruct:
 
 
 def from_raw(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
-    """`x`, which is what `raw` made, as an array like `like`."""
+    """The array that `to_raw` has made `x` of, with the type and sharding of
+    `like`."""
     if packed:
         x = from_bits(x, like.dtype)
     if isinstance(like, np.generic):
@@ -123,6 +125,7 @@ def from_raw(x: Any, like: Any, impl: str | None, packed: bool) -> Any:
 
 
 def check_storable(arrays: Mapping[str, Any]) -> None:
+    """Checks that there are arrays, and that none of them is abstract."""
     if not any(x.size for x in arrays.values()):
         raise ValueError("`state` has no arrays, so there is nothing to save.")
     for name, x in arrays.items():
@@ -133,12 +136,12 @@ def check_storable(arrays: Mapping[str, Any]) -> None:
             )
 
 
-def check_agreement(step: int, digests: Mapping[str, str]) -> None:
-    """Each process writes its part: a checkpoint of parts of different states would be
-    no checkpoint at all."""
+def check_agreement(step: int, fingerprints: Mapping[str, str]) -> None:
+    """Checks that all processes save the same step and state. Each writes its part, and
+    parts of different states would be no checkpoint."""
     if jax.process_count() == 1:
         return
-    own = {"step": hash_content(str(step)), **digests}
+    own = {"step": hash_content(str(step)), **fingerprints}
     words = np.array([int(hash_content(x)[:8], 16) for x in own.values()], np.uint32)
     everyone = np.asarray(multihost_utils.process_allgather(words))
     wrong = [name for name, x in zip(own, everyone.T) if (x != x[0]).any()]

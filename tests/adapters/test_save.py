@@ -294,6 +294,16 @@ def test_headers_that_describe_nothing(saved, change, message):
         lorax.load_adapter(path, plain)
 
 
+def test_info_of_a_header_that_lacks_something(saved):
+    _, _, path = saved
+    for name in ("base", "library", "metadata"):
+        before = path.read_bytes()
+        rewritten(path, lambda header: header.pop(name) and None)
+        with pytest.raises(ERRORS, match=f"does not describe.*KeyError: '{name}'"):
+            lorax.adapter_info(path)
+        path.write_bytes(before)
+
+
 def test_a_header_that_was_changed(saved):
     plain, _, path = saved
     rewritten(path, set_("targets", 0, "settings", "alpha", 4.0), digest=False)
