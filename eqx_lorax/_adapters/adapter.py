@@ -21,7 +21,7 @@ from .._shared import (
     place_array,
     replicate,
 )
-from .._training import trained_places
+from .._training import find_trained_places
 from .._trees import Filter, Place, Places, rebuild
 from .fingerprint import fingerprint
 
@@ -140,7 +140,7 @@ def extract_adapter(model: Any, places: Places, also: Filter) -> Adapter:
         )
     others = {
         place.path: replicate(place.node)
-        for place in trained_places(model, places, also)
+        for place in find_trained_places(model, places, also)
     }
     adapter = Adapter([_extract_weight(place) for place in weights], others)
     abstract = [

@@ -1,4 +1,4 @@
-"""What a training step needs, on paper: memory, operations, and time at the least."""
+"""Plans: the memory, the operations and the least time that a training step needs."""
 
 import dataclasses
 import math
@@ -22,9 +22,17 @@ from .._shared import (
     mesh_axes,
     plan_optimizer_state,
 )
-from .._training import in_bytes, partition
+from .._training import format_bytes, partition
 from .._trees import Filter
-from .costs import flops, peak, Program, program, Value, Weight, weight_reads
+from .costs import (
+    build_program,
+    count_flops,
+    count_weight_reads,
+    find_peak,
+    Program,
+    StoredWeight,
+    Value,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +47,24 @@ class Accelerator:
     bandwidth: int | float
     """Bytes a second between the memory and the processor."""
     link: int | float = math.inf
-    """Bytes a second that it can receive from other devices."""
+    """Bytes a second from other devices."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StepBound:
-    """What a training step takes at least on an accelerator, in seconds, if it does but
-    one of three things."""
+    """The seconds that a training step takes at least on an accelerator: three bounds,
+    each as if the step did one thing only."""
 
     accelerator: Accelerator
     compute: float
-    """Computing all products, on all devices at once, at full speed."""
+    """For computing all products, on all devices at once, at full speed."""
     memory: float
-    """Reading the weights for every product, and reading and writing adapters and
+    """For reading the weights of every product, and reading and writing adapters and
     optimizer state once."""
     communication: float
-    """Receiving the parts of weights that are gathered, and summing gradients."""
+    """For receiving the parts of weights that are gathered, and summing gradients."""
     fits: bool
-    """Whether the plan's memory is there."""
+    """Whether the accelerator has the memory of the plan."""
 
     @property
     def seconds(self) -> float:
@@ -70,15 +78,15 @@ class Plan:
 
     devices: int
     base: int
-    """The bytes of all that is frozen, on one device, as are all that follow."""
+    """The bytes of all that is frozen, on one device. So are all bytes below."""
     adapters: int
     """The bytes of what is trained."""
     gradients: int
     optimizer: int
     """The bytes of the optimizer's state."""
     activations: int
-    """The most bytes that are live at once beside these: what the backward pass needs
-    of the forward pass, what is computed with, and weights gathered for it."""
+    """The most bytes that are live at once besides these: arrays of the forward pass
+    that the backward pass needs, intermediate results, and gathered weights."""
     flops: int
     """The operations of the products of one step, on all devices together."""
     read: int
@@ -94,11 +102,11 @@ class Plan:
         return sum(parts) + self.activations
 
     def bound(self, accelerator: Accelerator) -> StepBound:
-        """What one step takes at least on devices of one kind, and whether it fits.
+        """The least time of one step on devices of one kind, and whether it fits.
 
         **Arguments:**
 
-        - `accelerator`: What the devices are.
+        - `accelerator`: The kind of the devices.
 
         **Returns:**
 
@@ -115,7 +123,7 @@ class Plan:
 
     def __str__(self) -> str:
         names = ("base", "adapters", "gradients", "optimizer", "activations", "total")
-        sizes = {name: in_bytes(getattr(self, name)) for name in names}
+        sizes = {name: format_bytes(getattr(self, name)) for name in names}
         where = f"of {self.devices} devices" if self.devices > 1 else "device"
         lines = [f"on one {where}"]
         lines += [f"  {name:<12}{size:>10}" for name, size in sizes.items()]
@@ -130,8 +138,8 @@ def plan(
     also: Filter = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> Plan:
-    """What one training step of an adapted model needs on each device. Nothing is
-    computed, nothing is allocated, and no device has to be there.
+    """Plans one training step of an adapted model: what it needs on each device.
+    Nothing is computed, nothing is allocated, and no device has to be there.
 
     !!! example
 
@@ -141,23 +149,23 @@ def plan(
         print(lorax.plan(loss, model, batch))
         ```
 
-    The bytes of base, adapters, gradients and optimizer state are exact: an array with
-    a sharding, even of a `jax.sharding.AbstractMesh`, counts as what of it is on one
+    The bytes of base, adapters, gradients and optimizer state are exact. Of an array
+    with a sharding, even of a `jax.sharding.AbstractMesh`, they count the part on one
     device. Activations are the peak of the traced step, as if each equation made an
-    array; the page on planning says how near that is. A batch that is divided divides
-    them; axes of the mesh that divide only weights are taken not to, so that with these
-    it is too much.
+    array; the page on planning says how near that is. They are divided where the batch
+    is. Axes of the mesh that divide weights alone are taken to divide no activations,
+    so that the plan is too high there.
 
     **Arguments:**
 
-    - `loss`: A function `(model, batch) -> scalar`, as it is trained.
+    - `loss`: The function `(model, batch) -> scalar` that is trained.
     - `model`: A model with adapters, or any model if `also` is given. Its arrays may
         be `jax.ShapeDtypeStruct`s with or without a sharding.
-    - `batch`: What `loss` takes, of the size for all devices; its arrays may be
+    - `batch`: A batch for `loss`, of the size for all devices. Its arrays may be
         abstract and sharded too.
-    - `also`: What is trained besides the adapters, as of `lorax.trainable`.
-    - `optimizer`: Defaults to `optax.adam`. Its state for a parameter is sharded as the
-        parameter is.
+    - `also`: What is trained besides the adapters, see `lorax.trainable`.
+    - `optimizer`: Defaults to `optax.adam`. Its state for a parameter has the sharding
+        of the parameter.
 
     **Returns:**
 
@@ -165,27 +173,28 @@ def plan(
 
     **Raises:**
 
-    As `lorax.trainable`, and `ValueError` if `loss` returns anything but one real
-    floating point scalar.
+    `ValueError` if `loss` returns anything but one real floating point scalar, or if
+    `lorax.trainable` raises it.
     """
     check_whole(model, "lorax.plan(loss, {}, batch)")
     params, frozen = partition(model, also)
     optimizer = optax.adam(1e-3) if optimizer is None else optimizer
-    divided = _batch_axes(batch)
+    divided = _find_batch_axes(batch)
     trace = _Trace(loss, params, frozen, divided)
     everywhere = trace(drop_shardings(batch))
     local = trace(drop_shardings(batch, local_shape)) if divided else everywhere
-    read, gathered = weight_reads(local)
+    read, gathered = count_weight_reads(local)
     return Plan(
         devices=count_devices((model, batch)),
         base=count_device_bytes(remove_keys(frozen)),
         adapters=count_device_bytes(params),
         gradients=count_device_bytes(params),
         optimizer=count_device_bytes(plan_optimizer_state(optimizer, params)),
-        activations=peak(local),
-        flops=flops(everywhere),
+        activations=find_peak(local),
+        flops=count_flops(everywhere),
         read=read,
-        received=gathered + sum(_summed(x, divided) for x in list_arrays(params)),
+        received=gathered
+        + sum(_count_summed_bytes(x, divided) for x in list_arrays(params)),
     )
 
 
@@ -201,7 +210,8 @@ class _Trace:
     ):
         self.loss = loss
         self.weights = [
-            Value(0, _weight(x, divided)) for x in list_arrays((params, frozen))
+            Value(0, _describe_weight(x, divided))
+            for x in list_arrays((params, frozen))
         ]
         self.model = drop_shardings((params, frozen))
 
@@ -214,38 +224,38 @@ class _Trace:
             params, frozen, batch = eqx.combine(arrays, rest)
 
             def of_params(params: Any) -> Any:
-                return _scalar(self.loss(eqx.combine(params, frozen), batch))
+                return _check_scalar(self.loss(eqx.combine(params, frozen), batch))
 
             return eqx.filter_value_and_grad(of_params)(params)
 
         jaxpr = jax.make_jaxpr(step)(leaves)
         of_batch = [Value(0) for _ in leaves[len(self.weights) :]]
-        return program(jaxpr, [*self.weights, *of_batch])
+        return build_program(jaxpr, [*self.weights, *of_batch])
 
 
-def _weight(x: Any, divided: dict[str, int]) -> Weight:
+def _describe_weight(x: Any, divided: dict[str, int]) -> StoredWeight:
     parts = math.prod(x.shape) // max(math.prod(local_shape(x)), 1)
-    # It is gathered along the axes that divide the batch: each device has examples of
-    # its own, and needs all of the weight for them.
+    # It is gathered along the axes that divide the batch: each device has its own
+    # examples, and needs the whole weight for them.
     over = math.prod(size for name, size in mesh_axes(x).items() if name in divided)
-    return Weight(x.dtype.itemsize, max(parts, 1), max(parts // over, 1))
+    return StoredWeight(x.dtype.itemsize, max(parts, 1), max(parts // over, 1))
 
 
-def _batch_axes(batch: PyTree) -> dict[str, int]:
+def _find_batch_axes(batch: PyTree) -> dict[str, int]:
     return {k: v for x in list_arrays(batch) for k, v in mesh_axes(x).items()}
 
 
-def _summed(param: Any, divided: dict[str, int]) -> int:
-    """The bytes that a device receives so that the gradient of `param` is summed over a
-    divided batch: its part of the sum, and, where the sum is replicated, the rest."""
+def _count_summed_bytes(param: Any, divided: dict[str, int]) -> int:
+    """The bytes that a device receives as the gradient of `param` is summed over a
+    divided batch: its part of the sum, and the rest if the sum is replicated."""
     count = math.prod(divided.values())
-    weight = _weight(param, divided)
+    weight = _describe_weight(param, divided)
     size = math.prod(param.shape) * weight.itemsize
     whole, held = size // weight.gathered_parts, size // weight.parts
     return whole - whole // count + held - whole // count
 
 
-def _scalar(value: Any) -> Any:
+def _check_scalar(value: Any) -> Any:
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape == () and _is_real(dtype):
         return value

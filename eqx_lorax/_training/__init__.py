@@ -15,7 +15,7 @@ from .params import (
     split_lora_params as split_lora_params,
 )
 from .summary import (
-    in_bytes as in_bytes,
+    format_bytes as format_bytes,
     Summary as Summary,
     summary as summary,
     TargetSummary as TargetSummary,
@@ -23,7 +23,7 @@ from .summary import (
 from .train import (
     filter_grad as filter_grad,
     filter_value_and_grad as filter_value_and_grad,
+    find_trained_places as find_trained_places,
     partition as partition,
     trainable as trainable,
-    trained_places as trained_places,
 )

@@ -1,4 +1,4 @@
-"""Optimizers that know what is frozen."""
+"""Optimizers that leave frozen parameters alone."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ from .._trees import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 
 @jax.tree_util.register_static
 class NoUpdate:
-    """The update of what is frozen: added to an array it gives that very array, which
-    `jax.jit` then hands through without a copy."""
+    """The update of a frozen array: added to it, it returns that very array, which
+    `jax.jit` then passes on without a copy."""
 
-    # NumPy on the left of `+` then leaves the sum to `__radd__`.
+    # Then an array of NumPy on the left of `+` leaves the sum to `__radd__`.
     __array_ufunc__ = None
 
     def __add__(self, other: Any) -> Any:
@@ -36,36 +36,36 @@ def wrap_optimizer(
     optimizer: optax.GradientTransformation | optax.MultiSteps,
     spec: PyTree[SpecValue],
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that trains what the spec says and nothing else.
+    """An optimizer that trains the parameters that the spec says, and no others.
 
     The optimizer inside never sees the frozen parameters: it has no state for them,
     decays none of them, and their norms do not count where it clips.
 
     **Arguments:**
 
-    - `optimizer`: Any Optax optimizer, or several of them chained, whole: what is
-        outside of the wrapper would find no updates for what is frozen.
+    - `optimizer`: Any Optax optimizer. Pass a whole chain of transformations: one that
+        is outside of the wrapper would find no updates for frozen parameters.
     - `spec`: The spec that `lorax.init_lora` had, or a prefix of one.
 
     **Returns:**
 
-    An Optax optimizer for the whole parameters, as `lorax.init_lora` returned them.
-    Apply its updates with `optax.apply_updates`, which leaves the frozen arrays the
-    very same. (With `equinox.apply_updates` train by `lorax.partition` instead.) If it
-    searches along a line, take value and gradient out of its state by
+    An Optax optimizer for the whole parameters that `lorax.init_lora` returned. Apply
+    its updates with `optax.apply_updates`, which returns the very same frozen arrays.
+    (With `equinox.apply_updates`, use `lorax.partition` instead.) If it is a line
+    search, take value and gradient out of its state by
     `lorax.value_and_grad_from_state`.
 
     **Raises:**
 
-    `ValueError`, when it is used, if the spec does not fit the tree, gives a rank to
-    what has no adapter, or freezes everything.
+    `ValueError`, when it is used, if the spec does not fit the tree, gives a rank where
+    there is no adapter, or freezes everything.
     """
     if isinstance(optimizer, optax.MultiSteps):
         optimizer = optimizer.gradient_transformation()
     inner = optax.with_extra_args_support(optimizer)
 
     def trained(tree: PyTree) -> PyTree:
-        return map_spec(_trained, tree, spec)
+        return map_spec(_select_trained, tree, spec)
 
     def init(params: PyTree) -> Any:
         params = trained(params)
@@ -100,11 +100,11 @@ def wrap_optimizer(
 def value_and_grad_from_state(
     value_fn: Callable[..., Any], spec: PyTree[SpecValue]
 ) -> Callable[..., tuple[Any, PyTree]]:
-    """As `optax.value_and_grad_from_state`, for an optimizer in `lorax.wrap_optimizer`:
-    a line search has computed value and gradient of the next step already.
+    """`optax.value_and_grad_from_state` for an optimizer in `lorax.wrap_optimizer`: it
+    reuses the value and the gradient that a line search has computed already.
 
-    That of Optax wants a gradient of all parameters, and the state has one of those
-    that are trained.
+    The function of Optax needs a gradient for all parameters, but the state has one
+    only for those that are trained.
 
     !!! example
 
@@ -125,34 +125,35 @@ def value_and_grad_from_state(
     **Returns:**
 
     A function of the arguments of `value_fn` and of `state`, the state of the
-    optimizer, that gives the value and the gradient, `None` for what is frozen. An
-    optimizer in `lorax.wrap_optimizer` takes such a gradient too.
+    optimizer. It returns the value and the gradient, with `None` for frozen parameters.
+    An optimizer in `lorax.wrap_optimizer` takes such a gradient too.
 
     **Raises:**
 
-    `ValueError`, when it is called, as `lorax.wrap_optimizer`.
+    `ValueError`, when it is called, if the spec does not fit, see
+    `lorax.wrap_optimizer`.
     """
 
     def value_and_grad(params: PyTree, *args: Any, state: Any, **kwargs: Any) -> Any:
         def value_of(part: PyTree, *args: Any, **kwargs: Any) -> Any:
             return value_fn(eqx.combine(part, params), *args, **kwargs)
 
-        part = map_spec(_trained, params, spec)
+        part = map_spec(_select_trained, params, spec)
         found = optax.value_and_grad_from_state(value_of)
         return found(part, *args, state=state, **kwargs)
 
     return value_and_grad
 
 
-def _trained(path: str, x: Any, spec: SpecValue) -> Any:
-    """The parameter, or gradient, with `None` for what is frozen."""
+def _select_trained(path: str, x: Any, spec: SpecValue) -> Any:
+    """The parameter, or gradient, with `None` for its frozen arrays."""
     if is_weight(x):
         if spec == LORA_FREEZE:
             return jax.tree.map(lambda _: None, x)
         if spec == LORA_FULL:
             raise ValueError(
                 f"`spec` has `lorax.LORA_FULL` at {path}, where there is an adapter, "
-                "the base of which is never trained. Merge it first, or give its rank."
+                "whose base is never trained. Merge it first, or give its rank."
             )
         return eqx.filter(x, x.trainable())
     if spec not in (LORA_FREEZE, LORA_FULL):

@@ -40,19 +40,19 @@ def init_lora(
     **Arguments:**
 
     - `param_tree`: A pytree of arrays. They are not copied.
-    - `spec`: A pytree of the same structure, or a prefix of one. For each array either
-        a rank, which factors its last axis against all others; a `lorax.LoraSpec`;
+    - `spec`: A pytree of the same structure, or a prefix of one. For each array it has
+        a rank, which factors its last axis against all others; a `lorax.LoraSpec`; or
         `lorax.LORA_FREEZE` or `lorax.LORA_FULL`. The last two leave the array as it is,
         and say what `lorax.wrap_optimizer` and `lorax.split_lora_params` do with it.
-    - `rng`: A key. Each parameter gets one of its own, which depends on its path.
-    - `stddev`: That of the factor `a`, which is normal. The factor `b` is zero, so that
-        the fresh adapter adds exactly nothing.
+    - `rng`: A key. Each parameter gets its own key, which depends on its path.
+    - `stddev`: The standard deviation of the factor `a`, which is normal. The factor
+        `b` is zero, so that the fresh adapter adds exactly nothing.
     - `dtype`: The dtype of the factors.
     - `alpha`: The update is `alpha / rank * (b · a)`.
-    - `is_leaf`: As of `jax.tree.map`.
-    - `sharding`: Where the factors lie, as of `lorax.loraify`; a `lorax.LoraSpec` may
-        say it for its parameter. By default they follow the parameter, which is never
-        moved.
+    - `is_leaf`: See `jax.tree.map`.
+    - `sharding`: The placement of the factors, see `lorax.loraify`. A `lorax.LoraSpec`
+        may say it for its parameter. By default they inherit the sharding of the
+        parameter, which is never moved.
 
     **Returns:**
 
@@ -86,12 +86,14 @@ def init_lora(
             )
         b_shape, a_shape = factor_shapes(x.shape, rows, columns, spec.rank)
         placement = sharding if spec.sharding is None else spec.sharding
-        b_lies, a_lies = factor_shardings(path, x, rows, columns, spec.rank, placement)
+        b_sharding, a_sharding = factor_shardings(
+            path, x, rows, columns, spec.rank, placement
+        )
         drawn = key_for(rng, path), stddev, a_shape, dtype
         return LoraWeight(
             x,
-            create(zeros, (b_shape, dtype), x, b_lies),
-            create(_normal, drawn, x, a_lies),
+            create(zeros, (b_shape, dtype), x, b_sharding),
+            create(_draw_normal, drawn, x, a_sharding),
             alpha if spec.alpha is None else spec.alpha,
             rows,
             columns,
@@ -101,7 +103,7 @@ def init_lora(
     return map_spec(adapt, param_tree, spec, is_leaf)
 
 
-def _normal(
+def _draw_normal(
     key: PRNGKeyArray, stddev: float, shape: tuple[int, ...], dtype: DTypeLike
 ) -> Array:
     return jr.normal(key, shape, dtype) * as_array(stddev, dtype)
@@ -127,8 +129,8 @@ def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:
 
 
 def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
-    """What is trained of some parameters, to be saved: the others, which are the bases
-    of all weights and what is marked with `lorax.LORA_FREEZE`, are `None`.
+    """The trained parameters alone, to be saved. All others are `None`: the bases of
+    all weights, and the parameters whose spec is `lorax.LORA_FREEZE`.
 
     `equinox.combine(lorax.split_lora_params(params, spec), params)` is `params`.
 
@@ -140,7 +142,7 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
     **Raises:**
 
     `ValueError` if the spec does not fit the tree, or if there is a mixture out of a
-    `lorax.AdapterBank`, or a scaled weight, which would lose that.
+    `lorax.AdapterBank` or a scaled weight, of which more than the factors is needed.
     """
 
     def keep(path: str, x: Any, spec: SpecValue) -> Any:
@@ -148,7 +150,7 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
             lora = x.factored()
             if lora.gate is not None or lora.gain is not None:
                 raise ValueError(
-                    f"{path} is a mixture of adapters, or is scaled, of which only the "
+                    f"{path} is a mixture of adapters, or is scaled, and only its "
                     "factors would be left. Take `params, frozen = "
                     "lorax.partition(...)` or merge it."
                 )
@@ -161,34 +163,34 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
 def merge_params(
     lora_params: PyTree, destructive: bool = True, use_scaling: bool = True
 ) -> PyTree:
-    """Parameters for the function that was not wrapped: every update is added to its
+    """Parameters for the function without `lorax.lora`: every update is added to its
     base, in float32 or wider, and rounded once.
 
     **Arguments:**
 
-    - `lora_params`: What `lorax.init_lora` returned, trained or not.
+    - `lora_params`: The parameters that `lorax.init_lora` returned, trained or not.
     - `destructive`: Whether each base is overwritten by the merged array. No second
         copy of the parameters is then needed, and the arrays that `lora_params` was
         made of can no longer be used.
-    - `use_scaling`: `False` adds `b · a` instead of `scale * (b · a)`, for factors that
-        have their scale in them.
+    - `use_scaling`: Whether the scale multiplies `b · a`. Pass `False` for factors that
+        contain their scale.
 
     **Raises:**
 
-    `ValueError` if there is no adapter, or if a merged value is not finite; then
-    nothing was changed.
+    `ValueError` if there is no adapter, or if a merged value is not finite. Nothing was
+    changed then.
     """
     check_whole(lora_params, "lorax.merge_params({})", "lora_params")
     if not use_scaling:
         lora_params = jax.tree.map(
-            lambda x: _unscaled(x.as_lora()) if is_weight(x) else x,
+            lambda x: _drop_scale(x.as_lora()) if is_weight(x) else x,
             lora_params,
             is_leaf=is_weight,
         )
     return unloraify(lora_params, donate=destructive)
 
 
-def _unscaled(weight: LoraWeight) -> LoraWeight:
-    """The weight whose scale is 1, and so those beneath it."""
-    w = _unscaled(weight.w.as_lora()) if is_weight(weight.w) else weight.w
+def _drop_scale(weight: LoraWeight) -> LoraWeight:
+    """The weight with scale 1, and so for the weights that are its base."""
+    w = _drop_scale(weight.w.as_lora()) if is_weight(weight.w) else weight.w
     return weight.replace(w=w, alpha=float(weight.rank), rank_stabilised=False)

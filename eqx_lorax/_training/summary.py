@@ -1,4 +1,4 @@
-"""What an adapted model trains, and what that costs."""
+"""The summary of an adapted model: what is trained, and the memory that takes."""
 
 import collections
 import dataclasses
@@ -22,7 +22,7 @@ from .._shared import (
     plan_optimizer_state,
 )
 from .._trees import Filter, Place, Places
-from .train import adapter_spec, trainable
+from .train import mark_factors, trainable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +35,11 @@ class TargetSummary:
     shape: tuple[int, ...]
     dtype: str
     rank: int | None
-    """`None`, as the scale, of an array that is trained as it is."""
+    """`None` for an array that is trained as it is."""
     scale: float | None
+    """`None` for an array that is trained as it is."""
     trained: int
-    """The number of elements that are trained: those of the factors."""
+    """The number of trained elements, which are those of the factors."""
     frozen: int
     """The number of elements of the base."""
 
@@ -49,9 +50,9 @@ class Summary:
 
     targets: tuple[TargetSummary, ...]
     also: tuple[TargetSummary, ...]
-    """The arrays that are trained besides."""
+    """The arrays that are trained as they are."""
     trained: int
-    """The number of trained elements, in the targets and elsewhere."""
+    """The number of all trained elements."""
     trained_bytes: int
     frozen: int
     """The number of all other elements."""
@@ -61,28 +62,28 @@ class Summary:
     full_adam_bytes: int
     """The size of Adam's state for training the base model as a whole."""
     device_trained_bytes: int
-    """What is trained of the arrays, or parts of arrays, that are on one device."""
+    """The trained bytes on one device, which may have parts of arrays."""
     device_frozen_bytes: int
     device_adam_bytes: int
-    """Each moment is where its parameter is."""
+    """Each moment has the sharding of its parameter."""
 
     def __str__(self) -> str:
         return self.table()
 
     def table(self, *, full: bool = False) -> str:
-        """As a string.
+        """The table as a string.
 
         **Arguments:**
 
         - `full`: Whether each target has a line of its own. Otherwise targets whose
             paths differ only in numbers, and that agree in all columns, are one line,
-            `blocks.*.query.weight × 12`, with the sums of what they train and freeze.
+            `blocks.*.query.weight × 12`, with the sums of their elements.
         """
         each = [(x.path, [x]) for x in (*self.targets, *self.also)]
-        rows = _rows(each if full else self._groups())
+        rows = _format_rows(each if full else self._groups())
         share = self.trained / max(self.trained + self.frozen, 1)
-        # Of an adapter alone it is not known.
-        of_all = in_bytes(self.full_adam_bytes) if self.full_adam_bytes else "?"
+        # It is not known for an adapter without its base.
+        of_all = format_bytes(self.full_adam_bytes) if self.full_adam_bytes else "?"
         trained = self._sizes(self.trained_bytes, self.device_trained_bytes)
         frozen = self._sizes(self.frozen_bytes, self.device_frozen_bytes)
         adam = self._sizes(self.adam_bytes, self.device_adam_bytes)
@@ -91,26 +92,26 @@ class Summary:
             f"frozen      {self.frozen:>15,}  {frozen}",
             f"Adam state  {'':>15}  {adam}  ({of_all} for full fine-tuning)",
         ]
-        return "\n".join([_table(rows), *lines])
+        return "\n".join([_format_table(rows), *lines])
 
     def _groups(self) -> list[tuple[str, list[TargetSummary]]]:
-        """Targets that are one line, and what it is called."""
+        """For each line of the table its name and its targets."""
         alike: dict[Any, list[TargetSummary]] = {}
         for target in (*self.targets, *self.also):
-            columns = dataclasses.replace(target, path=_starred(target.path))
-            alike.setdefault(columns, []).append(target)
-        lines = collections.Counter(columns.path for columns in alike)
+            line = dataclasses.replace(target, path=_star_numbers(target.path))
+            alike.setdefault(line, []).append(target)
+        count = collections.Counter(line.path for line in alike)
         return [
-            (_name([x.path for x in group], is_only=lines[columns.path] == 1), group)
-            for columns, group in alike.items()
+            (_name_group([x.path for x in group], count[line.path] == 1), group)
+            for line, group in alike.items()
         ]
 
     def _sizes(self, all_bytes: int, device_bytes: int) -> str:
-        size = f"{in_bytes(all_bytes):>8}"
+        size = f"{format_bytes(all_bytes):>8}"
         whole = self.trained_bytes + self.frozen_bytes
         if self.device_trained_bytes + self.device_frozen_bytes == whole:
             return size
-        return f"{size}  {in_bytes(device_bytes):>8} on each device"
+        return f"{size}  {format_bytes(device_bytes):>8} on each device"
 
 
 _COLUMNS = ("target", "module", "shape", "dtype", "rank", "scale", "trained", "frozen")
@@ -118,7 +119,7 @@ _RIGHT = ("rank", "scale", "trained", "frozen")
 
 
 def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Summary:
-    """What is adapted in a model, how much of it is trained, and the memory that takes.
+    """Summarises a model: what is adapted, how much is trained, and the memory.
 
     !!! example
 
@@ -128,18 +129,18 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
 
     **Arguments:**
 
-    - `model`: Any model, or the `params` of `lorax.partition`, of whose base only the
-        shapes are known. The arrays may be abstract (`equinox.filter_eval_shape`).
-        Where they are sharded, or have the `sharding` that they would have, the memory
-        on each device is known too.
-    - `also`: What is trained besides the adapters, as of `lorax.trainable`: a line for
-        each array, at the end.
-    - `exclude`: What of all that is not trained, as of `lorax.trainable`.
+    - `model`: Any model, or the `params` of `lorax.partition`, which know only the
+        shapes of their bases. The arrays may be abstract (`equinox.filter_eval_shape`).
+        If they are sharded, or abstract with a `sharding`, the memory on each device is
+        known too.
+    - `also`: What is trained besides the adapters, see `lorax.trainable`. Each such
+        array has a line at the end.
+    - `exclude`: What is not trained after all, see `lorax.trainable`.
 
     **Returns:**
 
     A `lorax.Summary`. As a string it is a table, in which numbered siblings that agree
-    are one line; `summary.table(full=True)` has a line for each.
+    are one line. `summary.table(full=True)` has a line for each.
 
     **Raises:**
 
@@ -148,7 +149,7 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
     check_whole(model, "lorax.summary({})", or_params=True)
     model = remove_keys(model)
     is_plain = also is None and exclude is None
-    spec = adapter_spec(model) if is_plain else trainable(model, also, exclude=exclude)
+    spec = mark_factors(model) if is_plain else trainable(model, also, exclude=exclude)
     params, frozen = eqx.partition(model, spec)
     trained = {place.indices: place.node for place in Places(params).all}
     places = Places(model).all
@@ -157,26 +158,26 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
         is_weight(x) and base_of(x) is None
         for x in jax.tree.leaves(model, is_leaf=is_weight)
     )
-    adam = _adam(params)
+    adam = _plan_adam(params)
     return Summary(
         targets=tuple(
-            _target(place, trained[place.indices])
+            _summarise_weight(place, trained[place.indices])
             for place in places
             if _is_target(place.node)
         ),
         also=tuple(
-            _as_it_is(place)
+            _summarise_array(place)
             for place in places
             if is_array(place.node) and is_array(trained.get(place.indices))
         ),
-        trained=_count(params),
+        trained=_count_elements(params),
         trained_bytes=count_bytes(params),
-        frozen=_count(frozen),
+        frozen=_count_elements(frozen),
         frozen_bytes=count_bytes(frozen),
         adam_bytes=count_bytes(adam),
         full_adam_bytes=0
         if is_alone
-        else count_bytes(_adam(eqx.filter(base, is_inexact))),
+        else count_bytes(_plan_adam(eqx.filter(base, is_inexact))),
         device_trained_bytes=count_device_bytes(params),
         device_frozen_bytes=count_device_bytes(frozen),
         device_adam_bytes=count_device_bytes(adam),
@@ -184,11 +185,11 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
 
 
 def _is_target(node: Any) -> bool:
-    # What was left out of the `params` has no arrays in them.
+    # A weight that was excluded has no arrays in the `params`.
     return is_weight(node) and bool(jax.tree.leaves(node))
 
 
-def _target(place: Place, params: Any) -> TargetSummary:
+def _summarise_weight(place: Place, params: Any) -> TargetSummary:
     weight = place.node
     if weight.w is None and type(weight) is not LoraWeight:
         raise without_base(weight)
@@ -196,44 +197,44 @@ def _target(place: Place, params: Any) -> TargetSummary:
     is_known = weight.w is not None
     return TargetSummary(
         path=place.dotted,
-        kind=_kind(place),
+        kind=_name_module(place),
         shape=tuple(weight.shape) if is_known else lora.shape_by_factors(),
         dtype=jnp.dtype(weight.dtype).name if is_known else "",
         rank=lora.rank,
         scale=lora.scale,
-        trained=_count(params),
-        frozen=_count(base_of(weight)),
+        trained=_count_elements(params),
+        frozen=_count_elements(base_of(weight)),
     )
 
 
-def _as_it_is(place: Place) -> TargetSummary:
+def _summarise_array(place: Place) -> TargetSummary:
     array = place.node
     return TargetSummary(
         path=place.dotted,
-        kind=_kind(place),
+        kind=_name_module(place),
         shape=tuple(array.shape),
         dtype=jnp.dtype(array.dtype).name,
         rank=None,
         scale=None,
-        trained=_count(array),
+        trained=_count_elements(array),
         frozen=0,
     )
 
 
-def _kind(place: Place) -> str:
+def _name_module(place: Place) -> str:
     return type(place.owner.module).__name__ if place.owner else ""
 
 
-def _count(tree: PyTree) -> int:
+def _count_elements(tree: PyTree) -> int:
     return sum(math.prod(x.shape) for x in list_arrays(tree))
 
 
-def _adam(params: PyTree) -> PyTree:
+def _plan_adam(params: PyTree) -> PyTree:
     return plan_optimizer_state(optax.adam(1e-3), params)
 
 
-def in_bytes(count: int | float) -> str:
-    """A number of bytes as people say it."""
+def format_bytes(count: int | float) -> str:
+    """The number of bytes with a unit."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -241,12 +242,13 @@ def in_bytes(count: int | float) -> str:
     return f"{count:.3g} TB"
 
 
-def _starred(path: str) -> str:
+def _star_numbers(path: str) -> str:
     return ".".join("*" if name.isdecimal() else name for name in path.split("."))
 
 
-def _name(paths: list[str], is_only: bool) -> str:
-    """What a group is called; `is_only` if no other has paths like these."""
+def _name_group(paths: list[str], is_only: bool) -> str:
+    """The name of a group of targets. `is_only` says that no other group has paths
+    that differ from these in numbers alone."""
     if len(paths) == 1:
         return paths[0]
     if not is_only:
@@ -256,7 +258,9 @@ def _name(paths: list[str], is_only: bool) -> str:
     return f"{common} × {len(paths)}"
 
 
-def _rows(groups: list[tuple[str, list[TargetSummary]]]) -> list[tuple[str, ...]]:
+def _format_rows(
+    groups: list[tuple[str, list[TargetSummary]]],
+) -> list[tuple[str, ...]]:
     return [
         (
             name,
@@ -272,7 +276,7 @@ def _rows(groups: list[tuple[str, list[TargetSummary]]]) -> list[tuple[str, ...]
     ]
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _format_table(rows: list[tuple[str, ...]]) -> str:
     lines = [_COLUMNS, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
     aligned = [

@@ -1,4 +1,5 @@
-"""Training: frozen means not in the tree that is differentiated."""
+"""What of a model is trained, and gradients of that alone: frozen arrays are not in the
+tree that is differentiated."""
 
 import functools
 from collections.abc import Callable
@@ -35,14 +36,14 @@ def trainable(
     **Arguments:**
 
     - `model`: A model with adapters, or its `params`; or any model if `also` is given.
-    - `also`: What is trained besides the factors: a new head, norms, biases. A filter
-        as of `lorax.loraify`, of which every inexact array at or beneath the named
-        places is meant. Base weights that have an adapter stay frozen all the same; to
-        train such a layer whole, leave it out of the adapters, by `exclude` of
+    - `also`: What is trained besides the factors: a new head, norms, biases. This is a
+        filter, see `lorax.loraify`, and means every inexact array at or beneath the
+        places that it names. Base weights that have an adapter stay frozen all the
+        same. To train such a layer whole, leave it out of the adapters, by `exclude` of
         `lorax.loraify`.
-    - `exclude`: What of all that stays frozen after all, again a filter: the factors of
-        every adapter, and every array that `also` names, at or beneath the places that
-        it names.
+    - `exclude`: What stays frozen after all. This is a filter too, and means the
+        factors of every adapter, and every array that `also` names, at or beneath the
+        places that it names.
 
     **Returns:**
 
@@ -50,11 +51,12 @@ def trainable(
 
     **Raises:**
 
-    `ValueError` if nothing would be trained, if any part of `also` names no array that
-    could be, or an adapted layer itself, or if any part of `exclude` excludes nothing.
+    `ValueError` if nothing would be trained, if any part of `also` names an adapted
+    layer or no array that could be trained, or if any part of `exclude` excludes
+    nothing.
     """
     check_whole(model, "lorax.partition({})", or_params=True)
-    spec = adapter_spec(model)
+    spec = mark_factors(model)
     if also is None and not any(jax.tree.leaves(spec)):
         raise ValueError(
             "`model` has no adapters, so nothing would be trained. Call "
@@ -63,7 +65,7 @@ def trainable(
     if also is None and exclude is None:
         return spec
     places = Places(model)
-    also_trained = trained_places(model, places, also)
+    also_trained = find_trained_places(model, places, also)
     adapters = [place for place in places.all if is_weight(place.node)]
     chosen = [*adapters, *also_trained]
     left = set(exclude_places(model, places, exclude, chosen, set(chosen).__contains__))
@@ -79,16 +81,16 @@ def trainable(
 def partition(
     model: _Model, also: Filter = None, *, exclude: Filter = None
 ) -> tuple[_Model, _Model]:
-    """Splits a model into what is trained and what is frozen.
+    """Splits a model into a trained and a frozen part.
 
     `params` *is* the adapter: make the optimizer state from it, save it, or combine
     another one with the same `frozen`. `lorax.combine(params, frozen)` is the model.
     A mixture out of a `lorax.AdapterBank` is first multiplied into its factors, so that
-    `params` have all of it.
+    `params` contain all of it.
 
     **Arguments:**
 
-    - `model`, `also`, `exclude`: As of `lorax.trainable`.
+    - `model`, `also`, `exclude`: See `lorax.trainable`.
 
     **Returns:**
 
@@ -97,8 +99,8 @@ def partition(
 
     **Raises:**
 
-    As `lorax.trainable`; `ValueError` too if a weight was multiplied with an array,
-    which neither base nor factors hold.
+    `ValueError` if `lorax.trainable` raises it, or if a weight was multiplied with an
+    array, which is neither in the base nor in the factors.
     """
     model = without_gates(model)
     return eqx.partition(model, trainable(model, also, exclude=exclude))
@@ -111,14 +113,14 @@ def filter_value_and_grad(
     exclude: Filter = None,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """As `equinox.filter_value_and_grad`, but differentiates only what is trained in
-    the first argument of `fun`: the base weights take no part.
+    """`equinox.filter_value_and_grad` for the trained part of the first argument of
+    `fun`: base weights are not differentiated.
 
     **Arguments:**
 
     - `fun`: A function whose first argument is a model with adapters and which returns
         a scalar, or a scalar and something else if `has_aux`.
-    - `also`, `exclude`: As of `lorax.trainable`.
+    - `also`, `exclude`: See `lorax.trainable`.
     - `has_aux`: Whether `fun` returns a pair.
 
     **Returns:**
@@ -129,7 +131,7 @@ def filter_value_and_grad(
 
     **Raises:**
 
-    As `lorax.trainable`, when it is called.
+    `ValueError`, when it is called, if `lorax.trainable` raises it.
     """
     if fun is None:
         return functools.partial(
@@ -157,8 +159,8 @@ def filter_grad(
     exclude: Filter = None,
     has_aux: bool = False,
 ) -> Callable[..., Any]:
-    """As `lorax.filter_value_and_grad`, but returns the gradient alone, or the gradient
-    and the second result if `has_aux`: the signature of `equinox.filter_grad`."""
+    """`lorax.filter_value_and_grad` without the value. It returns the gradient, or the
+    gradient and the second result if `has_aux`, like `equinox.filter_grad`."""
     if fun is None:
         return functools.partial(
             filter_grad, also=also, exclude=exclude, has_aux=has_aux
@@ -175,8 +177,8 @@ def filter_grad(
     return grad
 
 
-def adapter_spec(model: PyTree) -> PyTree[bool]:
-    """`trainable(model)`, but all `False` where there is no adapter."""
+def mark_factors(model: PyTree) -> PyTree[bool]:
+    """`trainable(model)`, which may be `False` everywhere: the factors are trained."""
     return jax.tree.map(
         lambda node: node.trainable() if is_weight(node) else False,
         model,
@@ -184,13 +186,13 @@ def adapter_spec(model: PyTree) -> PyTree[bool]:
     )
 
 
-def trained_places(model: PyTree, places: Places, also: Filter) -> list[Place]:
+def find_trained_places(model: PyTree, places: Places, also: Filter) -> list[Place]:
     """The arrays that `also` names, each once.
 
     **Raises:**
 
-    `ValueError` if any part of it names none, or an adapted layer itself: of that, only
-    the bias would be trained.
+    `ValueError` if any part of `also` names none, or an adapted layer itself, of which
+    only the bias would be trained.
     """
     if also is None:
         return []
