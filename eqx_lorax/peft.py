@@ -1,13 +1,14 @@
 """Adapters in the format of PEFT, HuggingFace's library for PyTorch: a folder with
 `adapter_config.json` and `adapter_model.safetensors`.
 
-Equinox's layers have PyTorch's layout, so the numbers are the same; what differs are
-the paths, which `names` translates.
+Equinox's layers have PyTorch's layout, so the numbers are the same. Only the paths
+differ, and `names` translates them.
 
 ??? cite
 
     [PEFT: State-of-the-art Parameter-Efficient Fine-Tuning
-    methods](https://github.com/huggingface/peft), its checkpoint format as of 0.21.
+    methods](https://github.com/huggingface/peft), its checkpoint format in version
+    0.21.
 """
 
 import json
@@ -78,12 +79,12 @@ def save(
     """Writes the adapters of a model so that PEFT on PyTorch loads them.
 
     Linear layers, convolutions, embeddings, stacks of them (each layer apart), and
-    expert weights `(experts, out, in)` are written as PEFT has them; modules that
-    `also` reaches into are saved whole, and biases alone where PEFT does that too: all
-    of the model, or those of the adapted layers. Every update is exactly what it is
-    here: ranks and alphas that differ go to `rank_pattern` and `alpha_pattern`, and a
-    grouped convolution, whose `a` all groups share, has its rank multiplied by the
-    groups.
+    expert weights `(experts, out, in)` are written as PEFT has them. Modules with
+    arrays that `also` names are saved whole. Biases are saved alone where PEFT does
+    that too: all of the model, or those of the adapted layers. Every update is exactly
+    the one here: ranks and alphas that differ go to `rank_pattern` and
+    `alpha_pattern`, and the rank of a grouped convolution, whose groups share `a`, is
+    multiplied by the number of groups.
 
     !!! example
 
@@ -99,22 +100,23 @@ def save(
 
     - `directory`: The folder, which is made if it is not there.
     - `model`: A model with adapters.
-    - `names`: From the path of each module here to that in PyTorch; for an array that
-        is not called `weight`, from the array's. A mapping, in whose keys `*` stands
-        for one name, or a function that returns `None` for what it does not know.
-        `{}` in what is returned is filled with the names that `*` stood for, and then
-        with the position in a stack of layers. A batch axis without `{}` is one of
-        experts, and the path is then that of PyTorch's parameter.
-    - `also`: What else was trained, as of `lorax.partition`.
-    - `transposed`: A filter as of `lorax.loraify`: the arrays here that are stored
-        `(..., in, out)`, because their module computes `x @ weight`. Otherwise arrays
-        that belong to none of Equinox's layers are taken to be `(..., out, in)`. How
-        PyTorch stores them does not matter: in PEFT `A` has the inputs.
+    - `names`: The path in PyTorch for the path of each module here; for an array that
+        is not called `weight`, for the path of the array. It is a mapping, in whose
+        keys `*` stands for one name, or a function that returns `None` for paths that
+        it does not know. Each `{}` in the path in PyTorch is filled with a name that
+        `*` stood for, or then with the position in a stack of layers. A batch axis
+        without `{}` is one of experts, and the path is then that of PyTorch's
+        parameter.
+    - `also`: What else was trained, see `lorax.partition`.
+    - `transposed`: A filter, see `lorax.loraify`, for the arrays here that are stored
+        `(..., in, out)`, because their module computes `x @ weight`. Other arrays that
+        belong to none of Equinox's layers are taken to be `(..., out, in)`. It does not
+        matter how PyTorch stores them: in PEFT `A` is on the inputs.
     - `parameter_order`: The names (or the ends of the paths) of several parameters of
-        one module of PyTorch, in the order in which this module defines them. PEFT
-        knows by nothing else which of their tensors is whose. Only has to be said if
-        two have the same shapes; others are taken to be in the order that they have
-        here, and PEFT raises if they are not.
+        one module of PyTorch, in the order in which this module defines them. Nothing
+        else tells PEFT which of their tensors is whose. It is needed only if two have
+        the same shapes. Others are taken to be in the order that they have here, and
+        PEFT raises an error if they are not.
     - `tied`: The tables here that are heads too (`x @ words.weight.T`, or by
         `eqx.nn.Shared`), each with the path of the head in PyTorch:
         `{"words": "lm_head"}`. The head there gets the same adapter. An empty mapping
@@ -124,8 +126,8 @@ def save(
 
     **Raises:**
 
-    `ValueError` if `names` lacks a path or gives two the same, or if PEFT has no form
-    for an adapter: transposed convolutions, adapters upon adapters.
+    `ValueError` if `names` lacks a path or gives one path twice, or if PEFT has no form
+    for an adapter: transposed convolutions, adapters on top of adapters.
     """
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
     model = without_views(model)
@@ -142,12 +144,12 @@ def save(
         "base_model_name_or_path": base_model_name_or_path,
         "task_type": task_type,
     }
-    digests = fingerprint_base(places, whole.saved)
+    base = fingerprint_base(places, whole.saved)
     folder = Path(directory)
     arrays = {
         PREFIX + name: np.array(replicate(x), order="C") for name, x in tensors.items()
     }
-    metadata = {"format": "pt", _BASE: json.dumps(digests)}
+    metadata = {"format": "pt", _BASE: json.dumps(base)}
     if config.get("target_parameters"):
         metadata[_ORDER] = json.dumps(config["target_parameters"])
 
@@ -178,21 +180,19 @@ def load(
     - `directory`: The folder with `adapter_config.json` and
         `adapter_model.safetensors`.
     - `model`: The plain model.
-    - `names`: As of `lorax.peft.save`. The paths in PyTorch are those below the model
-        that was given to `peft.get_peft_model`.
-    - `transposed`: As of `lorax.peft.save`; an empty list says that there are none,
-        which has to be said where the configuration has `fan_in_fan_out` and an array
-        is square.
-    - `parameter_order`: As of `lorax.peft.save`, which writes it down. Only has to be
-        said of folders by PEFT, and only if shapes and ranks leave it open.
-    - `tied`: As of `lorax.peft.save`. What is in the folder has to have the same
-        adapter on both.
-    - `trainable`: Whether it is to be trained on, as `is_trainable` of PEFT. Otherwise
-        the dropout of its layers is switched off, whose rate stays on record;
+    - `names`: See `lorax.peft.save`. The paths in PyTorch are those in the model that
+        was given to `peft.get_peft_model`.
+    - `transposed`: See `lorax.peft.save`. An empty list says that there are none, which
+        is needed if the configuration has `fan_in_fan_out` and an array is square.
+    - `parameter_order`: See `lorax.peft.save`, which writes it to the folder. It is
+        needed only for folders by PEFT, and only if shapes and ranks leave it open.
+    - `tied`: See `lorax.peft.save`. The folder must have the same adapter for both.
+    - `trainable`: Whether training goes on, as `is_trainable` in PEFT. Otherwise the
+        dropout of the adapted layers is switched off. They keep its rate, and
         `eqx.nn.inference_mode(model, False)` switches it on.
-    - `allow_other_base`: As of `lorax.load_adapter`. PEFT writes nothing about the
-        base but the weights of adapted embeddings and heads; else this concerns files
-        by `lorax.peft.save`.
+    - `allow_other_base`: See `lorax.load_adapter`. Of the base, PEFT writes only the
+        weights of adapted embeddings and heads. Folders by `lorax.peft.save` have
+        fingerprints of all of it.
 
     **Returns:**
 
@@ -201,11 +201,12 @@ def load(
     **Raises:**
 
     `lorax.AdapterFileError`, a `ValueError`, if any tensor has no place in the model,
-    or is missing or misshapen, if the configuration promises more than there is, and if
-    the adapter uses anything but plain LoRA. PEFT itself ignores most of these. So it
-    is if there is something else: a pickle (`adapter_model.bin`), which is never
-    opened, parts, a whole model, files of diffusers or kohya's scripts. The message
-    says what it is and what to do. `OSError` if there is nothing that can be read.
+    is missing or has the wrong shape, if the configuration mentions more than there is,
+    or if the adapter uses anything but plain LoRA. PEFT itself ignores most of these.
+    It is raised for other files too: a pickle (`adapter_model.bin`), which is never
+    opened, an adapter in parts, a whole model, files of diffusers or kohya's scripts.
+    The message says what there is and what to do. `OSError` if nothing can be read
+    there.
     """
     check_whole(model, "lorax.peft.load(directory, {}, names=names)")
     folder = Path(directory)
@@ -213,8 +214,8 @@ def load(
     model = without_views(model)
     places = Places(model)
     in_out, ties = find_in_out(places, transposed), find_tied_tables(places, tied)
-    order = parse_content(folder, lambda: _order(metadata)) or parameter_order
-    base = parse_content(folder, lambda: _base(metadata))
+    order = parse_content(folder, lambda: _read_order(metadata)) or parameter_order
+    base = parse_content(folder, lambda: _read_base(metadata))
     try:
         plain = strip_names(tensors)
         adapter = import_adapter(
@@ -227,23 +228,26 @@ def load(
         raise AdapterFileError(f"{folder}: {error}{note}") from error
     if base is not None and not allow_other_base:
         check_base(folder, base, places, adapter.others)
-    return adapted if trainable else _for_inference(adapted)
+    return adapted if trainable else _switch_off_dropout(adapted)
 
 
-def _order(metadata: Mapping[str, str]) -> list[str] | None:
+def _read_order(metadata: Mapping[str, str]) -> list[str] | None:
     """The order of parameters that `save` has written, if it did."""
     order = json.loads(metadata.get(_ORDER, "null"))
-    return None if order is None else [str(name) for name in list(order)]
+    if order is not None and not isinstance(order, list):
+        raise TypeError(f"the order of its parameters is {order!r}, which is no list")
+    return order
 
 
-def _base(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+def _read_base(metadata: Mapping[str, str]) -> dict[str, Any] | None:
     """The fingerprints of the base that `save` has written, if it did."""
     base = json.loads(metadata.get(_BASE, "null"))
     return None if base is None else dict(base)
 
 
-def _for_inference(model: _Model) -> _Model:
-    """With the dropout of adapted layers switched off; that of the model stays."""
+def _switch_off_dropout(model: _Model) -> _Model:
+    """The model with the dropout of adapted layers switched off. Other dropout
+    stays."""
     edits = {
         place.indices: lambda layer: eqx.tree_at(
             lambda layer: layer.dropout.inference, layer, True

@@ -307,6 +307,7 @@ def test_a_bug_in_names_is_no_damaged_file(saved, tmp_path):
         ("eqx_lorax_base", "[1]"),
         ("eqx_lorax_base", "{"),
         ("eqx_lorax_parameter_order", "1"),
+        ("eqx_lorax_parameter_order", '"up"'),
         ("eqx_lorax_parameter_order", "["),
     ],
 )
