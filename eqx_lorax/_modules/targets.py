@@ -261,7 +261,7 @@ def _explain_no_array(
     if shared is not None:
         reason = (
             f"{layer.dotted} was named, but `eqx.nn.Shared` takes its weight from "
-            f"elsewhere. Name the owner of the weight: {shared!r}"
+            f"elsewhere. Name its owner: {shared!r}"
         )
         return Unadaptable(weight, reason, "error" if is_named else "silent")
     inside = [x.dotted for x in places.beneath(weight) if is_target(x)]
