@@ -14,17 +14,17 @@ from .tensors import Counterpart, Linear
 
 
 def find_other_bases(
-    path: str, counterpart: Counterpart, left: dict[str, Any]
+    path: str, counterpart: Counterpart, remaining: dict[str, Any]
 ) -> Iterator[str]:
-    """Takes the base of the module at `path` out of `left`, and yields a line for each
-    of its arrays that differs from the model."""
+    """Takes the base of the module at `path` out of the `remaining` tensors, and yields
+    a line for each of its arrays that differs from the model."""
     place = counterpart.place
     module: Any = place.owner.module if place.owner is not None else None
     for name in ("weight", "bias"):
         key = f"{path}.base_layer.{name}"
-        if key not in left:
+        if key not in remaining:
             continue
-        saved = np.asarray(left.pop(key))
+        saved = np.asarray(remaining.pop(key))
         array = place.node if name == "weight" else getattr(module, name, None)
         if array is None:
             yield f"{key} is in the file, and {place.dotted} has none beside it"

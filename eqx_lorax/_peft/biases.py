@@ -70,13 +70,13 @@ def read_biases(
     config: Mapping[str, Any],
     places: Places,
     names: Names,
-    left: dict[str, Array],
+    remaining: dict[str, Array],
     *,
     adapted: Mapping[str, Factors],
     whole: Collection[str],
 ) -> tuple[dict[tuple[str, ...], np.ndarray], list[str]]:
     """The new biases by their paths here, and a line for each problem. Their tensors
-    are taken out of `left`.
+    are taken out of `remaining`.
 
     **Arguments:**
 
@@ -87,7 +87,7 @@ def read_biases(
     here = dict(_find_biases(places, names))
     parts: dict[Place, dict[Index, np.ndarray]] = {}
     problems: list[str] = []
-    taken = dict(_find_tensors(left, option))
+    taken = dict(_find_tensors(remaining, option))
     for path, (place, index) in here.items():
         if path in whole:
             continue
@@ -95,21 +95,21 @@ def read_biases(
         now = np.asarray(place.node[index]).reshape(wanted)
         new = now
         if path in taken:
-            new = np.asarray(left.pop(taken.pop(path)))
+            new = np.asarray(remaining.pop(taken.pop(path)))
         elif option == "all" or (option == "lora_only" and path in adapted):
             problems.append(f"`bias={option!r}`, and there is no bias of {path}")
         if new.shape != wanted:
             problems.append(f"the bias of {path} has shape {new.shape}, not {wanted}")
             continue
-        if path in adapted and f"{path}.lora_B.bias" in left:
-            added = np.asarray(left.pop(f"{path}.lora_B.bias"), np.float64)
+        if path in adapted and f"{path}.lora_B.bias" in remaining:
+            added = np.asarray(remaining.pop(f"{path}.lora_B.bias"), np.float64)
             total = new.astype(np.float64) + adapted[path].scale * added
             new = total.astype(new.dtype)
         if new is not now:
             parts.setdefault(place, {})[index] = new
-    without = [x for x in adapted if x not in here and f"{x}.lora_B.bias" in left]
+    without = [x for x in adapted if x not in here and f"{x}.lora_B.bias" in remaining]
     for path in without:
-        left.pop(f"{path}.lora_B.bias")
+        remaining.pop(f"{path}.lora_B.bias")
         problems.append(
             f"{path} has a bias of its adapter (`lora_bias`), and the layer here has "
             "none to which it could be added. Make it with a bias of zeros"
@@ -128,18 +128,20 @@ def _join_parts(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
     return joined
 
 
-def _find_tensors(left: dict[str, Array], option: str) -> Iterator[tuple[str, str]]:
+def _find_tensors(
+    remaining: dict[str, Array], option: str
+) -> Iterator[tuple[str, str]]:
     """The names of the tensors of biases, by the paths of their modules. A module that
     is saved whole has two more copies of its bias, which are dropped."""
     if option == "none":
         return
-    for name in list(left):
+    for name in list(remaining):
         module, _, array = name.rpartition(".")
         parts = module.split(".")
         if array != "bias" or parts[-1] == "lora_B":
             continue
         if "original_module" in parts or "modules_to_save" in parts:
-            del left[name]
+            del remaining[name]
         else:
             yield ".".join(x for x in parts if x != "base_layer"), name
 

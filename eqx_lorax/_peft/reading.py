@@ -80,7 +80,7 @@ def import_adapter(
             "there is not one tensor in it. Copy it again or, if PyTorch wrote it so "
             "(with FSDP and DeepSpeed the parts have to be gathered), save it again."
         )
-    left = dict(tensors)
+    remaining = dict(tensors)
     known = dict(find_counterparts(places, names, in_out))
     experts = [
         path for path, counterpart in known.items() if counterpart.layout.is_parameter
@@ -89,7 +89,7 @@ def import_adapter(
     check_order(order, parameters)
     prefix_of = {path: f"{path}." for path in known}
     prefix_of |= _find_parameter_prefixes(
-        config, {path: known[path] for path in parameters}, left, order
+        config, {path: known[path] for path in parameters}, remaining, order
     )
     found: dict[Place, dict[Index, Factors]] = {}
     adapted: list[str] = []
@@ -98,11 +98,9 @@ def import_adapter(
     for path, counterpart in known.items():
         if counterpart.layout.is_parameter and path not in parameters:
             continue
-        prefix = prefix_of[path]
-        here = [
-            prefix + name for name in counterpart.layout.names if prefix + name in left
-        ]
-        arrays = [np.asarray(left.pop(name)) for name in here]
+        keys = [prefix_of[path] + name for name in counterpart.layout.names]
+        here = [key for key in keys if key in remaining]
+        arrays = [np.asarray(remaining.pop(key)) for key in here]
         if len(here) == 1:
             problems.append(f"of {path} there is only {here[0]}")
         if len(here) == 2:
@@ -111,26 +109,26 @@ def import_adapter(
             if not counterpart.layout.is_parameter:
                 modules[path] = factors
         if counterpart.place in tied.heads:
-            head, pair = (
-                tied.heads[counterpart.place],
-                arrays if len(here) == 2 else None,
+            head = tied.heads[counterpart.place]
+            pair = arrays if len(here) == 2 else None
+            problems += check_tied_tensors(
+                config, path, head, counterpart, pair, remaining
             )
-            problems += check_tied_tensors(config, path, head, counterpart, pair, left)
         adapted += [path] * bool(here)
     contents = Contents(tensors)
     biases, wrong = read_biases(
-        config, places, names, left, adapted=modules, whole=contents.whole
+        config, places, names, remaining, adapted=modules, whole=contents.whole
     )
     problems += wrong
     for path in modules:
         head = tied.heads.get(known[path].place)
         for module in (path, head) if head else (path,):
-            lines = list(find_other_bases(module, known[path], left))
+            lines = list(find_other_bases(module, known[path], remaining))
             problems += [] if allow_other_base else lines
-    others = dict(_read_whole_arrays(places, names, left)) | biases
-    if left:
+    others = dict(_read_whole_arrays(places, names, remaining)) | biases
+    if remaining:
         problems.append(
-            f"`names` leads nowhere in `model` for {list_paths(left)}. Known to "
+            f"`names` leads nowhere in `model` for {list_paths(remaining)}. Known to "
             f"`names`: {list_paths(known) or 'nothing'}"
         )
     problems += find_missing(
@@ -265,10 +263,10 @@ def _match_scale(
 
 
 def _read_whole_arrays(
-    places: Places, names: Names, left: dict[str, Array]
+    places: Places, names: Names, remaining: dict[str, Array]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The paths here and the arrays of modules that were saved whole. Their tensors are
-    taken out of `left`."""
+    taken out of `remaining`."""
     for module in places.all:
         torch = find_template(names, module.path) if is_module(module) else None
         if torch is None:
@@ -279,13 +277,13 @@ def _read_whole_arrays(
             for array in arrays
         }
         every = [key for of_array in keys.values() for key in of_array]
-        missing = [key for key in every if key not in left]
+        missing = [key for key in every if key not in remaining]
         if len(missing) == len(every):
             continue
         if missing:
             raise ValueError(f"of {torch} there is no {', '.join(missing[:8])}.")
         for array, of_array in keys.items():
-            parts = [np.asarray(left.pop(key)) for key in of_array]
+            parts = [np.asarray(remaining.pop(key)) for key in of_array]
             wanted = to_torch_shape(array, array.node.shape[torch.count("{}") :])
             for key, part in zip(of_array, parts):
                 if part.shape != wanted:

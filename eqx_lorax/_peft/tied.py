@@ -133,12 +133,13 @@ def check_tied_tensors(
     head: str,
     counterpart: Counterpart,
     pair: Sequence[np.ndarray] | None,
-    left: dict[str, Any],
+    remaining: dict[str, Any],
 ) -> Iterator[str]:
-    """Takes the tensors of the head at `head` out of `left`, and yields a line for each
-    way in which they differ from those of the table at `path`, which are `pair`."""
+    """Takes the tensors of the head at `head` out of the `remaining` ones, and yields a
+    line for each way in which they differ from those of the table at `path`, which are
+    `pair`."""
     keys = [f"{head}.{name}" for name in Linear.names]
-    of_head = [np.asarray(left.pop(key)) for key in keys if key in left]
+    of_head = [np.asarray(remaining.pop(key)) for key in keys if key in remaining]
     if not of_head and pair is None:
         return
     fix = (

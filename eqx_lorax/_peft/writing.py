@@ -218,10 +218,10 @@ def choose_modules_to_save(
     match other modules too. PEFT loads these all the same, by the names of their
     arrays."""
     named = [path for path in whole.paths if is_named_alone(path, modules, adapted)]
-    if left := [path for path in whole.paths if path not in named]:
+    if unnamed := [path for path in whole.paths if path not in named]:
         warnings.warn(
             f"PEFT takes an entry of `modules_to_save` for the end of any path, and "
-            f"cannot name {list_paths(left)} alone. Written as arrays of the base, "
+            f"cannot name {list_paths(unnamed)} alone. Written as arrays of the base, "
             "which PEFT puts into the model itself when it loads the adapter: the "
             "outputs are right, but training on there leaves them out, and so does "
             "switching the adapter off. Give the module in PyTorch a longer name to "
