@@ -18,6 +18,7 @@ from ._arithmetic import (
     stack as stack,
     weighted_sum as weighted_sum,
 )
+from ._factored import Factored as Factored
 from ._functions import (
     lora as lora,
     MaterialiseWarning as MaterialiseWarning,
@@ -32,6 +33,7 @@ from ._layers import (
 )
 from ._methods import (
     AbstractLoraWeight as AbstractLoraWeight,
+    Fresh as Fresh,
     Init as Init,
     LoraWeight as LoraWeight,
 )

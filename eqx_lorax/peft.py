@@ -37,6 +37,7 @@ from ._layers import is_layer
 from ._methods import check_whole
 from ._modules import without_views
 from ._peft import (
+    as_plain_lora,
     check_ties,
     collect_whole,
     export_adapter,
@@ -130,7 +131,7 @@ def save(
     for an adapter: transposed convolutions, adapters on top of adapters.
     """
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
-    model = without_views(model)
+    model = as_plain_lora(without_views(model))
     places = Places(model)
     adapter = extract_adapter(model, places, also)
     whole = collect_whole(adapter, places, names)

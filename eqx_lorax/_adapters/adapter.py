@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._layers import is_layer
-from .._methods import AbstractLoraWeight, base_of, is_weight
+from .._methods import AbstractLoraWeight, base_of, find_method, is_weight
 from .._modules import find_target, join_targets, make_wrapper, Target
 from .._shared import (
     inherit_sharding,
@@ -90,7 +90,7 @@ class DetachedWeight:
             name: tuple(x) if isinstance(x, list) else x
             for name, x in self.settings.items()
         }
-        weight_type = methods()[self.method]
+        weight_type = find_method(self.method)
         try:
             signature = inspect.signature(weight_type)
             arguments = signature.bind(base, **self.arrays, **settings)
@@ -209,9 +209,7 @@ def _check_nothing_is_lost(
         unsaved = [
             field.name
             for field in dataclasses.fields(weight)
-            # Says how to multiply, which is not a part of the adapter.
-            if field.name != "is_merged"
-            and not _is_same(getattr(weight, field.name), getattr(loaded, field.name))
+            if not _is_same(getattr(weight, field.name), getattr(loaded, field.name))
         ]
     if unsaved:
         raise TypeError(
@@ -248,19 +246,6 @@ def _find_dropout(place: Place) -> float | None:
     if not is_layer(layer) or not layer.has_dropout:
         return None
     return float(layer.dropout.p) if layer.dropout is not None else 0.0
-
-
-def methods() -> dict[str, type[AbstractLoraWeight]]:
-    """The classes of weights that can be saved and loaded, by the names of their
-    methods. These are all subclasses that name a method, in other packages too."""
-    found: dict[str, type[AbstractLoraWeight]] = {}
-    left = [AbstractLoraWeight]
-    while left:
-        weight_type = left.pop()
-        left += weight_type.__subclasses__()
-        if "method" in vars(weight_type):
-            found[weight_type.method] = weight_type
-    return found
 
 
 def insert_adapter(model: _Model, places: Places, adapter: Adapter) -> _Model:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
-from .._methods import check_whole
+from .._methods import check_whole, list_methods
 from .._modules import without_views
 from .._shared import write_once
 from .._trees import Filter, join_path, Places
@@ -28,7 +28,6 @@ from .adapter import (
     extract_adapter,
     insert_adapter,
     is_setting,
-    methods,
 )
 from .atomic import replace_file
 from .files import (
@@ -270,7 +269,7 @@ def _make_adapter(header: Mapping[str, Any], tensors: Mapping[str, Array]) -> Ad
     well-formed, see `parse_content`."""
 
     def detach(target: Mapping[str, Any]) -> DetachedWeight:
-        if target["method"] not in methods():
+        if target["method"] not in list_methods():
             raise ValueError(f"its method {target['method']!r} is not known here")
         if not 0 <= (target["dropout"] or 0) < 1 or not all(
             is_setting(x) for x in target["settings"].values()

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._layers import is_layer
-from .._methods import AbstractLoraWeight, is_weight
+from .._methods import AbstractLoraWeight, FactoredWeight, is_weight, unfused
 from .._shared import is_array, list_some
 from .._trees import join_path, Places
 from .fingerprint import fingerprint
@@ -59,12 +59,13 @@ def find_changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
 
 
 def _collect_static(weight: AbstractLoraWeight) -> dict[str, Any]:
+    # What says how to multiply, and not with what, is left out.
+    weight = unfused(weight)
+    holder = weight.form if isinstance(weight, FactoredWeight) else weight
     fields = {
-        field.name: _to_plain(getattr(weight, field.name))
-        for field in dataclasses.fields(weight)
-        # Those two say how to multiply and to differentiate, not with what.
+        field.name: _to_plain(getattr(holder, field.name))
+        for field in dataclasses.fields(holder)
         if field.metadata.get("static", False)
-        and field.name not in ("is_merged", "has_frozen_base")
     }
     below = {"below": _collect_static(weight.w)} if is_weight(weight.w) else {}
     return {"kind": type(weight).__name__, **fields, **below}

@@ -1,3 +1,10 @@
+"""Adapters as operands: put together with a model, scaled, stacked, added up, mixed.
+
+Everything here takes adapters of one model, usually the `params` of `lorax.partition`,
+and goes through them place by place. What a single weight does under these operations
+is in `_methods`; files and formats are in `_adapters`.
+"""
+
 from .attach import attach as attach
 from .bank import AdapterBank as AdapterBank
 from .combine import combine as combine

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Num
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, is_weight, LoraWeight
+from .._methods import base_of, FactoredWeight, is_weight, LoraWeight, unfused
 from .._shared import as_array, multiply
 from .._trees import flatten_one_level, Place, Places, rebuild
 
@@ -156,13 +156,14 @@ def _as_update(place: Place, node: Any) -> Any:
     if not jax.tree.leaves(node):
         # It was left out of the `params`.
         return None
-    if type(node) is not LoraWeight and node.w is None:
-        raise ValueError(
-            f"{place.dotted} is a {type(node).__name__}, which has its factors only "
-            "together with its frozen part. Pass whole models, "
-            "`lorax.combine(params, frozen)`."
-        )
-    return node.as_lora()
+    weight = unfused(node)
+    if isinstance(weight, LoraWeight):
+        return weight
+    if isinstance(weight, FactoredWeight):
+        return LoraWeight.from_factored(weight.form)
+    # Those of another method have factors only together with their frozen part.
+    is_whole = weight.w is not None
+    return LoraWeight.from_factored(weight.factored()) if is_whole else weight
 
 
 def _check_alike(place: Place, nodes: Sequence[Any]) -> None:
@@ -180,8 +181,13 @@ def _check_alike(place: Place, nodes: Sequence[Any]) -> None:
 def _mismatch(x: Any, y: Any) -> str | None:
     if is_weight(x) != is_weight(y):
         return "kind, factors and a whole array,"
-    if not isinstance(x, LoraWeight):
+    if not is_weight(x):
         return None if x.shape == y.shape else f"shape, {x.shape} and {y.shape},"
+    if type(x) is not type(y):
+        return f"method, {type(x).__name__} and {type(y).__name__},"
+    if not isinstance(x, LoraWeight):
+        shapes = [jax.tree.map(lambda leaf: leaf.shape, z) for z in (x, y)]
+        return None if shapes[0] == shapes[1] else "shape or settings"
     if (x.rows, x.columns) != (y.rows, y.columns):
         return "rows and columns"
     without_rank = [(z.b.shape[:-1], _without_rank(z)) for z in (x, y)]

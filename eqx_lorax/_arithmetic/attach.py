@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, is_weight, lacks_arrays, misfits, upon
+from .._methods import base_of, is_weight, lacks_arrays, misfits, unfused
 from .._shared import is_array, list_some
 from .._trees import Place, Places, rebuild
 
@@ -163,12 +163,12 @@ def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:
         ]
     of_model = len(mine) - beneath
     base = mine[of_model] if of_model < len(mine) else base_of(node)
-    weight = upon(new, base)
+    weight = new.on(base)
     # What of a method is frozen is not in `params`.
     there = mine[of_model - 1] if of_model else None
-    if type(there) is type(weight):
+    if type(unfused(there)) is type(unfused(weight)):
         names = [x for x in lacks_arrays(weight) if getattr(there, x) is not None]
-        weight = upon(weight, base, **{name: getattr(there, name) for name in names})
+        weight = weight.on(base, **{name: getattr(there, name) for name in names})
     wrong = list(misfits(weight))
     lacking = [] if wrong else lacks_arrays(weight)
     if lacking:
@@ -206,7 +206,7 @@ def _has_one_more(weight: Any, base: Any) -> bool:
         is_there = is_array(x) and x.ndim
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_there else x
 
-    return not list(misfits(upon(jax.tree.map(first, weight), base)))
+    return not list(misfits(jax.tree.map(first, weight).on(base)))
 
 
 def _weights(places: Any) -> Iterator[Place]:

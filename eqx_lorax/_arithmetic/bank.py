@@ -4,7 +4,7 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, SupportsIndex, TypeGuard
 
 import equinox as eqx
 import jax
@@ -12,7 +12,8 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
-from .._methods import is_weight, LoraWeight
+from .._factored import Factored
+from .._methods import FactoredWeight, is_weight, LoraWeight
 from .._shared import accumulation_dtype, as_array, check_real, multiply, promote
 from .._trees import Place, Places, rebuild
 from .aligned import base_arrays, rank_axis, Weights
@@ -66,8 +67,10 @@ class AdapterBank(eqx.Module):
         stacked = stack(adapters, base=base)
 
         def laid_out(place: Place) -> Any:
+            if isinstance(place.node, LoraWeight):
+                return _side_by_side(place.node)
             if is_weight(place.node):
-                return _side_by_side(place.node.as_lora())
+                return _and_none(place.node)
             if place.path not in own:
                 return place.node
             last = as_array(own[place.path], place.node.dtype)
@@ -93,9 +96,24 @@ class AdapterBank(eqx.Module):
         `base` was not given.
         """
         if not isinstance(index, jax.Array):
-            index = range(self._size)[operator.index(index)]
+            return self._slice_out(range(self._size)[operator.index(index)])
         which, row = _located(as_array(index), self._size)
         return self._mapped(which, lambda x: _picked(x, row))
+
+    def _slice_out(self, index: int) -> PyTree:
+        """The factors of one alone."""
+
+        def part(x: Any) -> LoraWeight:
+            rank, axis = x.rank // self._size, rank_axis(x)
+            start = as_array(index * rank)
+            b = _sliced(x.b, start, rank, x.b.ndim - 1)
+            return x.replace(b=b, a=_sliced(x.a, start, rank, axis))
+
+        return jax.tree.map(
+            lambda x: part(x) if _is_lora(x) else _picked(x, as_array(index)),
+            self._adapter,
+            is_leaf=_is_lora,
+        )
 
     def mix(self, weights: Weights) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
@@ -107,6 +125,8 @@ class AdapterBank(eqx.Module):
                 f"shape {weights.shape}. For a batch use `eqx.filter_vmap`."
             )
 
+        self._check_mixable()
+
         def summed(x: Array) -> Array:
             check_real("weights", weights, "a head", x.dtype)
             each = jnp.expand_dims(weights, range(1, x.ndim))
@@ -115,26 +135,34 @@ class AdapterBank(eqx.Module):
 
         return self._mapped(weights, summed)
 
+    def _check_mixable(self) -> None:
+        for x in jax.tree.leaves(self._adapter, is_leaf=is_weight):
+            if is_weight(x) and not _is_lora(x):
+                raise TypeError(
+                    f"A {type(x).__name__} cannot be mixed: its update is no sum of "
+                    "those of several. Take one, `bank[index]`."
+                )
+
     def _mapped(self, weights: Array, head: Callable[[Array], Array]) -> PyTree:
         """The adapter with these weights of the factors, and with `head` of the
         rest."""
 
-        def mixed(x: LoraWeight) -> LoraWeight:
+        def mixed(x: Any) -> FactoredWeight:
             check_real("weights", weights, "an adapter", x.b.dtype)
             # In the scale alpha is divided by the rank of all of them.
             of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
-            dtype = promote(
-                accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
-            )
+            kinds = accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
+            dtype = promote(*kinds)
             each = multiply(weights.astype(dtype), of_all).astype(dtype)
             gate = jnp.repeat(each, x.rank // self._size)
-            batch = x.b.shape[: x.b.ndim - 1 - len(x.rows)]
-            return x.replace(gate=jnp.broadcast_to(gate, (*batch, x.rank)))
+            gate = jnp.broadcast_to(gate, (*x.batch_shape, x.rank))
+            form = Factored(None, x.b, x.a, x.scale, x.rows, x.columns, gate=gate)
+            return FactoredWeight(form)
 
         return jax.tree.map(
-            lambda x: mixed(x.as_lora()) if is_weight(x) else head(x),
+            lambda x: mixed(x) if _is_lora(x) else head(x),
             self._adapter,
-            is_leaf=is_weight,
+            is_leaf=_is_lora,
         )
 
 
@@ -147,12 +175,26 @@ def _located(index: Array, size: int) -> tuple[Array, Array]:
     return jnp.arange(size) == index, jnp.where(is_there, index, size)
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _sliced(x: Array, start: Array, size: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
 @jax.jit
 def _picked(x: Array, row: Array) -> Array:
     return x.at[row].get(mode="fill", fill_value=jnp.nan)
 
 
-def _side_by_side(weight: LoraWeight) -> LoraWeight:
+def _is_lora(x: Any) -> TypeGuard[LoraWeight]:
+    return isinstance(x, LoraWeight)
+
+
+def _and_none(weight: Any) -> Any:
+    """A stacked weight of another method, and after the last one none at all."""
+    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])]), weight)
+
+
+def _side_by_side(weight: Any) -> LoraWeight:
     """From a leading axis of adapters to one rank for all of them."""
     b = jnp.moveaxis(weight.b, 0, -2)
     axis = rank_axis(weight) - 1

@@ -9,7 +9,14 @@ import jax
 import numpy as np
 
 from .._layers import is_layer
-from .._methods import base_of, is_weight, lacks_arrays, misfits
+from .._methods import (
+    base_of,
+    FactoredWeight,
+    is_weight,
+    lacks_arrays,
+    LoraWeight,
+    misfits,
+)
 from .._shared import is_array, list_some
 from .._trees import flatten_one_level
 
@@ -42,6 +49,7 @@ def combine(params: _Model, frozen: _Model) -> _Model:
     or have different settings, if an array is in both, or in neither, or if factors do
     not have the shapes that go with their base.
     """
+    frozen = _match_kinds(params, frozen)
     new, structure = jax.tree.flatten(params, is_leaf=_is_none)
     old, there = jax.tree.flatten(frozen, is_leaf=_is_none)
     if structure != there:
@@ -58,6 +66,42 @@ def combine(params: _Model, frozen: _Model) -> _Model:
 
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _match_kinds(params: Any, frozen: Any) -> Any:
+    """`frozen` with the bases for weights of another kind in `params`: mixtures out of
+    an `AdapterBank`, and updates that were stacked or added up, have normal forms."""
+    new, structure = jax.tree.flatten(params, is_leaf=_is_weight_or_none)
+    old, there = jax.tree.flatten(frozen, is_leaf=_is_weight_or_none)
+    if structure != there or all(type(x) is type(y) for x, y in zip(new, old)):
+        return frozen
+
+    def match(x: Any, y: Any) -> Any:
+        if not (is_weight(x) and is_weight(y)) or type(x) is type(y):
+            return y
+        if x.w is not None or y.w is None or not _is_mixture(x, y):
+            return y
+        return jax.tree.map(lambda _: None, x).on(y.w)
+
+    return structure.unflatten(list(map(match, new, old)))
+
+
+def _is_mixture(new: Any, old: Any) -> bool:
+    """Whether `new` has factors for the base of `old`, as it is stored there."""
+    is_low_rank = isinstance(new, LoraWeight | FactoredWeight)
+    has_axes = isinstance(old, LoraWeight | FactoredWeight)
+    if not is_low_rank or isinstance(new, FactoredWeight) and new.permutation:
+        return False
+    return not has_axes or _axes(new) == _axes(old)
+
+
+def _axes(weight: Any) -> Any:
+    form = weight.form if isinstance(weight, FactoredWeight) else weight
+    return form.rows, form.columns
+
+
+def _is_weight_or_none(x: Any) -> bool:
+    return is_weight(x) or x is None
 
 
 def _check_call(params: Any, frozen: Any) -> None:

@@ -7,12 +7,13 @@ An adapter here is any pytree with factored weights in it: usually the `params` 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._methods import AbstractLoraWeight, is_weight, LoraWeight
-from .._shared import as_array, check_real, create, known_sharding, multiply, zeros
+from .._shared import as_array, check_real, create, known_sharding, zeros
 from .aligned import align, base_arrays, base_of_column, common
 
 
@@ -39,11 +40,11 @@ def scale(adapter: _Adapter, factor: ArrayLike) -> _Adapter:
     if factor.shape != ():
         raise ValueError(f"`factor` must be one number, not of shape {factor.shape}.")
 
-    def scaled(weight: AbstractLoraWeight) -> LoraWeight:
-        # A gate stays as it is, and with it the structure.
-        lora = weight.factored()
-        check_real("factor", factor, "an adapter", lora.b.dtype)
-        return lora.replace(b=multiply(lora.b, factor).astype(lora.b.dtype))
+    def scaled(weight: AbstractLoraWeight) -> AbstractLoraWeight:
+        trained = jax.tree.leaves(eqx.filter(weight, weight.trainable()))
+        for array in trained:
+            check_real("factor", factor, "an adapter", array.dtype)
+        return weight.scaled(factor)
 
     return jax.tree.map(
         lambda x: scaled(x) if is_weight(x) else x,
@@ -111,7 +112,10 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
                 f"{column.place.dotted} has its frozen base with it, which `stack` "
                 "would not share. Pass the `params` of `lorax.partition`."
             )
-        stacked.append(_stacked_weights(common(column)))
+        if isinstance(column.first, LoraWeight):
+            stacked.append(_stacked_weights(common(column)))
+        else:
+            stacked.append(type(column.first).stacked(column.nodes))
     return aligned.filled(stacked)
 
 

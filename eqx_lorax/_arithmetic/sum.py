@@ -115,6 +115,12 @@ def weighted_sum(
         parts, factors = zip(
             *((x, factor) for x, factor in zip(column.nodes, weights) if x is not None)
         )
+        if not all(isinstance(part, LoraWeight) for part in parts):
+            raise ValueError(
+                f"{path} is a {type(parts[0]).__name__}, which has its factors only "
+                "together with its frozen part. Pass whole models, "
+                "`lorax.combine(params, frozen)`."
+            )
         total, errors[path] = _side_by_side(parts, factors), zeros((), float)
         if method == "svd":
             largest = max(part.rank for part in parts) if rank is None else rank

@@ -2,25 +2,20 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._shared import is_array, promote
+from .._shared import axes_from_end, is_array, promote
+from .base import refuse
+from .form import Base, Factored
 from .products import Label, NotFactored, RANK
-from .views import in_order, Viewed
+from .views import store_in_order
 
 
-if TYPE_CHECKING:
-    from .._methods import LoraWeight
-
-
-def concatenate(
-    xs: Sequence[Viewed], dimension: int, *, is_frozen: bool = False
-) -> Viewed:
+def concatenate(xs: Sequence[Base], dimension: int, *, is_frozen: bool = False) -> Base:
     """As `jax.lax.concatenate`, of weights with the same row and column axes, and of
     arrays, whose derivatives they keep unless all is frozen, as a base is.
 
@@ -31,9 +26,12 @@ def concatenate(
     xs = [x for x in xs if x.shape[dimension]] or xs[:1]
     if len(xs) == 1:
         return xs[0]
+    unfit = [x for x in xs if not (is_array(x) or isinstance(x, Factored))]
+    if unfit:
+        raise refuse(unfit[0], "concatenate")
     if all(map(is_array, xs)):
         return lax.concatenate(xs, dimension)
-    weights = [in_order(x.as_lora()) for x in xs if not is_array(x)]
+    weights = [store_in_order(x.without_gate()) for x in xs if isinstance(x, Factored)]
     first = weights[0]
     if any(weight.gain is not None for weight in weights):
         raise NotFactored("scaled weights are joined")
@@ -42,15 +40,20 @@ def concatenate(
         raise NotFactored("weights with other rows and columns are joined")
     most = 0 if is_frozen else sum(weight.rank for weight in weights)
     ordered = iter(weights)
-    parts = [_weight(x, first, most) if is_array(x) else next(ordered) for x in xs]
+    parts = [
+        next(ordered) if isinstance(x, Factored) else _as_factored(x, first, most)
+        for x in xs
+    ]
     has_frozen_base = is_frozen or all(part.has_frozen_base for part in parts)
-    bases = [part.w if has_frozen_base else part.base() for part in parts]
+    bases = [
+        part.base if has_frozen_base else part.differentiable_base() for part in parts
+    ]
     ranks = [part.rank for part in parts]
-    axis = dimension - first.w.ndim
+    axis = dimension - first.ndim
     shares_ranks = axis in first.batch_axes()
     total = max(ranks) if shares_ranks else sum(ranks)
     offsets = [0 if shares_ranks else sum(ranks[:i]) for i in range(len(ranks))]
-    stored = range(-first.w.ndim, 0)
+    stored = axes_from_end(first.ndim)
 
     def joined(arrays: Sequence[Array], labels: Sequence[Label]) -> Array:
         dtype = promote(*(array.dtype for array in arrays))
@@ -58,23 +61,22 @@ def concatenate(
         if axis not in labels:
             return lax.concatenate(arrays, labels.index(RANK))
         padded = [
-            _in_place(array, labels.index(RANK), offset, total)
+            _pad_with_zeros(array, labels.index(RANK), offset, total)
             for array, offset in zip(arrays, offsets)
         ]
         return lax.concatenate(padded, labels.index(axis))
 
     return first.replace(
-        w=concatenate(bases, dimension, is_frozen=has_frozen_base),
+        base=concatenate(bases, dimension, is_frozen=has_frozen_base),
         # Their scales may differ.
-        b=joined([part.scale * part.b for part in parts], first.b_axes(stored)),
-        a=joined([part.a for part in parts], first.a_axes(stored)),
-        alpha=float(total),
-        rank_stabilised=False,
+        b=joined([part.scale * part.b for part in parts], first.b_labels(stored)),
+        a=joined([part.a for part in parts], first.a_labels(stored)),
+        scale=1.0,
         has_frozen_base=has_frozen_base,
     )
 
 
-def _weight(x: Array, like: "LoraWeight", most: int) -> "LoraWeight":
+def _as_factored(x: Array, like: Factored, most: int) -> Factored:
     """An array as a weight with its value for a base.
 
     Where its rank is no larger than `most`, its derivatives are those of a factor, so
@@ -87,7 +89,7 @@ def _weight(x: Array, like: "LoraWeight", most: int) -> "LoraWeight":
     if not 0 < rank <= most:
         b = jnp.zeros([*batch, *rows, 1], like.b.dtype)
         a = jnp.zeros([*batch, 1, *columns], like.a.dtype)
-        return like.replace(w=x, b=b, a=a, has_frozen_base=most == 0)
+        return like.replace(base=x, b=b, a=a, has_frozen_base=most == 0)
     # The value stays out of the factors: a zero times a value that is not finite would
     # reach the other rows, and a factor's dtype may be narrower.
     order = [axis % x.ndim for part in axes for axis in part]
@@ -101,11 +103,10 @@ def _weight(x: Array, like: "LoraWeight", most: int) -> "LoraWeight":
         a = identity.reshape([rank, *columns])
         a = jnp.broadcast_to(a, [*batch, rank, *columns])
     return like.replace(
-        w=lax.stop_gradient(x),
+        base=lax.stop_gradient(x),
         b=b,
         a=a,
-        alpha=float(rank),
-        rank_stabilised=False,
+        scale=1.0,
         has_frozen_base=True,
     )
 
@@ -122,7 +123,7 @@ def _(primals, tangents):
     return _tangent_alone(*primals), *tangents
 
 
-def _in_place(x: Array, position: int, offset: int, total: int) -> Array:
+def _pad_with_zeros(x: Array, position: int, offset: int, total: int) -> Array:
     """`x` among zeros along one axis."""
     padding = [(0, 0, 0)] * x.ndim
     padding[position] = (offset, total - offset - x.shape[position], 0)

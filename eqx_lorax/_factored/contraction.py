@@ -1,8 +1,8 @@
-"""How a factored weight meets an activation."""
+"""How a factored weight meets an activation: `W x + scale * B (A x)`."""
 
 import functools
 import math
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.lax as lax
@@ -10,21 +10,83 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .._shared import explicit_sharding, is_array, product_sharding, promote, relabel
-from . import products, views
-from .fused import multiplied
-from .products import Label, Labels, portable, Precision, RANK
-from .views import Viewed
-
-
-if TYPE_CHECKING:
-    from .._methods import LoraWeight
+from .._shared import explicit_sharding, product_sharding, promote, relabel
+from .base import add, dense, for_arrays, refuse
+from .form import Base, Factored
+from .fused import can_fuse, fuse_forward
+from .products import (
+    drop_constant_axes,
+    Label,
+    Labels,
+    multiply_arrays,
+    Precision,
+    precision_for_any_dtype,
+    scale_along,
+)
+from .views import expand
 
 
 def contract(
-    w: Viewed,
+    weight: Factored,
     x: Array,
     low_rank_x: Array | None = None,
+    *,
+    x_labels: tuple[Label, ...],
+    labels: tuple[Label, ...],
+    out_labels: tuple[Label, ...],
+    is_frozen: bool = False,
+    precision: Precision = None,
+    out_sharding: NamedSharding | None = None,
+) -> Array:
+    """The sum of `x` times `weight` over all labels that are not among `out_labels`.
+
+    **Arguments:**
+
+    - `x`: The other operand, of the dtype that the result is to have.
+    - `low_rank_x`: What the factors see in the place of `x`. Dropout is applied there.
+    - `x_labels`: A label for each axis of `x`.
+    - `labels`: A label for each axis of `weight`. One that is also a label of `x` is
+        summed over unless it is among `out_labels`.
+    - `out_labels`: The labels of the axes of the result.
+    - `is_frozen`: Whether the factors are frozen too, as below another adapter.
+    - `precision`, `out_sharding`: As in `jax.lax.dot_general`.
+
+    **Returns:**
+
+    The contraction, not yet rounded: in float32 where `x` or a factor is narrow.
+    """
+    stored = weight.stored_labels(labels)
+    fast_x, fast_out = _order_axes(x_labels, stored, out_labels)
+    y = _contract_in_order(
+        weight,
+        _transpose(x, x_labels, fast_x),
+        None if low_rank_x is None else _transpose(low_rank_x, x_labels, fast_x),
+        x_labels=fast_x,
+        stored=stored,
+        out_labels=fast_out,
+        is_frozen=is_frozen,
+        precision=precision,
+        out_sharding=relabel(out_sharding, out_labels, fast_out),
+    )
+    return _transpose(y, fast_out, out_labels)
+
+
+@functools.singledispatch
+def contract_base(base: Base, x: Array, **arguments: Any) -> Array:
+    """As `contract`, for a base of any kind, which is frozen if `is_frozen`; without
+    `low_rank_x`."""
+    raise refuse(base, "contract_base")
+
+
+@contract_base.register
+def _(base: Factored, x: Array, **arguments: Any) -> Array:
+    return contract(base, x, **arguments)
+
+
+@for_arrays(contract_base)
+def _(
+    base: Array,
+    x: Array,
     *,
     x_labels: Labels,
     labels: Labels,
@@ -33,39 +95,31 @@ def contract(
     precision: Precision = None,
     out_sharding: NamedSharding | None = None,
 ) -> Array:
-    """As `AbstractLoraWeight.contract`, for an array too, which is then what may be
-    frozen."""
-    stored = tuple(labels)
-    if not is_array(w):
-        w = w.factored()
-        stored = w.stored_labels(labels)
-    x_first, natural = _fast_orders(tuple(x_labels), stored, tuple(out_labels))
-    y = _contracted(
-        w,
-        _reordered(x, x_labels, x_first),
-        None if low_rank_x is None else _reordered(low_rank_x, x_labels, x_first),
-        x_labels=x_first,
-        labels=stored,
-        out_labels=natural,
-        is_frozen=is_frozen,
+    return multiply_arrays(
+        x,
+        x_labels,
+        jnp.asarray(base),
+        labels,
+        out_labels,
+        x.dtype,
+        y_is_frozen=is_frozen,
         precision=precision,
-        out_sharding=relabel(out_sharding, out_labels, natural),
+        out_sharding=out_sharding,
     )
-    return _reordered(y, natural, out_labels)
 
 
 @functools.lru_cache(maxsize=1024)
-def _fast_orders(
+def _order_axes(
     x_labels: tuple[Label, ...],
     labels: tuple[Label, ...],
     out_labels: tuple[Label, ...],
 ) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
-    """The orders of the axes of `x` and of the result in which products are fast: those
-    that `x` and the weight both keep, those of `x` alone, and then the others.
+    """The orders of the axes of `x` and of the result in which products are fast: first
+    those that `x` and the weight both keep, then those of `x` alone.
 
     Code with `w @ x` below `vmap` has all its activations the other way round. The
-    transposes before and after cancel each other, and XLA finds the products in the
-    fast order, also in the backward pass.
+    transposes before and after a layer cancel each other, and XLA finds the products in
+    the fast order, also in the backward pass.
     """
     batch = [x for x in x_labels if x in labels and x in out_labels]
     free = [x for x in x_labels if x not in labels]
@@ -74,7 +128,7 @@ def _fast_orders(
     return (*batch, *free, *summed), (*batch, *free, *kept)
 
 
-def _reordered(x: Array, labels: Labels, wanted: Labels) -> Array:
+def _transpose(x: Array, labels: Labels, wanted: Labels) -> Array:
     if tuple(labels) == tuple(wanted):
         return x
     return lax.transpose(x, [labels.index(label) for label in wanted])
@@ -84,77 +138,53 @@ def _reordered(x: Array, labels: Labels, wanted: Labels) -> Array:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "x_labels",
-        "labels",
-        "out_labels",
-        "is_frozen",
-        "precision",
-        "out_sharding",
+        *("x_labels", "stored", "out_labels"),
+        *("is_frozen", "precision", "out_sharding"),
     ),
 )
-def _contracted(
-    w: Viewed,
+def _contract_in_order(
+    weight: Factored,
     x: Array,
-    low_rank_x: Array | None = None,
-    *,
-    x_labels: Labels,
-    labels: Labels,
-    out_labels: Labels,
-    is_frozen: bool = False,
-    precision: Precision = None,
-    out_sharding: NamedSharding | None = None,
-) -> Array:
-    """As `contract`, for axes in the order of the weight as it is stored and of the
-    products themselves."""
-    arguments: dict[str, Any] = dict(
-        x_labels=x_labels,
-        stored=labels,
-        out_labels=out_labels,
-        precision=precision,
-        out_sharding=out_sharding,
-    )
-    if is_array(w):
-        return products.product(
-            x,
-            x_labels,
-            jnp.asarray(w),
-            labels,
-            out_labels,
-            x.dtype,
-            y_is_frozen=is_frozen,
-            precision=precision,
-            out_sharding=out_sharding,
-        )
-    separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
-    merged = functools.partial(_merged, **arguments)
-    return multiplied(separate, merged, x, w, low_rank_x)
-
-
-def _merged(
-    x: Array,
-    lora: "LoraWeight",
+    low_rank_x: Array | None,
     *,
     x_labels: Labels,
     stored: Labels,
     out_labels: Labels,
+    is_frozen: bool,
     precision: Precision,
     out_sharding: NamedSharding | None,
 ) -> Array:
-    return products.product(
-        x,
-        x_labels,
-        views.dense(lora.replace(order=None)),
-        stored,
-        out_labels,
-        x.dtype,
+    """As `contract`, with labels of the stored axes of `weight`, and axes in the order
+    of the products themselves."""
+    meet = functools.partial(
+        _contract_separately if weight.gain is None else _contract_scaled,
+        x_labels=x_labels,
+        stored=stored,
+        out_labels=out_labels,
+        is_frozen=is_frozen,
         precision=precision,
         out_sharding=out_sharding,
     )
+    if low_rank_x is not None or not can_fuse(weight, x):
+        return meet(weight, x, low_rank_x)
+
+    def multiply_fused(weight: Factored, x: Array) -> Array:
+        return contract_base(
+            dense(weight.replace(permutation=None)),
+            x,
+            x_labels=x_labels,
+            labels=stored,
+            out_labels=out_labels,
+            precision=precision,
+            out_sharding=out_sharding,
+        )
+
+    return fuse_forward(meet, multiply_fused, weight, x)
 
 
-def _separate(
+def _contract_separately(
+    weight: Factored,
     x: Array,
-    lora: "LoraWeight",
     low_rank_x: Array | None = None,
     *,
     x_labels: Labels,
@@ -164,59 +194,32 @@ def _separate(
     precision: Precision,
     out_sharding: NamedSharding | None,
 ) -> Array:
-    """Base and low-rank branch apart. `stored` are the labels of the base's axes."""
-    low_rank_x = x if low_rank_x is None else low_rank_x
-    gain, gain_labels = lora.gain, stored
-    if gain is not None:
-        gain, gain_labels = products.varying(gain, stored)
-        if not set(gain_labels) <= set(out_labels):
-            # What is summed over is scaled before.
-            x, _ = _scaled_before(x, x_labels, gain, gain_labels)
-            low_rank_x, x_labels = _scaled_before(
-                low_rank_x, x_labels, gain, gain_labels
-            )
-            gain = None
-    base = contract(
-        lora.w,
+    """`W x`, then `A x`, then `B (A x)`, and their sum."""
+    base = contract_base(
+        weight.base,
         x,
-        None,
         x_labels=tuple(x_labels),
-        labels=stored,
-        out_labels=out_labels,
-        is_frozen=is_frozen or lora.has_frozen_base,
+        labels=tuple(stored),
+        out_labels=tuple(out_labels),
+        is_frozen=is_frozen or weight.has_frozen_base,
         precision=precision,
         out_sharding=out_sharding,
     )
-
-    x, precision = low_rank_x, portable(precision)
-    # The factor that owns more of what is summed goes first: it shrinks `x` most.
-    summed = [
-        math.prod(
-            lora.w.shape[axis]
-            for axis in axes
-            if stored[axis] in x_labels and stored[axis] not in out_labels
-        )
-        for axes in (lora.rows, lora.columns)
-    ]
-    factors = [
-        (lora.b, lora.b_axes(stored)),
-        (lora.a, lora.a_axes(stored)),
-    ]
-    (first, first_labels), (second, second_labels) = (
-        factors if summed[0] > summed[1] else factors[::-1]
+    x, precision = (
+        x if low_rank_x is None else low_rank_x,
+        precision_for_any_dtype(precision),
     )
-    dtype = promote(x.dtype, first.dtype, second.dtype)
-    wanted = [*out_labels, *second_labels]
-    hidden_labels = [
-        label for label in dict.fromkeys([*x_labels, *first_labels]) if label in wanted
-    ]
-    hidden = products.product(
+    (first, first_labels), (second, second_labels) = order_factors(
+        weight, stored, x_labels, out_labels
+    )
+    hidden_labels = label_hidden(x_labels, first_labels, second_labels, out_labels)
+    hidden = multiply_arrays(
         x,
         x_labels,
         first,
         first_labels,
         hidden_labels,
-        dtype,
+        promote(x.dtype, first.dtype, second.dtype),
         y_is_frozen=is_frozen,
         precision=precision,
         out_sharding=product_sharding(
@@ -227,11 +230,11 @@ def _separate(
             hidden_labels,
         ),
     )
-    hidden = hidden * lora.scale
-    if lora.gate is not None:
-        batch = [stored[axis] for axis in lora.batch_axes()]
-        hidden = products.scaled(hidden, hidden_labels, lora.gate, [*batch, RANK])
-    update = products.product(
+    hidden = weight.scale * hidden
+    if weight.gate is not None:
+        gate_labels = weight.gate_labels(stored)
+        hidden = scale_along(hidden, hidden_labels, weight.gate, gate_labels)
+    update = multiply_arrays(
         hidden,
         hidden_labels,
         second,
@@ -242,17 +245,70 @@ def _separate(
         precision=precision,
         out_sharding=explicit_sharding(base),
     )
-    y = views.add(base, update)
-    if gain is None:
-        return y
-    return products.scaled(y, out_labels, gain, gain_labels)
+    return add(base, update)
 
 
-def _scaled_before(
-    x: Array, x_labels: Labels, gain: Array, gain_labels: Labels
-) -> tuple[Array, Labels]:
-    missing = [label for label in gain_labels if label not in x_labels]
-    sizes = [gain.shape[gain_labels.index(label)] for label in missing]
-    x = views.expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
-    x_labels = [*x_labels, *missing]
-    return products.scaled(x, x_labels, gain, gain_labels), x_labels
+def order_factors(
+    weight: Factored, stored: Labels, x_labels: Labels, out_labels: Labels
+) -> list[tuple[Array, Labels]]:
+    """The two factors and their labels. The one that owns more of what is summed over
+    comes first: it makes `x` smallest."""
+    summed = [
+        math.prod(
+            weight.base.shape[axis]
+            for axis in axes
+            if stored[axis] in x_labels and stored[axis] not in out_labels
+        )
+        for axes in (weight.rows, weight.columns)
+    ]
+    factors: list[tuple[Array, Labels]] = [
+        (weight.b, weight.b_labels(stored)),
+        (weight.a, weight.a_labels(stored)),
+    ]
+    return factors if summed[0] > summed[1] else factors[::-1]
+
+
+def label_hidden(
+    x_labels: Labels, first_labels: Labels, second_labels: Labels, out_labels: Labels
+) -> list[Label]:
+    """The labels of the product of `x` with the first factor."""
+    wanted = {*out_labels, *second_labels}
+    either = dict.fromkeys([*x_labels, *first_labels])
+    return [label for label in either if label in wanted]
+
+
+def _contract_scaled(
+    weight: Factored,
+    x: Array,
+    low_rank_x: Array | None = None,
+    *,
+    x_labels: Labels,
+    stored: Labels,
+    out_labels: Labels,
+    **arguments: Any,
+) -> Array:
+    """As `_contract_separately`, for a weight with a gain."""
+    assert weight.gain is not None
+    gain, labels = drop_constant_axes(weight.gain, stored)
+    meet = functools.partial(
+        _contract_separately,
+        weight.replace(gain=None),
+        stored=stored,
+        out_labels=out_labels,
+        **arguments,
+    )
+    if set(labels) <= set(out_labels):
+        y = meet(x, low_rank_x, x_labels=x_labels)
+        return scale_along(y, out_labels, gain, labels)
+
+    # What is summed over is scaled before.
+    missing = [label for label in labels if label not in x_labels]
+    sizes = [gain.shape[labels.index(label)] for label in missing]
+    all_labels = [*x_labels, *missing]
+
+    def scaled(x: Array) -> Array:
+        x = expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
+        return scale_along(x, all_labels, gain, labels)
+
+    low_rank_x = None if low_rank_x is None else scaled(low_rank_x)
+    return meet(scaled(x), low_rank_x, x_labels=all_labels)

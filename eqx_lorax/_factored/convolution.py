@@ -2,21 +2,26 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._shared import is_array, promote
-from . import products
-from .fused import multiplied
-from .products import Label, NotFactored, portable, Precision, RANK
-from .views import add, dense, Viewed
-
-
-if TYPE_CHECKING:
-    from .._methods import LoraWeight
+from .._shared import axes_from_end, promote
+from .base import add, dense, for_arrays, refuse
+from .form import Base, Factored
+from .fused import can_fuse, fuse_forward
+from .products import (
+    convolve_arrays,
+    Label,
+    multiply_arrays,
+    NotFactored,
+    Precision,
+    precision_for_any_dtype,
+    RANK,
+    scale_along,
+)
 
 
 def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
@@ -27,13 +32,13 @@ def channels_first(ndim: int) -> lax.ConvDimensionNumbers:
 
 
 def convolve(
-    w: Viewed,
+    kernel: Factored,
     x: Array,
+    low_rank_x: Array | None = None,
     *,
     dimension_numbers: lax.ConvDimensionNumbers,
     feature_group_count: int = 1,
     precision: Precision = None,
-    low_rank_x: Array | None = None,
     is_frozen: bool = False,
     **conv: Any,
 ) -> Array:
@@ -46,8 +51,7 @@ def convolve(
 
     **Arguments:**
 
-    - `w`: The kernel, an array or a weight.
-    - `x`: The images, already of the dtype that the result is to have.
+    - `x`: The images, of the dtype that the result is to have.
     - `dimension_numbers`: The layout of images, kernel and result.
     - `feature_group_count`: The number of groups. Every group has outputs of its own in
         the factor that owns them, and shares the factor that owns the inputs, so the
@@ -65,40 +69,44 @@ def convolve(
 
     `NotFactored` if both factors own axes of the window, or neither.
     """
-    if is_array(w):
-        return products.convolution(
-            x,
-            jnp.asarray(w),
-            x.dtype,
-            kernel_is_frozen=is_frozen,
-            dimension_numbers=dimension_numbers,
-            feature_group_count=feature_group_count,
-            precision=precision,
-            **conv,
-        )
     arguments: dict[str, Any] = dict(
         dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
         precision=precision,
         **conv,
     )
-    lora = w.as_lora()
-    separate = functools.partial(_separate, is_frozen=is_frozen, **arguments)
-    merged = functools.partial(_merged, **arguments)
-    return multiplied(separate, merged, x, lora, low_rank_x)
+    meet = functools.partial(_convolve_separately, is_frozen=is_frozen, **arguments)
+    if low_rank_x is not None or not can_fuse(kernel, x):
+        return meet(kernel, x, low_rank_x)
+
+    def convolve_fused(kernel: Factored, x: Array) -> Array:
+        return convolve_arrays(x, dense(kernel), x.dtype, **arguments)
+
+    return fuse_forward(meet, convolve_fused, kernel, x)
 
 
-def _merged(
+@functools.singledispatch
+def convolve_base(base: Base, x: Array, **arguments: Any) -> Array:
+    """As `convolve`, for a base of any kind, which is frozen if `is_frozen`; without
+    `low_rank_x`."""
+    raise refuse(base, "convolve_base")
+
+
+@convolve_base.register
+def _(base: Factored, x: Array, **arguments: Any) -> Array:
+    return convolve(base, x, **arguments)
+
+
+@for_arrays(convolve_base)
+def _(base: Array, x: Array, *, is_frozen: bool = False, **arguments: Any) -> Array:
+    return convolve_arrays(
+        x, jnp.asarray(base), x.dtype, kernel_is_frozen=is_frozen, **arguments
+    )
+
+
+def _convolve_separately(
+    weight: Factored,
     x: Array,
-    lora: "LoraWeight",
-    **arguments: Any,
-) -> Array:
-    return products.convolution(x, dense(lora), x.dtype, **arguments)
-
-
-def _separate(
-    x: Array,
-    lora: "LoraWeight",
     low_rank_x: Array | None = None,
     *,
     dimension_numbers: lax.ConvDimensionNumbers,
@@ -107,15 +115,16 @@ def _separate(
     is_frozen: bool,
     **conv: Any,
 ) -> Array:
-    """Base and low-rank branch apart."""
-    shown = lora.shown_axes()
-    kernel_axes = tuple(shown[axis] for axis in dimension_numbers.rhs_spec)
-    mixer_owns = _mixer(lora, kernel_axes)
-    as_stored = tuple(axis % lora.w.ndim for axis in kernel_axes)
-    base = convolve(
-        lora.w,
+    """The images meet the base, then the factors one after the other."""
+    weight = weight.without_gate()
+    logical = weight.logical_axes()
+    kernel_axes = tuple(logical[axis] for axis in dimension_numbers.rhs_spec)
+    mixer_owns = _mixer(weight, kernel_axes)
+    as_stored = tuple(axis % weight.base.ndim for axis in kernel_axes)
+    base = convolve_base(
+        weight.base,
         x,
-        is_frozen=is_frozen or lora.has_frozen_base,
+        is_frozen=is_frozen or weight.has_frozen_base,
         dimension_numbers=dimension_numbers._replace(rhs_spec=as_stored),
         feature_group_count=feature_group_count,
         precision=precision,
@@ -123,31 +132,31 @@ def _separate(
     )
     branch = _outputs_mixed if mixer_owns == "outputs" else _inputs_mixed
     update = branch(
-        lora,
+        weight,
         x if low_rank_x is None else low_rank_x,
         kernel_axes,
         groups=feature_group_count,
         is_frozen=is_frozen,
-        precision=portable(precision),
+        precision=precision_for_any_dtype(precision),
         dimension_numbers=dimension_numbers,
         **conv,
     )
-    y = add(base, lora.scale * update)
-    if lora.gain is None:
+    y = add(base, weight.scale * update)
+    if weight.gain is None:
         return y
     outputs, *others = kernel_axes
-    if any(lora.gain.shape[axis] != 1 for axis in others):
+    if any(weight.gain.shape[axis] != 1 for axis in others):
         raise NotFactored("the kernel is scaled along its inputs or its window")
     feature = dimension_numbers.out_spec[1]
-    gain = lora.gain.reshape(-1)
-    return products.scaled(y, range(y.ndim), gain, [feature])
+    gain = weight.gain.reshape(-1)
+    return scale_along(y, range(y.ndim), gain, [feature])
 
 
-def _mixer(lora: "LoraWeight", kernel_axes: Sequence[int]) -> str:
+def _mixer(weight: Factored, kernel_axes: Sequence[int]) -> str:
     """What the factor without a window owns: the kernel's `"outputs"` or `"inputs"`."""
     outputs, inputs, *window = kernel_axes
-    window = [axis for axis in window if lora.w.shape[axis] != 1]
-    for mixer, kernel in ((lora.rows, lora.columns), (lora.columns, lora.rows)):
+    window = [axis for axis in window if weight.base.shape[axis] != 1]
+    for mixer, kernel in ((weight.rows, weight.columns), (weight.columns, weight.rows)):
         if all(axis in kernel for axis in window):
             if outputs in mixer and inputs in kernel:
                 return "outputs"
@@ -156,18 +165,18 @@ def _mixer(lora: "LoraWeight", kernel_axes: Sequence[int]) -> str:
     raise NotFactored(
         "no factor owns the kernel's whole window: of a convolution's kernel one "
         "factor must own the outputs, or the inputs, alone, as with "
-        f"`lorax.LoraSpec(rank, rows=({outputs + lora.w.ndim},))`"
+        f"`lorax.LoraSpec(rank, rows=({outputs + weight.base.ndim},))`"
     )
 
 
 def _factors(
-    lora: "LoraWeight", mixed: int, kernel_axes: Sequence[int]
+    weight: Factored, mixed: int, kernel_axes: Sequence[int]
 ) -> tuple[Array, Array]:
     """The factor that owns the axis `mixed`, as `(size, rank)`, and the other one with
     the axes `(rank, *kernel_axes)` but `mixed`."""
-    b_labels = lora.b_axes(range(-lora.w.ndim, 0))
-    a_labels = lora.a_axes(range(-lora.w.ndim, 0))
-    factors = [(lora.b, b_labels), (lora.a, a_labels)]
+    stored = axes_from_end(weight.ndim)
+    b_labels, a_labels = weight.b_labels(stored), weight.a_labels(stored)
+    factors = [(weight.b, b_labels), (weight.a, a_labels)]
     mixer, kernel = factors if mixed in b_labels else factors[::-1]
     others = [axis for axis in kernel_axes if axis != mixed]
     return _laid_out(*mixer, [mixed, RANK]), _laid_out(*kernel, [RANK, *others])
@@ -184,7 +193,7 @@ def _laid_out(x: Array, labels: Sequence[Label], wanted: Sequence[Label]) -> Arr
 
 
 def _outputs_mixed(
-    lora: "LoraWeight",
+    weight: Factored,
     x: Array,
     kernel_axes: Sequence[int],
     *,
@@ -194,7 +203,7 @@ def _outputs_mixed(
     dimension_numbers: lax.ConvDimensionNumbers,
     **conv: Any,
 ) -> Array:
-    mixer, kernel = _factors(lora, kernel_axes[0], kernel_axes)
+    mixer, kernel = _factors(weight, kernel_axes[0], kernel_axes)
     dtype = promote(x.dtype, mixer.dtype, kernel.dtype)
     lhs_spec, _, out_spec = dimension_numbers
     # Channels first, for the groups: they share the kernel, so to it they are as good
@@ -206,7 +215,7 @@ def _outputs_mixed(
         x = lax.transpose(x, lhs_spec)
         batch, channels, *spatial = x.shape
         x = x.reshape(batch * groups, channels // groups, *spatial)
-    hidden = products.convolution(
+    hidden = convolve_arrays(
         x,
         kernel,
         dtype,
@@ -225,7 +234,7 @@ def _outputs_mixed(
     else:
         hidden = hidden.reshape(-1, groups, *hidden.shape[1:])
         labels = ["batch", "group", *names[1:]]
-    update = products.product(
+    update = multiply_arrays(
         hidden,
         labels,
         mixer.reshape(groups, -1, mixer.shape[1]),
@@ -239,7 +248,7 @@ def _outputs_mixed(
 
 
 def _inputs_mixed(
-    lora: "LoraWeight",
+    weight: Factored,
     x: Array,
     kernel_axes: Sequence[int],
     *,
@@ -249,7 +258,7 @@ def _inputs_mixed(
     dimension_numbers: lax.ConvDimensionNumbers,
     **conv: Any,
 ) -> Array:
-    mixer, kernel = _factors(lora, kernel_axes[1], kernel_axes)
+    mixer, kernel = _factors(weight, kernel_axes[1], kernel_axes)
     dtype = promote(x.dtype, mixer.dtype, kernel.dtype)
     feature = dimension_numbers.lhs_spec[1]
     shape = list(x.shape)
@@ -257,7 +266,7 @@ def _inputs_mixed(
     labels: list[Label] = list(range(x.ndim))
     labels[feature : feature + 1] = ["group", "in"]
     out_labels = [RANK if label == "in" else label for label in labels]
-    hidden = products.product(
+    hidden = multiply_arrays(
         x.reshape(shape),
         labels,
         mixer,
@@ -269,7 +278,7 @@ def _inputs_mixed(
     )
     hidden = lax.collapse(hidden, feature, feature + 2)
     out, *window = range(1, kernel.ndim)
-    return products.convolution(
+    return convolve_arrays(
         hidden,
         lax.transpose(kernel, [out, 0, *window]),
         hidden.dtype,

@@ -1,5 +1,6 @@
 """Picking entries of a weight by indices."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,14 +8,41 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .._shared import is_array
-from . import products
-from .products import Label, NotFactored
-from .views import add, dense, low_rank_product, renumbered, Viewed
+from .._shared import axes_from_end
+from .base import add, dense, for_arrays, multiply_factors, refuse
+from .form import Base, Factored
+from .products import Label, Labels, NotFactored, scale_along
+from .views import renumber
 
 
+@functools.singledispatch
 def gather(
-    x: Viewed,
+    x: Base,
+    indices: Array,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    **options: Any,
+) -> Base | Array:
+    """As in `jax.lax`. What is picked of a `Factored` along batch axes alone is a
+    `Factored`. What is looked up along rows or columns, as in an embedding, is an
+    array."""
+    raise refuse(x, "gather")
+
+
+@for_arrays(gather)
+def _(
+    x: Array,
+    indices: Array,
+    dimension_numbers: lax.GatherDimensionNumbers,
+    slice_sizes: Sequence[int],
+    **options: Any,
+) -> Array:
+    return lax.gather(x, indices, dimension_numbers, tuple(slice_sizes), **options)
+
+
+@gather.register
+def _(
+    x: Factored,
     indices: Array,
     dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: Sequence[int],
@@ -22,44 +50,32 @@ def gather(
     mode: Any = None,
     fill_value: Any = None,
     **flags: Any,
-) -> Viewed:
-    """As `jax.lax.gather`. What is picked along batch axes alone is still a weight;
-    what is looked up along rows or columns, as an embedding does, is an array."""
+) -> Factored | Array:
     numbers = dimension_numbers
-    if is_array(x):
-        return lax.gather(
-            x,
-            indices,
-            numbers,
-            tuple(slice_sizes),
-            mode=mode,
-            fill_value=fill_value,
-            **flags,
-        )
-    lora = x.as_lora()
-    if lora.gain is not None and fill_value not in (None, 0):
+    x = x.without_gate()
+    if x.gain is not None and fill_value not in (None, 0):
         raise NotFactored("what is out of bounds would be scaled too")
-    shown = lora.shown_axes()
-    size_of: dict[Label, int] = dict(zip(shown, slice_sizes, strict=True))
-    collapsed = {shown[i] for i in numbers.collapsed_slice_dims}
-    batched = dict(
+    logical = x.logical_axes()
+    size_of: dict[Label, int] = dict(zip(logical, slice_sizes, strict=True))
+    collapsed = {logical[i] for i in numbers.collapsed_slice_dims}
+    batched: dict[Label, int] = dict(
         zip(
-            (shown[i] for i in numbers.operand_batching_dims),
+            (logical[i] for i in numbers.operand_batching_dims),
             numbers.start_indices_batching_dims,
         )
     )
-    column_of = {shown[i]: j for j, i in enumerate(numbers.start_index_map)}
-    full = dict(zip(shown, lora.shape))
-    picked = {axis for axis in shown if axis in column_of or axis in batched}
-    picked |= {axis for axis in shown if size_of[axis] != full[axis]}
+    column_of: dict[Label, int] = {
+        logical[i]: j for j, i in enumerate(numbers.start_index_map)
+    }
+    full = dict(zip(logical, x.shape))
+    picked = {axis for axis in logical if axis in column_of or axis in batched}
+    picked |= {axis for axis in logical if size_of[axis] != full[axis]}
     if not picked:
         raise NotFactored("it picks nothing")
     index_labels: list[Label] = [("index", i) for i in range(indices.ndim - 1)]
     count = len(index_labels)
 
-    def part(
-        array: Any, axes: Sequence[Label], fill: Any
-    ) -> tuple[Any, Sequence[Label]]:
+    def pick(array: Any, axes: Labels, fill: Any) -> tuple[Any, Labels]:
         if not picked & set(axes):
             return array, axes
         at = dict(enumerate(axes))
@@ -84,33 +100,32 @@ def gather(
         )
         return found, [*index_labels, *rest]
 
-    stored = list(range(-lora.w.ndim, 0))
-    offsets = iter([a for a in shown if a not in collapsed and a not in batched])
+    stored = list(axes_from_end(x.ndim))
+    offsets = iter([a for a in logical if a not in collapsed and a not in batched])
     indexed = iter(index_labels)
     out_labels = [
         next(offsets if i in numbers.offset_dims else indexed)
         for i in range(count + len(numbers.offset_dims))
     ]
-    w, w_labels = part(lora.base(), stored, fill_value)
-    b, b_labels = part(lora.b, lora.b_axes(stored), 0)
-    a, a_labels = part(lora.a, lora.a_axes(stored), 0)
-    gain, gain_labels = lora.gain, stored
+    w, w_labels = pick(x.differentiable_base(), stored, fill_value)
+    b, b_labels = pick(x.b, x.b_labels(stored), 0)
+    a, a_labels = pick(x.a, x.a_labels(stored), 0)
+    gain, gain_labels = x.gain, stored
     if gain is not None:
-        axes = [i if gain.shape[i] == lora.w.shape[i] else None for i in stored]
-        gain, gain_labels = part(gain, axes, 1)
-    if picked <= set(lora.batch_axes()):
-        lora = lora.replace(w=w, b=b, a=a, gain=gain)
-        return renumbered(lora, w_labels, out_labels)
+        gain, gain_labels = pick(gain, x.gain_labels(stored), 1)
+    if picked <= set(x.batch_axes()):
+        x = x.replace(base=w, b=b, a=a, gain=gain)
+        return renumber(x, w_labels, out_labels)
     base = dense(w)
-    low_rank = low_rank_product(b, b_labels, a, a_labels, w_labels, base)
-    found = add(base, lora.scale * low_rank)
+    found = x.scale * multiply_factors(b, b_labels, a, a_labels, w_labels, base)
+    found = add(base, found)
     if gain is not None:
-        found = products.scaled(found, w_labels, gain, gain_labels)
+        found = scale_along(found, w_labels, gain, gain_labels)
     order = [w_labels.index(label) for label in out_labels]
     return lax.transpose(found, order).astype(x.dtype)
 
 
-def take(x: Viewed, position: int, index: ArrayLike) -> Viewed:
+def take(x: Base, position: int, index: ArrayLike) -> Base | Array:
     """`x` indexed along one axis, where the axes of `index` then stand; `index` counts
     from the end where it is negative."""
     index = jnp.asarray(index)

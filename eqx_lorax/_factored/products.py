@@ -9,6 +9,7 @@ floating dtypes, the operands' own dtype otherwise. Callers add up what they hav
 and round once.
 """
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
@@ -42,65 +43,54 @@ class NotFactored(Exception):
     message says why, as the end of a sentence."""
 
 
-def portable(precision: Precision) -> Precision:
+def precision_for_any_dtype(precision: Precision) -> Precision:
     """`precision`, or `None` if it is one that only operands of some dtype can have,
     such as the algorithm for a narrow base, which its wide factors are not."""
     parts = precision if isinstance(precision, tuple) else (precision,)
     return precision if all(isinstance(p, lax.Precision) for p in parts) else None
 
 
-def varying(gain: Array, labels: Labels) -> tuple[Array, list[Label]]:
+def drop_constant_axes(gain: Array, labels: Labels) -> tuple[Array, list[Label]]:
     """`gain` and its labels without the axes of size one."""
     along = [i for i, size in enumerate(gain.shape) if size != 1]
     return gain.reshape([gain.shape[i] for i in along]), [labels[i] for i in along]
 
 
-def scaled(y: Array, labels: Labels, gain: Array, gain_labels: Labels) -> Array:
+def scale_along(y: Array, labels: Labels, gain: Array, gain_labels: Labels) -> Array:
     """`y` times `gain`, which is constant along the axes that it does not have or of
     which it has one entry. All others must be among `labels`."""
-    gain, gain_labels = varying(gain, gain_labels)
+    gain, gain_labels = drop_constant_axes(gain, gain_labels)
     order = [label for label in labels if label in gain_labels]
     gain = lax.transpose(gain, [gain_labels.index(label) for label in order])
     along = [i for i, label in enumerate(labels) if label in gain_labels]
     return y * lax.broadcast_in_dim(gain.astype(y.dtype), y.shape, along)
 
 
-def _accumulate(
+def _multiply(
     product: Callable[[Array, Array, jnp.dtype | None], Array],
     x: Array,
     y: Array,
     y_is_frozen: bool,
     tangent_in_y: TangentInY | None = None,
+    *,
+    is_tangent: bool = False,
 ) -> Array:
-    """`product(x, y, preferred_element_type)` in the wide dtype of `x` and `y`, and
-    without a tangent for `y` if that is frozen.
+    """`product(x, y, preferred_element_type)` in the accumulation dtype of `x` and `y`,
+    and without a tangent for `y` if that is frozen, whatever the order of the
+    derivative.
 
-    The tangents are products in the operands' own narrow dtype, as those of a plain
-    layer are: differentiating through `preferred_element_type` would make them products
-    of wide arrays (and for a convolution, whose operands must agree, an error).
-    """
-    accumulator = accumulation_dtype(x.dtype)
-    preferred = None if accumulator == x.dtype else accumulator
-    return _with_tangents(product, x, y, y_is_frozen, tangent_in_y, preferred)
-
-
-def _with_tangents(
-    product: Callable[[Array, Array, jnp.dtype | None], Array],
-    x: Array,
-    y: Array,
-    y_is_frozen: bool,
-    tangent_in_y: TangentInY | None,
-    preferred: jnp.dtype | None,
-) -> Array:
-    """`product(x, y, preferred)` with tangents of the operands' own dtype; `y` has none
-    if it is frozen, whatever the order of the derivative.
+    Tangents are products in the operands' own narrow dtype, as those of a plain layer
+    are: differentiating through `preferred_element_type` would make them products of
+    wide arrays (and for a convolution, whose operands must agree, an error).
 
     Where `jax.lax.stop_gradient(y)` would be a new array, of which `scan` keeps a copy
     for each layer, here the backward pass uses `y` itself. It is a JVP with symbolic
     zeros, not a VJP, because a VJP below the `vmap` around every Equinox layer forms
     one gradient per example.
     """
-    if preferred is None and not y_is_frozen and tangent_in_y is None:
+    is_wide = is_tangent or accumulation_dtype(x.dtype) == x.dtype
+    preferred = None if is_wide else accumulation_dtype(x.dtype)
+    if is_wide and not y_is_frozen and tangent_in_y is None:
         return product(x, y, None)
 
     @jax.custom_jvp
@@ -113,9 +103,8 @@ def _with_tangents(
         out = ruled(x, y)
         terms = []
         if not isinstance(x_dot, SymbolicZero):
-            terms.append(
-                _with_tangents(product, x_dot, y, y_is_frozen, tangent_in_y, None)
-            )
+            in_x = functools.partial(_multiply, product, is_tangent=True)
+            terms.append(in_x(x_dot, y, y_is_frozen, tangent_in_y))
         if not y_is_frozen and not isinstance(y_dot, SymbolicZero):
             in_y = tangent_in_y or (lambda x, y_dot: product(x, y_dot, None))
             terms.append(in_y(x, y_dot))
@@ -126,7 +115,7 @@ def _with_tangents(
     return ruled(x, y)
 
 
-def product(
+def multiply_arrays(
     x: Array,
     x_labels: Labels,
     y: Array,
@@ -145,8 +134,8 @@ def product(
 
     **Returns:**
 
-    An array with one axis per label of `out_labels`, in `wide(dtype)`; `x` and `y` are
-    cast to `dtype` before they meet.
+    An array with one axis per label of `out_labels`, in the accumulation dtype of
+    `dtype`, to which `x` and `y` are cast before they meet.
     """
     shared = [label for label in x_labels if label in y_labels]
     batch = [label for label in shared if label in out_labels]
@@ -189,7 +178,7 @@ def product(
     has_natural_order = y_labels[0] == RANK and RANK not in summed
     is_of_tokens = not batch and y_free and list(x_labels) == x_free + summed
     has_own_tangent = is_of_tokens and not has_natural_order and out_sharding is None
-    out = _accumulate(
+    out = _multiply(
         dot_general,
         x.astype(dtype),
         y.astype(dtype),
@@ -200,7 +189,7 @@ def product(
     return out if order == tuple(range(out.ndim)) else lax.transpose(out, order)
 
 
-def convolution(
+def convolve_arrays(
     x: Array,
     kernel: Array,
     dtype: DTypeLike,
@@ -209,7 +198,7 @@ def convolution(
     **conv: Any,
 ) -> Array:
     """`jax.lax.conv_general_dilated` of `x` with `kernel`, both cast to `dtype`, in
-    `wide(dtype)`. If the kernel is frozen, no derivative is taken in it.
+    the accumulation dtype. If the kernel is frozen, no derivative is taken in it.
 
     **Arguments:**
 
@@ -222,6 +211,4 @@ def convolution(
             x, kernel, **conv, preferred_element_type=preferred_element_type
         )
 
-    return _accumulate(
-        convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen
-    )
+    return _multiply(convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)

@@ -1,3 +1,11 @@
+"""`lorax.lora(fn)`: running any JAX function on weights in normal form.
+
+Here are the interpreter of traced programs, the rules of primitives, and the report of
+what was materialised. Everything here knows `Factored`; nothing but `lora` itself knows
+the weights of models, and nothing knows modules.
+"""
+
+from . import rules as rules
 from .function import (
     AbstractOpaque as AbstractOpaque,
     call as call,

@@ -1,4 +1,4 @@
-"""The function door: LoRA for any JAX function."""
+"""`lorax.lora`: LoRA for any JAX function."""
 
 import abc
 import dataclasses
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._factored import explicit_sharding
-from .._methods import AbstractLoraWeight, factor_shapes, is_weight, without_base
+from .._factored import find_explicit_sharding, is_factored, materialise
+from .._methods import AbstractLoraWeight, is_weight
 from .._shared import compat
 from .interpreter import evaluate
 from .report import Materialised, OnMaterialise, Report
@@ -101,7 +101,7 @@ def _is_opaque(node: Any) -> bool:
     return issubclass(type(node), AbstractOpaque) and node.is_opaque
 
 
-class _Standing:
+class _Placeholder:
     """A weight in whose place the function is to see an array."""
 
     def __init__(self, weight: AbstractLoraWeight):
@@ -123,20 +123,23 @@ class Door:
 
 def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
     """`fn(*args, **kwargs)`, in which weights are arrays."""
-    opened, held = _opened(fn)
+    unbound, held = _hoist_state(fn)
     marked = jax.tree.map(
-        lambda x: _Standing(x) if is_weight(x) else x,
+        lambda x: _Placeholder(x) if is_weight(x) else x,
         (held, args, kwargs),
         is_leaf=lambda x: is_weight(x) or _is_opaque(x),
     )
     leaves, treedef = jax.tree.flatten(marked)
-    if not any(isinstance(leaf, _Standing) for leaf in leaves):
+    if not any(isinstance(leaf, _Placeholder) for leaf in leaves):
         return fn(*args, **kwargs)
-    dynamic = [i for i, x in enumerate(leaves) if isinstance(x, _Standing | jax.Array)]
-    values = _frozen([_value(leaves[i]) for i in dynamic])
+    dynamic = [
+        i for i, x in enumerate(leaves) if isinstance(x, _Placeholder | jax.Array)
+    ]
+    given = [_value(leaves[i]) for i in dynamic]
+    values = _stop_bases([x.factored() if is_weight(x) else x for x in given])
     for value in values:
-        if is_weight(value):
-            _check_whole(value)
+        if is_factored(value):
+            value.check_shapes()
     returned: Any = None
 
     def flat(*arrays: Array) -> Any:
@@ -145,7 +148,7 @@ def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
         for i, array in zip(dynamic, arrays):
             filled[i] = array
         held, args, kwargs = treedef.unflatten(filled)
-        returned = jax.tree.flatten(opened(held, *args, **kwargs))
+        returned = jax.tree.flatten(unbound(held, *args, **kwargs))
         return [leaf for leaf in returned[0] if isinstance(leaf, jax.Array)]
 
     try:
@@ -155,7 +158,7 @@ def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
         raise
     report = Report(door.on_materialise, door.advice)
     outputs = evaluate(jaxpr, values, report)
-    came_in = {id(x): _value(leaves[i]) for i, x in zip(dynamic, values)}
+    came_in = {id(x): value for value, x in zip(given, values)}
     kept = came_in if door.keeps_weights else {}
     outputs = iter(
         [kept[id(x)] if id(x) in kept else _returned(x, report) for x in outputs]
@@ -175,37 +178,19 @@ _TRACED = (
 )
 
 
-def _check_whole(weight: AbstractLoraWeight) -> None:
-    if weight.w is None:
-        raise without_base(weight)
-    lora = weight.as_lora()
-    axes = (*lora.rows, *lora.columns)
-    shapes = None
-    if all(axis >= -lora.w.ndim for axis in axes):
-        shapes = factor_shapes(lora.w.shape, lora.rows, lora.columns, lora.rank)
-    if shapes != (lora.b.shape, lora.a.shape):
-        raise ValueError(
-            f"A weight has the base {lora.w.shape} and the factors {lora.b.shape} and "
-            f"{lora.a.shape}, which do not belong together. Was it sliced, by `vmap` "
-            "or `scan`, along an axis that its factors do not share? For layers that "
-            "are stacked along the first axis adapt with "
-            "`lorax.LoraSpec(rank, batch=(0,))`."
-        )
-
-
 def _value(leaf: Any) -> Any:
-    return leaf.weight if isinstance(leaf, _Standing) else leaf
+    return leaf.weight if isinstance(leaf, _Placeholder) else leaf
 
 
-def _frozen(values: list[Any]) -> list[Any]:
-    """`values`, of whose bases no derivative is taken, of whatever order.
+def _stop_bases(values: list[Any]) -> list[Any]:
+    """`values`, with no derivative of any order in their bases.
 
-    The products see to the first order themselves. Stopping the gradient here too would
-    be a new array for each base, of which a `scan` around it all keeps copies. So it is
-    done only where a derivative is being taken at this very moment, which the rule of a
-    custom derivative notices.
+    Products see to the first order themselves. Stopping the gradient here too would
+    make a new array of each base, and a `scan` around it all would keep copies of
+    these. So it is done only where a derivative is being taken at this very moment,
+    which the rule of a custom derivative notices.
     """
-    bases = [value.as_lora().w for value in values if is_weight(value)]
+    bases = [value.base for value in values if is_factored(value)]
     is_differentiated = False
 
     @jax.custom_jvp
@@ -223,27 +208,27 @@ def _frozen(values: list[Any]) -> list[Any]:
         return values
     new = iter(stopped)
     return [
-        value.as_lora().replace(w=next(new)) if is_weight(value) else value
+        value.replace(base=next(new)) if is_factored(value) else value
         for value in values
     ]
 
 
 def _shaped(value: Any) -> Any:
-    if is_weight(value):
-        sharding = explicit_sharding(value)
+    if is_factored(value):
+        sharding = find_explicit_sharding(value)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     return value
 
 
 def _returned(value: Any, report: Report) -> Array:
-    if not is_weight(value):
+    if not is_factored(value):
         return value
     reason, at = "the function returns it", compat.calling_line()
     report.add(Materialised("return", value.shape, reason, at))
-    return value.materialise()
+    return materialise(value)
 
 
-def _opened(fn: Any) -> tuple[Callable[..., Any], Any]:
+def _hoist_state(fn: Any) -> tuple[Callable[..., Any], Any]:
     """A function `call` and a pytree `held` such that `call(held, ...)` is `fn(...)`,
     and that all arrays that `fn` can be seen to hold are in `held`."""
     if isinstance(fn, types.MethodType):
@@ -251,7 +236,7 @@ def _opened(fn: Any) -> tuple[Callable[..., Any], Any]:
             fn.__self__
         )
     if isinstance(fn, functools.partial):
-        call, held = _opened(fn.func)
+        call, held = _hoist_state(fn.func)
         return (
             lambda held, *args, **kwargs: call(
                 held[0], *held[1], *args, **{**held[2], **kwargs}

@@ -17,11 +17,10 @@ import jax.extend.core as jec
 import numpy as np
 from jaxtyping import Array
 
-from .._factored import NotFactored
-from .._methods import is_weight
+from .._factored import is_factored, materialise, NotFactored
 from .._shared import compat, Jaxpr
+from .registry import find_rule, makes_functions
 from .report import Materialised, Report
-from .rules import LOOPS, RULES
 
 
 class Equation:
@@ -79,11 +78,11 @@ class Equation:
 
     def dense(self, value: Any, reason: str) -> Any:
         """The array that `value` stands for. If it is a weight, that is reported."""
-        if not is_weight(value):
+        if not is_factored(value):
             return value
         name = self.primitive.name
         self._report.add(Materialised(name, value.shape, reason, self._at))
-        return value.materialise()
+        return materialise(value)
 
     def evaluate(self, *values: Any) -> Sequence[Any]:
         """The outputs for operands at least one of which is a weight."""
@@ -111,13 +110,13 @@ class Equation:
                 self._report.add(found)
 
     def _by_rule(self, values: Sequence[Any]) -> Sequence[Any]:
-        rule = RULES.get(self.primitive.name)
+        rule = find_rule(self.primitive.name)
         if rule is None:
             raise NotFactored("it has no factored form")
         leaves = jax.tree.leaves(values)
-        if rule not in LOOPS or any(isinstance(x, jax.core.Tracer) for x in leaves):
+        is_traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+        if is_traced or not makes_functions(rule):
             return rule(self, *values)
-        # The rule makes functions, which JAX would compile anew in every eager call.
         arguments = self._arguments(values)
         body = self.body(_alone(self), *arguments)
         return self.run(body.jitted, *arguments)
@@ -160,7 +159,7 @@ def _body(jaxpr: Jaxpr, structure: Any) -> Body:
 
 def evaluate(jaxpr: Jaxpr, values: Sequence[Any], report: Report) -> list[Any]:
     """The outputs of a closed jaxpr; what has to be materialised goes to `report`."""
-    if not any(map(is_weight, values)):
+    if not any(map(is_factored, values)):
         return jec.jaxpr_as_fun(jaxpr)(*values)
     inner = jaxpr.jaxpr
     variables = [*inner.constvars, *inner.invars]
@@ -189,7 +188,7 @@ def evaluate(jaxpr: Jaxpr, values: Sequence[Any], report: Report) -> list[Any]:
                 known.pop(var, None)
 
     for i, equation in enumerate(inner.eqns):
-        if not any(is_weight(known.get(var)) for var in _read_by(equation)):
+        if not any(is_factored(known.get(var)) for var in _read_by(equation)):
             waiting.append(equation)
             continue
         run_waiting(i)

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PRNGKeyArray, UInt32
 
+from .._factored import Factored
 from .._methods import AbstractLoraWeight, is_one_key
 from .._shared import is_array
 from .layer import has_active_dropout
@@ -14,7 +15,9 @@ from .layer import has_active_dropout
 Keys: TypeAlias = Key[Array, "*layers"] | UInt32[Array, "*layers words"]
 
 
-def check_unstacked(module: Any, weight: AbstractLoraWeight, ndim: int) -> None:
+def check_unstacked(
+    module: Any, weight: AbstractLoraWeight | Factored, ndim: int
+) -> None:
     """Raises `ValueError` if `weight` has more axes than that of one layer."""
     if weight.ndim != ndim:
         raise ValueError(

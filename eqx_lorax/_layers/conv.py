@@ -55,21 +55,22 @@ class LoraConv(AbstractLoraLayer):
         conv = self.wrapped
         if not isinstance(conv.weight, AbstractLoraWeight):
             return run_module(self, operator.call, x, key=key)
-        check_unstacked(conv, conv.weight, conv.num_spatial_dims + 2)
+        kernel = conv.weight.factored()
+        check_unstacked(conv, kernel, conv.num_spatial_dims + 2)
         if x.ndim != conv.num_spatial_dims + 1:
             raise ValueError(
                 f"`x` must have {conv.num_spatial_dims + 1} axes, (in_channels, "
                 f"*spatial), but has shape {x.shape}. For a batch use `jax.vmap`."
             )
         with jax.named_scope("lorax.LoraConv"):
-            dtype = jnp.result_type(x, conv.weight.dtype)
+            dtype = jnp.result_type(x, kernel.dtype)
             x = x.astype(dtype)
             pad, geometry = conv_geometry(conv, x.shape[1:])
             low_rank_x = drop_inputs(self, x, key)
             y = convolve(
-                conv.weight,
+                kernel,
                 pad(x)[None],
-                low_rank_x=None if low_rank_x is None else pad(low_rank_x)[None],
+                None if low_rank_x is None else pad(low_rank_x)[None],
                 dimension_numbers=channels_first(x.ndim + 1),
                 feature_group_count=conv.groups,
                 **geometry,

@@ -7,11 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PRNGKeyArray
 
-from .._methods import AbstractLoraWeight, matmul
+from .._factored import contract, Factored
+from .._methods import AbstractLoraWeight
 from .calls import add_bias, check_unstacked, drop_inputs, Keys
 from .forwarding import run_module
 from .kinds import find_matrix_axes, register
 from .layer import AbstractLoraLayer
+
+
+# Of a vector, and, as `equinox.nn.Linear` allows it, of the columns of a matrix.
+_LABELS = {1: (("in",), ("out",)), 2: (("in", "column"), ("out", "column"))}
 
 
 @register({"weight": find_matrix_axes})
@@ -47,23 +52,34 @@ class LoraLinear(AbstractLoraLayer):
         linear = self.wrapped
         if not isinstance(linear.weight, AbstractLoraWeight):
             return run_module(self, operator.call, jnp.asarray(x), key=key)
-        check_unstacked(linear, linear.weight, 2)
+        weight = linear.weight.factored()
+        check_unstacked(linear, weight, 2)
         with jax.named_scope("lorax.LoraLinear"):
             x = jnp.asarray(x)
             if linear.in_features == "scalar":
                 if x.shape != ():
                     raise ValueError(f"`x` must have shape (), not {x.shape}.")
                 x = x[None]
-            _check_single(linear, x)
-            low_rank_x = drop_inputs(self, x, key)
-            y = matmul(linear.weight, x, low_rank_x=low_rank_x)
-            y = add_bias(y, jnp.result_type(x, linear.weight.dtype), linear.bias)
+            _check_input(linear, weight, x)
+            dtype = jnp.result_type(x, weight.dtype)
+            x = x.astype(dtype)
+            batch = range(x.ndim - 2)
+            x_labels, out_labels = _LABELS[min(x.ndim, 2)]
+            y = contract(
+                weight,
+                x,
+                drop_inputs(self, x, key),
+                x_labels=(*batch, *x_labels),
+                labels=("out", "in"),
+                out_labels=(*batch, *out_labels),
+            )
+            y = add_bias(y, dtype, linear.bias)
             return y.reshape(()) if linear.out_features == "scalar" else y
 
 
-def _check_single(linear: eqx.nn.Linear, x: Array) -> None:
-    size = linear.weight.shape[-1]
-    if x.ndim > 1 and x.shape[-2] != size:
+def _check_input(linear: eqx.nn.Linear, weight: Factored, x: Array) -> None:
+    size = weight.shape[-1]
+    if x.ndim == 0 or x.shape[-2:][0] != size:
         raise ValueError(
             f"`x` has shape {x.shape}, but a {type(linear).__name__} takes one vector "
             f"at a time, here of shape ({size},). For a batch use `jax.vmap`."

@@ -1,28 +1,32 @@
+"""The atom: weights that are a frozen base plus a trainable update, one file a method.
+
+A method says how it starts, what of it is trained, how it is scaled without its base,
+and its normal form; whatever can be said for all methods is in `AbstractLoraWeight`.
+How weights get into models, and what files and optimizers do with them, is not here.
+"""
+
+from .fresh import Fresh as Fresh
+from .fused_weight import FusedWeight as FusedWeight, unfused as unfused
 from .initialisers import (
     check_key as check_key,
     Init as Init,
-    initial_factor as initial_factor,
     is_one_key as is_one_key,
     key_for as key_for,
     key_for_words as key_for_words,
     words_of as words_of,
 )
-from .lora import (
-    factor_shapes as factor_shapes,
-    factor_shardings as factor_shardings,
-    LoraWeight as LoraWeight,
-)
-from .operators import matmul as matmul
+from .lora import LoraWeight as LoraWeight
 from .parts import (
     check_frozen as check_frozen,
     check_whole as check_whole,
     lacks_arrays as lacks_arrays,
     misfits as misfits,
 )
+from .registry import find_method as find_method, list_methods as list_methods
 from .weight import (
     AbstractLoraWeight as AbstractLoraWeight,
     base_of as base_of,
+    FactoredWeight as FactoredWeight,
     is_weight as is_weight,
-    upon as upon,
     without_base as without_base,
 )

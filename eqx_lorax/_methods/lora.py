@@ -1,30 +1,20 @@
 """LoRA itself: the weight `w + scale * (b · a)`."""
 
-import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
-import jax.lax as lax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec, Sharding
-from jaxtyping import Array
+from jaxtyping import ArrayLike
 
-from .._factored import Label, Labels, RANK
-from .._shared import (
-    inherit_sharding,
-    known_sharding,
-    multiply,
-    Placement,
-    resolve_sharding,
-    weight_document,
-)
-from .weight import AbstractLoraWeight, Factor, Weight, without_base, without_factors
+from .._factored import factor_axes, factor_shapes, Factored, Labels, views
+from .._shared import axes_from_end, multiply, weight_document
+from .fresh import Fresh
+from .weight import AbstractLoraWeight, Factor, is_weight, Weight
 
 
 class LoraWeight(AbstractLoraWeight):
-    """`gain * (stop_gradient(w) + scale * (b · a))`: low-rank adaptation of a weight.
+    """`stop_gradient(w) + scale * (b · a)`: low-rank adaptation of a weight.
 
     The axes of `w` are *rows* (owned by `b`), *columns* (owned by `a`) and, all the
     others, *batch* axes that the three share, such as the layers of a stack: slicing
@@ -35,9 +25,7 @@ class LoraWeight(AbstractLoraWeight):
     - `b`: `(*batch, out, rank)`,
     - `a`: `(*batch, rank, in)`.
 
-    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised. There is a
-    `gain` only where code has multiplied the weight with something constant along its
-    rows or its columns.
+    `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised.
 
     ??? cite
 
@@ -56,22 +44,10 @@ class LoraWeight(AbstractLoraWeight):
     rows: tuple[int, ...] = eqx.field(static=True, default=(-2,))
     columns: tuple[int, ...] = eqx.field(static=True, default=(-1,))
     rank_stabilised: bool = eqx.field(static=True, default=False)
-    # The axes of `w` in the order in which this weight shows them, `None` if the same.
-    order: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    # With all the axes of `w`: of their size along the batch axes, of that or one along
-    # others.
-    gain: Array | None = None
-    # With all the axes of `b` but its rows. How much of each part of the rank there is:
-    # `lorax.AdapterBank` has several adapters side by side.
-    gate: Array | None = None
-    # Set by `lorax.merged_forward`.
-    is_merged: bool = eqx.field(static=True, default=False)
-    # A base that was joined with an array has the derivatives of that array: what of it
-    # is frozen was stopped before.
-    has_frozen_base: bool = eqx.field(static=True, default=True)
 
     method = "lora"
-    frozen = ("w", "gain", "gate")
+    frozen = ("w",)
+    is_plain_lora = True
 
     def __init__(
         self,
@@ -111,11 +87,6 @@ class LoraWeight(AbstractLoraWeight):
         self.rows = _from_the_end(rows, w.ndim, "rows")
         self.columns = _from_the_end(columns, w.ndim, "columns")
         self.rank_stabilised = rank_stabilised
-        self.order = None
-        self.gain = None
-        self.gate = None
-        self.is_merged = False
-        self.has_frozen_base = True
 
         if set(self.rows) & set(self.columns) or not (self.rows and self.columns):
             raise ValueError(
@@ -132,40 +103,81 @@ class LoraWeight(AbstractLoraWeight):
                 + (f", here {factors[0]} and {factors[1]}." if rank else ".")
             )
 
-    def as_lora(self) -> "LoraWeight":
-        self._check_factors()
-        if self.gate is None:
-            return self
-        # Of a batch of gates the smaller factor becomes a batch. It is not rounded
-        # again to a narrow dtype.
-        if self.b.size <= self.a.size:
-            axes = range(self.gate.ndim - 1, self.b.ndim - 1)
-            gated = multiply(self.b, jnp.expand_dims(self.gate, axes))
-            return self.replace(b=gated, gate=None)
-        axes = range(self.gate.ndim, self.a.ndim)
-        gated = multiply(self.a, jnp.expand_dims(self.gate, axes))
-        return self.replace(a=gated, gate=None)
+    @classmethod
+    def create(cls, fresh: Fresh) -> "LoraWeight":
+        b_sharding, a_sharding = fresh.factor_placements
+        return LoraWeight(
+            fresh.w,
+            fresh.zeros(fresh.b_axes, b_sharding),
+            fresh.draw(fresh.a_axes, a_sharding),
+            fresh.alpha,
+            fresh.rows,
+            fresh.columns,
+            rank_stabilised=fresh.rank_stabilised,
+        )
 
-    def factored(self) -> "LoraWeight":
-        self._check_factors()
-        return self
+    @classmethod
+    def from_factored(cls, form: Factored) -> "LoraWeight":
+        """The weight with this normal form, which has no gain. Gates are multiplied
+        into a factor, and the base is moved if its axes are in another order."""
+        if form.gain is not None:
+            raise ValueError(
+                "A weight that is scaled along its rows or columns is no `LoraWeight`."
+            )
+        form = form.without_gate()
+        if form.permutation is not None:
+            form = views.store_in_order(form)
+        w, rank = form.base, form.rank
+        new = LoraWeight.__new__(LoraWeight)
+        values = dict(
+            w=LoraWeight.from_factored(w) if isinstance(w, Factored) else w,
+            b=form.b,
+            a=form.a,
+            alpha=_alpha_of(form.scale, rank),
+            rows=form.rows,
+            columns=form.columns,
+            rank_stabilised=False,
+        )
+        for name, value in values.items():
+            object.__setattr__(new, name, value)
+        return new
 
-    def _check_factors(self) -> None:
-        if self.b is None or self.a is None:
-            raise without_factors(self)
+    def factored(self) -> Factored:
+        if self.w is None or self.b is None or self.a is None:
+            self.check_whole()
+        base = self.w.factored() if is_weight(self.w) else self.w
+        return Factored(base, self.b, self.a, self.scale, self.rows, self.columns)
 
-    def base(self) -> Weight:
-        """`w` with the derivatives that it is to have."""
-        return lax.stop_gradient(self.w) if self.has_frozen_base else self.w
+    def view(self, form: Factored) -> AbstractLoraWeight:
+        is_whole = form.permutation is None and form.gate is None and form.gain is None
+        if not is_whole or form.scale != self.scale:
+            return super().view(form)
+        w = self.w.view(form.base) if is_weight(self.w) else form.base
+        return self.replace(
+            w=w, b=form.b, a=form.a, rows=form.rows, columns=form.columns
+        )
+
+    def replace(self, **changes: Any) -> "LoraWeight":
+        """This weight with other values in some fields, unchecked."""
+        return self.on(changes.pop("w", self.w), **changes)
+
+    def scaled(self, factor: ArrayLike) -> "LoraWeight":
+        # `b` is rounded once, to the dtype that it had.
+        return self.replace(b=multiply(self.b, factor).astype(self.b.dtype))
 
     def array_axes(self) -> dict[str, Labels]:
-        stored = range(-self.w.ndim, 0)
-        return {"b": self.b_axes(stored), "a": self.a_axes(stored)}
+        b, a = factor_axes(self.w.ndim, self.rows, self.columns)
+        return {"b": b, "a": a}
 
     @property
     def rank(self) -> int:
         """The rank of the update."""
         return self.a.shape[-1 - len(self.columns)]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The sizes of the batch axes."""
+        return tuple(self.b.shape[: self.b.ndim - 1 - len(self.rows)])
 
     @property
     def scale(self) -> float:
@@ -178,133 +190,24 @@ class LoraWeight(AbstractLoraWeight):
         """As `scale`, by the name that it has in jax-lorax."""
         return self.scale
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        if self.w is None:
-            raise without_base(self)
-        return tuple(self.w.shape[axis] for axis in self.shown_axes())
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        if self.w is None:
-            raise without_base(self)
-        return self.w.dtype
-
     def __pdoc__(self, **options: Any) -> Any:
         return weight_document(self, **options)
 
     def shape_by_factors(self) -> tuple[int, ...]:
-        """The shape of the base, as it is stored, where only the factors are there."""
-        batch = self.b.ndim - 1 - len(self.rows)
+        """The shape of the base, where only the factors are there."""
+        batch = len(self.batch_shape)
         ndim = batch + len(self.rows) + len(self.columns)
         owned = dict(zip(self.rows, self.b.shape[batch:-1]))
         owned |= dict(zip(self.columns, self.a.shape[batch + 1 :]))
         rest = iter(self.b.shape[:batch])
-        axes = range(-ndim, 0)
+        axes = axes_from_end(ndim)
         return tuple(owned[i] if i in owned else next(rest) for i in axes)
 
-    def replace(self, **changes: Any) -> "LoraWeight":
-        """This weight with other values in some fields, unchecked."""
-        # Not by `__init__`: a view keeps what that does not take.
-        new = object.__new__(LoraWeight)
-        for field in dataclasses.fields(self):
-            value = changes.get(field.name, getattr(self, field.name))
-            object.__setattr__(new, field.name, value)
-        return new
 
-    def shown_axes(self) -> tuple[int, ...]:
-        """The axes of `w`, counted from its end, in the order of `shape`."""
-        ndim = self.w.ndim
-        if self.order is None:
-            return tuple(range(-ndim, 0))
-        # Leading axes that `scan` or `vmap` took away are no longer there to be shown,
-        # those that they added come first.
-        shown = tuple(axis for axis in self.order if axis >= -ndim)
-        return (*range(-ndim, -len(shown)), *shown)
-
-    def reordered(self, axes: Sequence[int]) -> "LoraWeight":
-        """A view with the axes in another order, as of `jnp.transpose`."""
-        shown = self.shown_axes()
-        return self.replace(order=tuple(shown[axis] for axis in axes))
-
-    def stored_labels(self, labels: Labels) -> tuple[Label, ...]:
-        """`labels`, given in the order shown, in the order in which `w` is stored."""
-        by_axis = dict(zip(self.shown_axes(), labels, strict=True))
-        return tuple(by_axis[axis] for axis in range(-self.w.ndim, 0))
-
-    def batch_axes(self) -> tuple[int, ...]:
-        """The axes of `w` that are neither rows nor columns, counted from its end."""
-        owned = {*self.rows, *self.columns}
-        return tuple(axis for axis in range(-self.w.ndim, 0) if axis not in owned)
-
-    def b_axes(self, stored: Labels) -> list[Label]:
-        """The labels of the axes of `b`; `stored` are those of `w`."""
-        return [stored[axis] for axis in (*self.batch_axes(), *self.rows)] + [RANK]
-
-    def a_axes(self, stored: Labels) -> list[Label]:
-        """The labels of the axes of `a`; `stored` are those of `w`."""
-        batch = [stored[axis] for axis in self.batch_axes()]
-        return [*batch, RANK, *(stored[axis] for axis in self.columns)]
-
-    def map_arrays(self, fn: Callable[[Any, Labels], Any]) -> "LoraWeight":
-        """This weight with `fn(array, labels)` in the place of each of its arrays. The
-        labels are the axes of `w`, counted from its end, and `RANK`; `None` stands for
-        an axis along which there is only one entry for all of `w`."""
-        stored = range(-self.w.ndim, 0)
-        gain = self.gain
-        if gain is not None:
-            shared = [i if gain.shape[i] == self.w.shape[i] else None for i in stored]
-            gain = fn(gain, shared)
-        return self.replace(
-            w=fn(self.w, stored),
-            b=fn(self.b, self.b_axes(stored)),
-            a=fn(self.a, self.a_axes(stored)),
-            gain=gain,
-        )
-
-
-def factor_shapes(
-    shape: Sequence[int], rows: Sequence[int], columns: Sequence[int], rank: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shapes of `b` and `a` for a base of `shape`; `rows` and `columns` are counted
-    from the end."""
-    b, a = (
-        tuple(rank if axis == RANK else shape[axis] for axis in axes)
-        for axes in _factor_axes(len(shape), rows, columns)
-    )
-    return b, a
-
-
-def _factor_axes(
-    ndim: int, rows: Sequence[int], columns: Sequence[int]
-) -> tuple[list[Any], list[Any]]:
-    """The axes of `b` and `a`: those of the base, counted from its end, and `RANK`."""
-    batch = [axis for axis in range(-ndim, 0) if axis not in {*rows, *columns}]
-    return [*batch, *rows, RANK], [*batch, RANK, *columns]
-
-
-def factor_shardings(
-    name: str,
-    base: Any,
-    rows: Sequence[int],
-    columns: Sequence[int],
-    rank: int,
-    placement: Placement = None,
-) -> tuple[Sharding | None, Sharding | None]:
-    """Where `b` and `a` of a fresh adapter lie; `name` is what errors say."""
-    lying = known_sharding(base)
-    shapes = factor_shapes(base.shape, rows, columns, rank)
-    axes = _factor_axes(base.ndim, rows, columns)
-    # A specification is a tuple too, in some versions of JAX.
-    if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
-        placement = (placement, placement)
-    b, a = (
-        resolve_sharding(
-            name, shape, each, lying, inherit_sharding(lying, base.ndim, labels)
-        )
-        for each, shape, labels in zip(placement, shapes, axes, strict=True)
-    )
-    return b, a
+def _alpha_of(scale: float, rank: int) -> float:
+    """The `alpha` that gives this scale, without the error of a division undone."""
+    short = float(f"{scale * rank:.12g}")
+    return short if short / rank == scale else scale * rank
 
 
 def _is_kernel_of_jax_lorax(w: Weight, b: Factor, a: Factor) -> bool:

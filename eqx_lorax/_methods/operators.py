@@ -1,33 +1,30 @@
-"""The array syntax of a factored weight, `weight @ x` and `weight[index]`, in terms of
-what the weight can do: contract, look up, map over an axis."""
+"""The array syntax of weights, `weight @ x` and `weight[index]`, in terms of their
+normal form."""
 
 import operator
 from types import EllipsisType
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from .._factored import Label, Labels, take
+from .._factored import contract as contract_labels, Factored, Label, map_arrays, take
 
 
-if TYPE_CHECKING:
-    from .lora import LoraWeight
-    from .weight import AbstractLoraWeight
+def matmul(form: Factored, x: ArrayLike) -> Array:
+    """`form @ x`, with the broadcasting of `jnp.matmul`."""
+    return _matmul(form, x, contract=-1)
 
 
-def matmul(
-    weight: "AbstractLoraWeight",
-    x: ArrayLike,
-    *,
-    contract: int = -1,
-    low_rank_x: Array | None = None,
-) -> Array:
-    """The matrix product of `weight` and `x`, not yet rounded, with the broadcasting of
-    `jnp.matmul`: `weight @ x` if `contract` is -1, `x @ weight` if it is -2."""
-    shape, x_shape = weight.shape, jnp.shape(x)
+def rmatmul(form: Factored, x: ArrayLike) -> Array:
+    """`x @ form`, with the broadcasting of `jnp.matmul`."""
+    return _matmul(form, x, contract=-2)
+
+
+def _matmul(form: Factored, x: ArrayLike, *, contract: int) -> Array:
+    shape, x_shape = form.shape, jnp.shape(x)
     x_contracts = -1 if contract == -2 or len(x_shape) == 1 else -2
     *batch, _, _ = shape
     x_batch = x_shape[:-2]
@@ -67,40 +64,44 @@ def matmul(
         for side in ("both", "weight", "x")
         if (side, i) in present
     ]
-    dtype = jnp.result_type(x, weight.dtype)
-    y = weight.contract(
+    dtype = jnp.result_type(x, form.dtype)
+    y = contract_labels(
+        form,
         jnp.asarray(x, dtype),
-        x_labels,
-        labels,
-        [*out_batch, *out],
-        low_rank_x=None if low_rank_x is None else low_rank_x.astype(dtype),
-    )
+        x_labels=tuple(x_labels),
+        labels=tuple(labels),
+        out_labels=(*out_batch, *out),
+    ).astype(dtype)
     broadcast = jnp.broadcast_shapes(tuple(batch), x_batch)
     return y.reshape(*broadcast, *y.shape[len(out_batch) :])
 
 
-def getitem(lora: "LoraWeight", item: Any) -> "LoraWeight | Array":
-    items = _full_index(item, lora.ndim)
-    for position, index in enumerate(items):
-        if isinstance(index, slice) and index != slice(None):
-            axis = lora.shown_axes()[position]
-            lora = lora.map_arrays(
-                lambda x, axes, axis=axis, i=index: _sliced(x, axes, axis, i)
-            )
-    picked = [i for i, index in enumerate(items) if not isinstance(index, slice)]
+def index(form: Factored, item: Any) -> Factored | Array:
+    """`form[item]`."""
+    items = _full_index(item, form.ndim)
+    for position, one in enumerate(items):
+        if isinstance(one, slice) and one != slice(None):
+            form = _slice_axis(form, position, one)
+    picked = [i for i, one in enumerate(items) if not isinstance(one, slice)]
     if not picked:
-        return lora
+        return form
     position, *more = picked
-    index = _checked_index(items[position], lora.shape[position])
+    one = _checked_index(items[position], form.shape[position])
     if more:
-        if position != 0 or jnp.ndim(index) != 0:
+        if position != 0 or jnp.ndim(one) != 0:
             raise _unsupported_index(item)
-        return lora[index][tuple(items[1:])]
-    return take(lora, position, index)
+        first = index(form, one)
+        assert isinstance(first, Factored) or isinstance(first, jax.Array)
+        rest = tuple(items[1:])
+        return index(first, rest) if isinstance(first, Factored) else first[rest]
+    return take(form, position, one)
 
 
-def _sliced(x: Any, axes: Labels, axis: int, index: slice) -> Any:
-    return x[tuple(index if label == axis else slice(None) for label in axes)]
+def _slice_axis(form: Factored, position: int, one: slice) -> Factored:
+    def sliced(array: Any, labels: Any) -> Any:
+        return array[tuple(one if x == position else slice(None) for x in labels)]
+
+    return map_arrays(form, sliced, range(form.ndim))
 
 
 def _full_index(item: Any, ndim: int) -> list[Any]:

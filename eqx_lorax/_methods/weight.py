@@ -1,8 +1,9 @@
-"""The atom: an array-like weight that is a frozen base plus a low-rank update."""
+"""The atom: an array-like weight that is a frozen base plus a trainable update."""
 
 import abc
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import (
     Any,
     ClassVar,
@@ -20,13 +21,19 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from .._factored import contract, Labels, Precision, views
-from .._shared import is_inexact
+from .._factored import (
+    Base,
+    contract,
+    dense,
+    factor_axes,
+    Factored,
+    Labels,
+    Precision,
+    views,
+)
+from .._shared import is_inexact, multiply, weight_document
 from . import operators
-
-
-if TYPE_CHECKING:
-    from .lora import LoraWeight
+from .fresh import Fresh
 
 
 # NumPy arrays, as models just read from a file hold them, serve as bases too, and so
@@ -48,8 +55,8 @@ class AbstractLoraWeight(eqx.Module):
     else there is `materialise()`. There is deliberately no `__jax_array__`: with it
     `x @ weight` would quietly form the dense array.
 
-    A method (LoRA, VeRA, LoHa, ...) is a final subclass that can say itself as a
-    `LoraWeight`, its *normal form*; everything else is written once, against that.
+    A method (LoRA, VeRA, LoHa, ...) is a final subclass that says itself as a
+    `lorax.Factored`, its *normal form*. Everything else is written once, against that.
     """
 
     w: eqx.AbstractVar[Weight]
@@ -59,36 +66,107 @@ class AbstractLoraWeight(eqx.Module):
     """The names of the fields that are never trained."""
 
     method: ClassVar[str]
-    """What it is called in files, which hold the other arguments of the class beside
-    `w`: arrays, and what JSON has."""
+    """Its name: in files, which hold the other arguments of the class beside `w`
+    (arrays, and what JSON has), and for `method=` of `lorax.loraify`."""
+
+    is_plain_lora: ClassVar[bool] = False
+    """Whether its normal form is what PEFT calls LoRA, so that `lorax.peft.save` may
+    write that. Otherwise the method is refused there by its name."""
 
     # NumPy on the left of `@` then leaves the product to `__rmatmul__`.
     __array_ufunc__ = None
 
     @abc.abstractmethod
-    def as_lora(self) -> "LoraWeight":
-        """This weight as base plus `scale * (b · a)`, without forming the product."""
+    def factored(self) -> Factored:
+        """The normal form: base plus `scale * (b · a)`, the product never formed.
 
-    def factored(self) -> "LoraWeight":
-        """As `as_lora`, but perhaps with a gate on the rank, for those who only move
-        axes or multiply with the factors one after the other."""
-        return self.as_lora()
+        **Raises:**
+
+        `ValueError` if the base or the factors are not there: see
+        `lorax.AbstractLoraWeight.check_whole`.
+        """
 
     @abc.abstractmethod
     def array_axes(self) -> dict[str, Labels]:
-        """For each array that is trained or saved with it, by field, what its axes are:
-        those of the base, counted from its end, or anything else for an axis that the
-        base has not. By them the arrays lie where the base lies."""
+        """For each array that is trained or saved with it, by field, its axes: those of
+        the base, counted from its end, or anything else for an axis that the base has
+        not. By them the arrays are sharded as the base is."""
+
+    @classmethod
+    def create(cls: type[_Self], fresh: Fresh) -> _Self:
+        """A fresh weight, which adds exactly nothing. `lorax.loraify` and
+        `lorax.init_lora` call this.
+
+        **Arguments:**
+
+        - `fresh`: The base, the axes, the rank and so on, and what draws arrays where
+            they belong.
+        """
+        raise TypeError(
+            f"{cls.__name__} does not say how it starts: it has no `create(fresh)`. "
+            "Make its weights by hand and put them in with `eqx.tree_at`."
+        )
+
+    def scaled(self: _Self, factor: ArrayLike) -> _Self:
+        """The same method, with an update `factor` times as large. Its base, and what
+        else is frozen of it, may be missing."""
+        raise TypeError(
+            f"A {type(self).__name__} does not say how it is scaled: it has no "
+            "`scaled(factor)`."
+        )
+
+    @classmethod
+    def stacked(cls: type[_Self], weights: Sequence[_Self | None]) -> _Self:
+        """Several weights without their bases as one, with an axis more in front of
+        each array, for `lorax.stack`. `None` stands for the base alone: for zeros, with
+        which a method adds nothing, or it says otherwise here."""
+        like = next(weight for weight in weights if weight is not None)
+        zeros = jax.tree.map(jnp.zeros_like, like)
+        filled = [zeros if weight is None else weight for weight in weights]
+        return jax.tree.map(lambda *arrays: jnp.stack(arrays), *filled)
+
+    def view(self, form: Factored) -> "AbstractLoraWeight":
+        """A weight with the normal form `form`, to which that of this weight was
+        turned by indexing or by moving axes."""
+        return FactoredWeight(form)
+
+    def on(self: _Self, base: Any, **changes: Any) -> _Self:
+        """The same on another base, with these fields changed too, unchecked."""
+        new = object.__new__(type(self))
+        for field in dataclasses.fields(self):
+            value = base if field.name == "w" else getattr(self, field.name)
+            object.__setattr__(new, field.name, changes.get(field.name, value))
+        return new
+
+    def check_whole(self) -> None:
+        """**Raises:**
+
+        `ValueError` if the base or an array is missing, as in the two parts of
+        `lorax.partition`.
+        """
+        self.check_base()
+        if any(getattr(self, name) is None for name in self.array_axes()):
+            raise without_factors(self)
+
+    def check_base(self) -> None:
+        """**Raises:**
+
+        `ValueError` if the base is missing.
+        """
+        if self.w is None:
+            raise without_base(self)
 
     @property
-    @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the array this stands for."""
+        self.check_base()
+        return tuple(self.w.shape)
 
     @property
-    @abc.abstractmethod
     def dtype(self) -> jnp.dtype:
         """The dtype of the array this stands for: that of the base."""
+        self.check_base()
+        return self.w.dtype
 
     @property
     def ndim(self) -> int:
@@ -113,9 +191,7 @@ class AbstractLoraWeight(eqx.Module):
     def materialise(self) -> Array:
         """The array this stands for: base plus update, added in float32 or wider and
         rounded once to `dtype`. Differentiable in the factors, not in the base."""
-        if self.w is None:
-            raise without_base(self)
-        return views.dense(self).astype(self.dtype)
+        return dense(self.factored()).astype(self.dtype)
 
     def materialize(self) -> Array:
         """As `materialise`, by the name that it has in jax-lorax."""
@@ -133,35 +209,38 @@ class AbstractLoraWeight(eqx.Module):
         )
 
     def __matmul__(self, x: ArrayLike) -> Array:
-        return _round(operators.matmul(self, x), self, x)
+        return operators.matmul(self.factored(), x)
 
     def __rmatmul__(self, x: ArrayLike) -> Array:
-        return _round(operators.matmul(self, x, contract=-2), self, x)
+        return operators.rmatmul(self.factored(), x)
 
     @property
-    def T(self) -> "LoraWeight":
+    def T(self) -> "AbstractLoraWeight":
         """The transpose (all axes reversed). A view: the base is not moved."""
-        return self.factored().reordered(range(self.ndim)[::-1])
+        form = self.factored()
+        return self.view(form.transpose(range(form.ndim)[::-1]))
 
     @property
-    def mT(self) -> "LoraWeight":
+    def mT(self) -> "AbstractLoraWeight":
         """The transpose of the last two axes. A view: the base is not moved."""
-        *batch, rows, columns = range(self.ndim)
-        return self.factored().reordered([*batch, columns, rows])
+        form = self.factored()
+        *batch, rows, columns = range(form.ndim)
+        return self.view(form.transpose([*batch, columns, rows]))
 
-    def astype(self, dtype: DTypeLike) -> "LoraWeight":
+    def astype(self, dtype: DTypeLike) -> "AbstractLoraWeight":
         """The weight of another dtype: that of the base. The factors, which may be
         wider, keep theirs."""
-        return views.convert(self, dtype)
+        return self.view(views.convert(self.factored(), dtype))
 
-    def __getitem__(self, item: Any) -> "LoraWeight | Array":
+    def __getitem__(self, item: Any) -> "AbstractLoraWeight | Array":
         """Indexing, as of an array, by integers, integer arrays and slices.
 
         Slices, and anything along a batch axis, give a weight that is still factored.
         An integer or an integer array along a row or column axis is a lookup (what an
         embedding does) and gives an array.
         """
-        return operators.getitem(self.as_lora(), item)
+        found = operators.index(self.factored(), item)
+        return self.view(found) if isinstance(found, Factored) else found
 
     def contract(
         self,
@@ -171,45 +250,120 @@ class AbstractLoraWeight(eqx.Module):
         out_labels: Labels,
         *,
         low_rank_x: Array | None = None,
-        is_frozen: bool = False,
         precision: Precision = None,
     ) -> Array:
-        """The contraction of `x` with this weight, through the rank axis.
+        """The sum of `x` times this weight over all labels that are not among
+        `out_labels`, through the rank axis.
 
         **Arguments:**
 
-        - `x`: The other operand, already of the dtype that the result is to have.
+        - `x`: The other operand, of the dtype that the result is to have.
         - `x_labels`: A label for each axis of `x`.
-        - `labels`: A label for each axis of this weight. A label that it shares with
-            `x` is summed over unless it is in `out_labels`.
-        - `out_labels`: The labels of the result's axes.
-        - `low_rank_x`: What the low-rank branch sees in the place of `x` (which is how
-            dropout touches only that branch).
-        - `is_frozen`: Whether the factors are frozen too, as below another adapter.
-        - `precision`: As of `jax.lax.dot_general`.
+        - `labels`: A label for each axis of this weight.
+        - `out_labels`: The labels of the axes of the result.
+        - `low_rank_x`: What the factors see in the place of `x`, as with dropout.
+        - `precision`: As in `jax.lax.dot_general`.
 
         **Returns:**
 
         The contraction, not yet rounded: in float32 where `x` or a factor is narrow.
         """
         return contract(
-            self,
+            self.factored(),
             x,
             low_rank_x,
             x_labels=tuple(x_labels),
             labels=tuple(labels),
             out_labels=tuple(out_labels),
-            is_frozen=is_frozen,
             precision=precision,
         )
 
 
-def _round(y: Array, weight: AbstractLoraWeight, x: ArrayLike) -> Array:
-    return y.astype(jnp.result_type(x, weight.dtype))
+class FactoredWeight(AbstractLoraWeight):
+    """What is left of a weight after indexing, moving axes or mixing: its normal form.
+
+    Models may hold one. In files and partitions it becomes a `lorax.LoraWeight` where
+    it can: see `lorax.LoraWeight.from_factored`.
+    """
+
+    form: Factored
+
+    frozen = ("w", "gain", "gate")
+
+    def __init__(self, form: Factored):
+        self.form = form
+
+    def factored(self) -> Factored:
+        self.check_whole()
+        return self.form
+
+    @property
+    def w(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The frozen base, its axes in the order in which it is stored."""
+        base = self.form.base
+        return FactoredWeight(base) if isinstance(base, Factored) else base
+
+    @property
+    def b(self) -> Array:
+        """The row factor."""
+        return self.form.b
+
+    @property
+    def a(self) -> Array:
+        """The column factor."""
+        return self.form.a
+
+    @property
+    def permutation(self) -> tuple[int, ...] | None:
+        """The axes of the base in the order of `shape`, if that is another one."""
+        return self.form.permutation
+
+    @property
+    def gain(self) -> Array | None:
+        """A scale along rows or columns, if there is one."""
+        return self.form.gain
+
+    @property
+    def gate(self) -> Array | None:
+        """A scale of each component of the rank, if there is one."""
+        return self.form.gate
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return self.form.rank
+
+    @property
+    def scale(self) -> float:
+        """What multiplies `b · a`."""
+        return self.form.scale
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        self.check_base()
+        return self.form.shape
+
+    def array_axes(self) -> dict[str, Labels]:
+        b, a = factor_axes(self.form.ndim, self.form.rows, self.form.columns)
+        return {"b": b, "a": a}
+
+    def scaled(self, factor: ArrayLike) -> "FactoredWeight":
+        b = self.form.b
+        return FactoredWeight(self.form.replace(b=multiply(b, factor).astype(b.dtype)))
+
+    def on(self, base: Any, **changes: Any) -> "FactoredWeight":
+        return FactoredWeight(self.form.replace(base=as_base(base), **changes))
+
+    def trainable(self) -> "FactoredWeight":
+        spec = jax.tree.map(lambda _: False, self.form)
+        return FactoredWeight(spec.replace(b=True, a=True))
+
+    def __pdoc__(self, **options: Any) -> Any:
+        return weight_document(self, **options)
 
 
 def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:
-    """Whether `node` is a factored weight."""
+    """Whether `node` is an adapted weight."""
     return isinstance(node, AbstractLoraWeight)
 
 
@@ -220,8 +374,13 @@ def base_of(weight: Any) -> Any:
     return weight
 
 
+def as_base(w: Any) -> Base:
+    """`w`, an array or a weight, as the base of a normal form."""
+    return w.factored() if is_weight(w) else w
+
+
 def without_base(weight: Any) -> ValueError:
-    """What is raised where the base of a weight is needed and not there."""
+    """The error where the base of a weight is needed and missing."""
     return ValueError(
         f"This {type(weight).__name__} has no base: it is of an adapter alone, the "
         "`params` of `lorax.partition`. Use the whole model, "
@@ -230,17 +389,8 @@ def without_base(weight: Any) -> ValueError:
 
 
 def without_factors(weight: Any) -> ValueError:
-    """What is raised where the factors of a weight are needed and not there."""
+    """The error where the factors of a weight are needed and missing."""
     return ValueError(
         f"This {type(weight).__name__} has no factors: it is of the `frozen` part of "
         "`lorax.partition`. Use the whole model, `lorax.combine(params, frozen)`."
     )
-
-
-def upon(weight: Any, base: Any, **changes: Any) -> Any:
-    """`weight` on another base, and with these fields changed, unchecked."""
-    new = object.__new__(type(weight))
-    for field in dataclasses.fields(weight):
-        value = base if field.name == "w" else getattr(weight, field.name)
-        object.__setattr__(new, field.name, changes.get(field.name, value))
-    return new

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._layers import find_axes, is_known_layer, list_adapted_names
+from .._methods import AbstractLoraWeight, find_method
 from .._shared import list_some, Placement
 from .._trees import LoraSpec, Pattern, Place
 from .options import group_by_pattern, resolve_per_array
@@ -31,6 +32,7 @@ class Form:
     alpha: float
     rank_stabilised: bool
     sharding: Placement
+    method: type[AbstractLoraWeight]
 
 
 def resolve_forms(
@@ -40,6 +42,7 @@ def resolve_forms(
     alpha: Any,
     rank_stabilised: bool,
     sharding: Any,
+    method: Any,
 ) -> dict[Place, Form]:
     """Finds the form for each array of each target. The options are those of `loraify`.
 
@@ -51,6 +54,7 @@ def resolve_forms(
     ranks = resolve_per_array(rank, targets, "rank", None)
     alphas = resolve_per_array(alpha, targets, "alpha", None)
     shardings = resolve_per_array(sharding, targets, "sharding", None)
+    methods = resolve_per_array(method, targets, "method", "lora")
     requests = {array: _Request(array, value) for array, value in ranks.items()}
     _check_fit([x for x in requests.values() if x.is_invalid], rank, targets)
     forms = {}
@@ -65,6 +69,7 @@ def resolve_forms(
             float(spec.rank if numerator is None else numerator),
             rank_stabilised or spec.rank_stabilised,
             shardings[array] if spec.sharding is None else spec.sharding,
+            find_method(methods[array]),
         )
     return forms
 

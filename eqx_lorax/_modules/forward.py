@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from .._methods import check_whole, is_weight
+from .._methods import check_whole, FusedWeight, is_weight, unfused
 from .._shared import accumulation_dtype
 from .._trees import (
     exclude_places,
@@ -34,8 +34,8 @@ def merged_forward(
     `m × n`, and slower where it has few. Lookups and branches with dropout are not
     affected.
 
-    Only a static field of the weights is set, so this may also be called inside a step,
-    for that step alone.
+    This only wraps the weights, so it may also be called inside a step, for that step
+    alone.
 
     !!! example
 
@@ -86,10 +86,7 @@ def merged_forward(
         )
     return rebuild(
         model,
-        {
-            place.indices: lambda weight: weight.replace(is_merged=enabled)
-            for place in weights
-        },
+        {place.indices: _fuse if enabled else unfused for place in weights},
     )
 
 
@@ -99,3 +96,7 @@ def _is_adapter(place: Place) -> bool:
 
 def _is_narrow(weight: Any) -> bool:
     return accumulation_dtype(weight.dtype) != weight.dtype
+
+
+def _fuse(weight: Any) -> FusedWeight:
+    return weight if isinstance(weight, FusedWeight) else FusedWeight(weight)

@@ -1,24 +1,16 @@
 """The fresh adapter of one array."""
 
-import math
 from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._methods import (
-    base_of,
-    factor_shapes,
-    factor_shardings,
-    Init,
-    initial_factor,
-    is_weight,
-    LoraWeight,
-)
-from .._shared import accumulation_dtype, create, zeros
+from .._methods import AbstractLoraWeight, Fresh, Init, is_weight
+from .._shared import accumulation_dtype
 from .._trees import Place
 from .form import Form
 from .targets import Target
@@ -32,29 +24,25 @@ def make_adapter(
     init: Init,
     dtype: DTypeLike | None,
     key: PRNGKeyArray,
-) -> LoraWeight:
-    """The array of a target with a fresh adapter: a weight in its place."""
-    w, rank, rows, columns = array.node, form.rank, form.rows, form.columns
-    shape = tuple(w.shape)
-    b_shape, a_shape = factor_shapes(shape, rows, columns, rank)
-    base = base_of(w)
-    b_sharding, a_sharding = factor_shardings(
-        array.dotted, base, rows, columns, rank, form.sharding
+) -> AbstractLoraWeight:
+    """The array of a target with a fresh adapter."""
+    fresh = Fresh(
+        array.dotted,
+        array.node,
+        form.rank,
+        form.rows,
+        form.columns,
+        form.alpha,
+        _factor_dtype(dtype, array),
+        key,
+        init=init,
+        rank_stabilised=form.rank_stabilised,
+        is_lookup=target.layer.is_lookup,
+        placement=form.sharding,
     )
-    dtype = _factor_dtype(dtype, array)
-    fan_in = math.prod(shape[axis] for axis in columns)
-    a = create(
-        initial_factor,
-        (key, init, a_shape, dtype, rank, fan_in, target.layer.is_lookup),
-        base,
-        a_sharding,
-    )
-    if is_weight(w):
-        _check_fresh_key(array, a)
-    b = create(zeros, (b_shape, dtype), base, b_sharding)
-    return LoraWeight(
-        w, b, a, form.alpha, rows, columns, rank_stabilised=form.rank_stabilised
-    )
+    weight = form.method.create(fresh)
+    _check_fresh_key(array, weight)
+    return weight
 
 
 def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
@@ -72,19 +60,25 @@ def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:
     return dtype
 
 
-def _check_fresh_key(array: Place, a: Any) -> None:
-    there = array.node
-    while is_weight(there):
-        old = there.as_lora().a
-        if _is_concrete(old) and _is_concrete(a) and old.shape == a.shape:
-            if bool(jax.device_get((old == a).all())):
+def _check_fresh_key(array: Place, weight: AbstractLoraWeight) -> None:
+    beneath = weight.w
+    while is_weight(beneath):
+        for name in weight.array_axes():
+            if _is_copy(getattr(weight, name), getattr(beneath, name, None)):
                 raise ValueError(
                     f"`key` was used before: the new adapter at {array.dotted} would "
                     "start as a copy of one that is there. Pass a fresh one, from "
                     "`jax.random.split`."
                 )
-        there = there.w
+        beneath = beneath.w
+
+
+def _is_copy(new: Any, old: Any) -> bool:
+    if not (_is_concrete(new) and _is_concrete(old)) or new.shape != old.shape:
+        return False
+    is_equal = (old == new).all() & (new != 0).any()
+    return bool(jax.device_get(is_equal))
 
 
 def _is_concrete(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+    return isinstance(x, jax.Array | np.ndarray) and not isinstance(x, jax.core.Tracer)

@@ -1,8 +1,8 @@
 """Weights that code has put into a model, in the form that files and partitions need.
 
-Such a weight may be a view, which shows the axes of its base in another order, or a
-mixture from an `AdapterBank`, which has a gate on its rank. No argument of `LoraWeight`
-gives either. The functions here bring them back to base and factors.
+Such a weight may be a view, which shows the axes of its base in another order, a
+mixture from an `AdapterBank`, which has a gate on its rank, or a weight under
+`merged_forward`. The functions here bring them back to weights of their methods.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import equinox as eqx
 import jax
 from jaxtyping import Array
 
-from .._factored import products, views
-from .._methods import is_weight, LoraWeight
+from .._factored import dense, scale_along, views
+from .._methods import FactoredWeight, FusedWeight, is_weight, LoraWeight, unfused
 from .._shared import axes_from_end
 from .._trees import Place, Places, rebuild
 
@@ -35,8 +35,8 @@ def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
     places = [place for place in Places(model).all if is_weight(place.node)]
     if not allow_scaled:
         _check_unscaled(places)
-    views = [place for place in places if _is_view(place.node)]
-    return rebuild(model, {place.indices: _stored for place in views})
+    held = [place for place in places if _is_view(place.node)]
+    return rebuild(model, {place.indices: _without_view for place in held})
 
 
 def without_gates(model: _Model) -> _Model:
@@ -47,8 +47,7 @@ def without_gates(model: _Model) -> _Model:
 
     `ValueError` if a weight is scaled.
     """
-    weights = [x for x in _weights(model) if isinstance(x, LoraWeight)]
-    if all(x.gate is None and x.gain is None for x in weights):
+    if not any(_has_gate(x) for x in _weights(model)):
         return model
     places = [place for place in Places(model).all if is_weight(place.node)]
     _check_unscaled(places)
@@ -60,11 +59,10 @@ def strip_adapters(weight: Any) -> Array:
     if not is_weight(weight):
         return weight
     base = strip_adapters(weight.w)
-    if not isinstance(weight, LoraWeight) or weight.gain is None:
+    if not isinstance(weight, FactoredWeight) or weight.gain is None:
         return base
     stored = axes_from_end(base.ndim)
-    scaled = products.scaled(views.dense(base), stored, weight.gain, stored)
-    return scaled.astype(base.dtype)
+    return scale_along(dense(base), stored, weight.gain, stored).astype(base.dtype)
 
 
 def _weights(model: Any) -> list[Any]:
@@ -74,16 +72,21 @@ def _weights(model: Any) -> list[Any]:
 def _is_view(weight: Any) -> bool:
     if not is_weight(weight):
         return False
-    is_lora = isinstance(weight, LoraWeight)
-    parts = (weight.order, weight.gain, weight.gate) if is_lora else ()
-    return any(part is not None for part in parts) or _is_view(weight.w)
+    return isinstance(weight, FactoredWeight | FusedWeight) or _is_view(weight.w)
+
+
+def _has_gate(weight: Any) -> bool:
+    if isinstance(weight, FusedWeight):
+        return _has_gate(weight.weight)
+    is_form = isinstance(weight, FactoredWeight)
+    return is_form and not (weight.gate is None and weight.gain is None)
 
 
 def _check_unscaled(places: Sequence[Place]) -> None:
     for place in places:
         weight = place.node
         while is_weight(weight):
-            if isinstance(weight, LoraWeight) and weight.gain is not None:
+            if isinstance(weight, FactoredWeight) and weight.gain is not None:
                 raise ValueError(
                     f"{place.dotted} is scaled by a `gain`, which belongs neither to "
                     "its base nor to its factors and would be lost. Scale the array "
@@ -92,31 +95,29 @@ def _check_unscaled(places: Sequence[Place]) -> None:
             weight = weight.w
 
 
-def _stored(weight: Any) -> Any:
+def _without_view(weight: Any) -> Any:
+    weight = unfused(weight)
     # A part of a partition has the base without factors, or the factors without it.
     if not is_weight(weight) or weight.w is None:
         return weight
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(weight)):
-        return eqx.filter_eval_shape(_on_stored_base, weight)
-    return _on_stored_base(weight)
-
-
-def _on_stored_base(weight: Any) -> Any:
-    if isinstance(weight, LoraWeight):
-        weight = _without_gate(weight)
-        is_moved = weight.shown_axes() != tuple(axes_from_end(weight.w.ndim))
-        weight = views.in_order(weight) if is_moved else weight.replace(order=None)
-    base = weight.w
-    if not is_weight(base):
-        return weight
-    return eqx.tree_at(
-        lambda x: x.w, weight, _stored(base), is_leaf=lambda x: x is base
-    )
+    if isinstance(weight, FactoredWeight):
+        if weight.gain is None and weight.b is not None:
+            return _when_abstract(LoraWeight.from_factored, weight.form)
+        return FactoredWeight(_when_abstract(views.store_in_order, weight.form))
+    base = _without_view(weight.w)
+    return weight if base is weight.w else weight.on(base)
 
 
 def _without_gate(weight: Any) -> Any:
-    if not isinstance(weight, LoraWeight) or weight.gate is None or weight.b is None:
+    if isinstance(weight, FusedWeight):
+        return FusedWeight(_without_gate(weight.weight))
+    if not isinstance(weight, FactoredWeight) or weight.b is None:
         return weight
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(weight)):
-        return eqx.filter_eval_shape(weight.as_lora)
-    return weight.as_lora()
+    return FactoredWeight(_when_abstract(type(weight.form).without_gate, weight.form))
+
+
+def _when_abstract(fn: Any, form: Any) -> Any:
+    """`fn(form)`, also where there are shapes in the place of arrays."""
+    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(form)):
+        return eqx.filter_eval_shape(fn, form)
+    return fn(form)

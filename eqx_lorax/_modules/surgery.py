@@ -10,7 +10,15 @@ from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
 from .._layers import is_layer
-from .._methods import base_of, check_key, check_whole, Init, is_weight, key_for
+from .._methods import (
+    AbstractLoraWeight,
+    base_of,
+    check_key,
+    check_whole,
+    Init,
+    is_weight,
+    key_for,
+)
 from .._shared import list_some, Placement, suggest_keywords
 from .._trees import Filter, LoraSpec, Place, Places, rebuild
 from .form import resolve_forms
@@ -41,6 +49,7 @@ def loraify(
     filter: Filter = None,
     *,
     exclude: Filter = None,
+    method: PerTarget[str | type[AbstractLoraWeight]] = "lora",
     rank: PerTarget[int | LoraSpec | None] = None,
     alpha: PerTarget[int | float | None] = None,
     dropout: PerTarget[int | float] = 0.0,
@@ -79,13 +88,15 @@ def loraify(
             leaves.
     - `exclude`: A filter for what is not adapted. Everything that it names, and
         everything beneath that, is left out.
+    - `method`: The name of a method, `"lora"` or one of your own, or its class, a
+        subclass of `lorax.AbstractLoraWeight`.
     - `rank`: The rank of the updates, from 1 to the smaller side of the weight. By
         default 8, or the smaller side where that is less. A `lorax.LoraSpec` also says
         which axes are rows, columns and batch, and may have its own `alpha`,
         `rank_stabilised` and `sharding`. If it names no axes, they are those of the
-        layer. `rank`, `alpha`, `dropout` and `sharding` may also be mappings from
-        patterns to values: a target has the value of the first pattern that matches it
-        or a container around it, and the default where none does.
+        layer. `method`, `rank`, `alpha`, `dropout` and `sharding` may also be mappings
+        from patterns to values: a target has the value of the first pattern that
+        matches it or a container around it, and the default where none does.
     - `alpha`: The numerator of `scale = alpha / rank`. Defaults to the rank, so that
         the scale is 1.
     - `dropout`: The probability with which inputs of the low-rank branch are dropped in
@@ -147,6 +158,7 @@ def loraify(
         alpha=alpha,
         rank_stabilised=rank_stabilised,
         sharding=sharding,
+        method=method,
     )
     dropouts = resolve_per_target(dropout, targets, "dropout", 0.0)
     _check_dropouts(targets, dropouts)

@@ -17,4 +17,8 @@ from .pytorch import Names as Names
 from .reading import import_adapter as import_adapter
 from .tensors import find_in_out as find_in_out
 from .tied import check_ties as check_ties, find_tied_tables as find_tied_tables
-from .writing import collect_whole as collect_whole, export_adapter as export_adapter
+from .writing import (
+    as_plain_lora as as_plain_lora,
+    collect_whole as collect_whole,
+    export_adapter as export_adapter,
+)

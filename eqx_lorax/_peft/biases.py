@@ -187,7 +187,6 @@ def _is_of_layer(bias: Place, places: Places, names: Names) -> bool:
     if len(weights) != 1 or weights[0].path[-1] != "weight":
         return False
     (place,) = weights
-    weight = place.node.as_lora()
-    batch = [weight.shape[axis] for axis in weight.batch_axes()]
+    batch = place.node.batch_shape
     torch = require_template(place, names)
     return not choose_part_layout(place, torch, batch, False).is_parameter

@@ -3,12 +3,13 @@
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from .._adapters import Adapter
-from .._methods import is_weight
+from .._methods import is_weight, LoraWeight
 from .._modules import infer_axes
 from .._trees import Place, Places
 from .biases import collect_biases
@@ -37,6 +38,8 @@ from .tensors import (
 )
 from .tied import swap_for_head, Tied
 
+
+_Model = TypeVar("_Model")
 
 # The modules that PEFT puts inside an adapted module.
 _INSIDE = (
@@ -141,14 +144,14 @@ def _export_parts(
 ) -> Iterator[tuple[str, Layout, Factors]]:
     """The path in PyTorch, the layout and the factors of each part of the weight at
     `place`: of each layer of a stack."""
-    weight = place.node.as_lora()
+    weight = place.node
     if (weight.rows, weight.columns) != infer_axes(place):
         raise ValueError(
             f"{place.dotted} has factors along the axes {weight.rows} and "
             f"{weight.columns}, which PEFT has not."
         )
     torch = require_template(place, names)
-    batch = [weight.shape[axis] for axis in weight.batch_axes()]
+    batch = weight.batch_shape
     layout = choose_part_layout(place, torch, batch, is_in_out)
     warn_of_convolution(place)
     b, a = np.asarray(weight.b), np.asarray(weight.a)
@@ -160,6 +163,28 @@ def _export_parts(
                 b[index], a[index], weight.alpha, weight.rank_stabilised, weight.rank
             ),
         )
+
+
+def as_plain_lora(model: _Model) -> _Model:
+    """`model`, whose adapters are all `LoraWeight`s.
+
+    **Raises:**
+
+    `ValueError` if any is of a method that is no plain LoRA, by its name.
+    """
+
+    def convert(path: Any, weight: Any) -> Any:
+        if not is_weight(weight) or isinstance(weight, LoraWeight):
+            return weight
+        if not weight.is_plain_lora:
+            raise ValueError(
+                f"`model{jax.tree_util.keystr(path)}` is adapted by the method "
+                f"{weight.method!r}, which PEFT's LoRA cannot hold. Save it with "
+                "`lorax.save_adapter`, or merge it: `lorax.unloraify(model)`."
+            )
+        return LoraWeight.from_factored(weight.factored())
+
+    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_weight)
 
 
 def collect_whole(adapter: Adapter, places: Places, names: Names) -> SavedWhole:

@@ -18,8 +18,8 @@ def weight_document(weight: Any, **options: Any) -> Any:
     named = {"rank": weight.rank, "scale": weight.scale}
     named |= {
         name: getattr(weight, name)
-        for name in ("order", "gain", "gate")
-        if getattr(weight, name) is not None
+        for name in ("permutation", "gain", "gate")
+        if getattr(weight, name, None) is not None
     }
     return _call(weight, [wl.pdoc(weight.w, **options)], named, options)
 

@@ -1,5 +1,6 @@
 """Adapters for trees of parameters: the interface of the original jax-lorax."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,16 +12,18 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._factored import Factored
 from .._methods import (
+    AbstractLoraWeight,
     check_whole,
-    factor_shapes,
-    factor_shardings,
+    FactoredWeight,
+    find_method,
+    Fresh,
     is_weight,
     key_for,
-    LoraWeight,
 )
 from .._modules import unloraify
-from .._shared import as_array, create, is_array, is_inexact, Placement, zeros
+from .._shared import as_array, is_array, is_inexact, Placement
 from .._trees import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
 
 
@@ -33,6 +36,7 @@ def init_lora(
     alpha: float = 1.0,
     is_leaf: Callable[[Any], bool] | None = None,
     sharding: Placement = None,
+    method: str | type[AbstractLoraWeight] = "lora",
 ) -> PyTree:
     """Parameters with a `lorax.LoraWeight` wherever the spec gives a rank, for a
     function that is wrapped by `lorax.lora`.
@@ -53,6 +57,7 @@ def init_lora(
     - `sharding`: The placement of the factors, see `lorax.loraify`. A `lorax.LoraSpec`
         may say it for its parameter. By default they inherit the sharding of the
         parameter, which is never moved.
+    - `method`: The name of a method, or its class, see `lorax.loraify`.
 
     **Returns:**
 
@@ -66,6 +71,7 @@ def init_lora(
     the spec does not fit the tree.
     """
 
+    kind = find_method(method)
     check_whole(param_tree, "lorax.init_lora({}, spec, rng)", "param_tree")
 
     def adapt(path: str, x: Any, spec: SpecValue) -> Any:
@@ -84,29 +90,35 @@ def init_lora(
                 f"The rank {spec.rank} for {path}, of shape {x.shape}, must be from 1 "
                 f"to the smaller side, {min(sides)}."
             )
-        b_shape, a_shape = factor_shapes(x.shape, rows, columns, spec.rank)
-        placement = sharding if spec.sharding is None else spec.sharding
-        b_sharding, a_sharding = factor_shardings(
-            path, x, rows, columns, spec.rank, placement
-        )
-        drawn = key_for(rng, path), stddev, a_shape, dtype
-        return LoraWeight(
-            x,
-            create(zeros, (b_shape, dtype), x, b_sharding),
-            create(_draw_normal, drawn, x, a_sharding),
-            alpha if spec.alpha is None else spec.alpha,
-            rows,
-            columns,
-            rank_stabilised=spec.rank_stabilised,
+        return kind.create(
+            Fresh(
+                path,
+                x,
+                spec.rank,
+                rows,
+                columns,
+                alpha if spec.alpha is None else spec.alpha,
+                dtype,
+                key_for(rng, path),
+                init=_Normal(stddev),
+                rank_stabilised=spec.rank_stabilised,
+                placement=sharding if spec.sharding is None else spec.sharding,
+            )
         )
 
     return map_spec(adapt, param_tree, spec, is_leaf)
 
 
-def _draw_normal(
-    key: PRNGKeyArray, stddev: float, shape: tuple[int, ...], dtype: DTypeLike
-) -> Array:
-    return jr.normal(key, shape, dtype) * as_array(stddev, dtype)
+@dataclasses.dataclass(frozen=True)
+class _Normal:
+    """An initialiser. Equal ones share what was compiled."""
+
+    stddev: float
+
+    def __call__(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Array:
+        return jr.normal(key, shape, dtype) * as_array(self.stddev, dtype)
 
 
 def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:
@@ -147,8 +159,7 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
 
     def keep(path: str, x: Any, spec: SpecValue) -> Any:
         if is_weight(x):
-            lora = x.factored()
-            if lora.gate is not None or lora.gain is not None:
+            if isinstance(x, FactoredWeight) and not (x.gate is x.gain is None):
                 raise ValueError(
                     f"{path} is a mixture of adapters, or is scaled, and only its "
                     "factors would be left. Take `params, frozen = "
@@ -183,14 +194,15 @@ def merge_params(
     check_whole(lora_params, "lorax.merge_params({})", "lora_params")
     if not use_scaling:
         lora_params = jax.tree.map(
-            lambda x: _drop_scale(x.as_lora()) if is_weight(x) else x,
+            lambda x: FactoredWeight(_drop_scale(x.factored())) if is_weight(x) else x,
             lora_params,
             is_leaf=is_weight,
         )
     return unloraify(lora_params, donate=destructive)
 
 
-def _drop_scale(weight: LoraWeight) -> LoraWeight:
+def _drop_scale(form: Factored) -> Factored:
     """The weight with scale 1, and so for the weights that are its base."""
-    w = _drop_scale(weight.w.as_lora()) if is_weight(weight.w) else weight.w
-    return weight.replace(w=w, alpha=float(weight.rank), rank_stabilised=False)
+    base = form.base
+    base = _drop_scale(base) if isinstance(base, Factored) else base
+    return form.replace(base=base, scale=1.0)

@@ -11,7 +11,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._methods import base_of, check_whole, is_weight, LoraWeight, without_base
+from .._methods import (
+    base_of,
+    check_whole,
+    FactoredWeight,
+    is_weight,
+    LoraWeight,
+    unfused,
+)
 from .._modules import remove_keys
 from .._shared import (
     count_bytes,
@@ -190,11 +197,11 @@ def _is_target(node: Any) -> bool:
 
 
 def _summarise_weight(place: Place, params: Any) -> TargetSummary:
-    weight = place.node
-    if weight.w is None and type(weight) is not LoraWeight:
-        raise without_base(weight)
-    lora = weight.factored()
+    weight = unfused(place.node)
     is_known = weight.w is not None
+    # The other methods have their factors only together with their frozen part.
+    has_factors = isinstance(weight, LoraWeight | FactoredWeight)
+    lora: Any = weight if has_factors else weight.factored()
     return TargetSummary(
         path=place.dotted,
         kind=_name_module(place),

@@ -20,6 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from running import running
 
 import eqx_lorax as lorax
+from eqx_lorax._methods import FactoredWeight
 
 
 ERRORS = (lorax.AdapterFileError,)
@@ -316,6 +317,7 @@ def test_killed_at_any_moment(tmp_path):
         import jax
         import jax.numpy as jnp
         import eqx_lorax as lorax
+from eqx_lorax._methods import FactoredWeight
 
         state = {"x": jnp.arange(4000.0), "y": jnp.ones((50, 50))}
         with lorax.Checkpoints(sys.argv[1], state, keep=2) as checkpoints:
@@ -367,6 +369,7 @@ def test_on_another_number_of_processes(tmp_path):
         import numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         import eqx_lorax as lorax
+from eqx_lorax._methods import FactoredWeight
 
         parser = argparse.ArgumentParser()
         parser.add_argument("folder")
@@ -532,7 +535,10 @@ def test_modes_are_no_settings(tmp_path):
 
 def test_what_is_frozen_besides_the_base(tmp_path):
     weight = lorax.LoraWeight(jnp.ones((3, 4)), jnp.ones((3, 2)), jnp.ones((2, 4)))
-    gates = [weight.replace(gate=jnp.array([1.0, x])) for x in (2.0, 3.0)]
+    gates = [
+        FactoredWeight(weight.factored().replace(gate=jnp.array([1.0, x])))
+        for x in (2.0, 3.0)
+    ]
     parts = [eqx.partition(x, lorax.trainable(x)) for x in gates]
     with lorax.Checkpoints(tmp_path, parts[0][1]) as checkpoints:
         checkpoints.save(1, parts[0][0])

@@ -43,8 +43,9 @@ class VeraWeight(lorax.AbstractLoraWeight):
     frozen = ("w", "b", "a")
     method = "vera of these tests"
 
-    def as_lora(self):
-        return lorax.LoraWeight(self.w, self.gain[:, None] * self.b, self.a)
+    def factored(self):
+        b = self.gain[:, None] * self.b
+        return lorax.Factored(self.w, b, self.a, 1 / b.shape[-1])
 
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1), "gain": (-2,)}

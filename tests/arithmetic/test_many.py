@@ -45,15 +45,15 @@ def test_a_batch_of_several_adapters(case, getkey):
     """Equals one run for each, base rows included, with nothing compiled again."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
     stacked = lorax.stack([*adapters[:2], None, adapters[2]])
-    one_by_one = [run(eqx.combine(params, frozen), *inputs) for params in adapters]
-    base = run(eqx.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
+    one_by_one = [run(lorax.combine(params, frozen), *inputs) for params in adapters]
+    base = run(lorax.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
     expected = [*one_by_one[:2], base, one_by_one[2]]
 
     @eqx.filter_jit
     def answers(stacked, frozen, index, inputs):
         def one(i, *inputs):
             params = jax.tree.map(lambda array: array[i], stacked)
-            return eqx.combine(params, frozen)(*inputs)
+            return lorax.combine(params, frozen)(*inputs)
 
         return eqx.filter_vmap(one)(index, *inputs)
 
@@ -68,15 +68,15 @@ def test_a_batch_of_several_adapters(case, getkey):
 def test_a_bank(case, getkey):
     """The same side by side, mixtures too."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
-    one_by_one = [run(eqx.combine(params, frozen), *inputs) for params in adapters]
+    one_by_one = [run(lorax.combine(params, frozen), *inputs) for params in adapters]
     bank = lorax.AdapterBank([*adapters[:2], None, adapters[2]])
-    base = run(eqx.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
+    base = run(lorax.combine(lorax.scale(adapters[0], 0), frozen), *inputs)
     expected = [*one_by_one[:2], base, one_by_one[2]]
 
     @eqx.filter_jit
     def answers(bank, frozen, index, inputs):
         def one(i, *inputs):
-            return eqx.combine(bank[i], frozen)(*inputs)
+            return lorax.combine(bank[i], frozen)(*inputs)
 
         return eqx.filter_vmap(one)(index, *inputs)
 
@@ -87,9 +87,9 @@ def test_a_bank(case, getkey):
         assert_close(y, expected[i])
 
     weights = [0.5, -1.0, 7.0, 0.25]
-    mixture = eqx.combine(bank.mix(weights), frozen)
+    mixture = lorax.combine(bank.mix(weights), frozen)
     combined = lorax.weighted_sum(adapters, [0.5, -1.0, 0.25])
-    assert_close(run(mixture, *inputs), run(eqx.combine(combined, frozen), *inputs))
+    assert_close(run(mixture, *inputs), run(lorax.combine(combined, frozen), *inputs))
 
 
 def test_a_bank_copies_no_factors(getkey):
@@ -100,7 +100,7 @@ def test_a_bank_copies_no_factors(getkey):
     bank = lorax.AdapterBank([randomised(adapted, getkey()) for _ in range(3)])
 
     def one(index, x):
-        return eqx.combine(bank[index], frozen)(x)
+        return lorax.combine(bank[index], frozen)(x)
 
     index, x = jnp.zeros(11, int), jnp.ones((11, 5))
     jaxpr = jax.make_jaxpr(jax.vmap(one))(index, x)
@@ -122,7 +122,7 @@ def test_what_a_bank_has(getkey):
         bank.mix(jnp.ones(3))
     # Mixing can be learned, and the factors trained through it.
     x = jnp.ones(5)
-    total = lambda bank, w: jnp.sum(eqx.combine(bank.mix(w), frozen)(x))  # noqa: E731
+    total = lambda bank, w: jnp.sum(lorax.combine(bank.mix(w), frozen)(x))  # noqa: E731
     moving = eqx.filter_grad(lambda both: total(*both))((bank, jnp.ones(2)))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(moving))
 
@@ -149,11 +149,11 @@ def test_ranks_and_scales_that_differ(case, getkey):
     bank = lorax.AdapterBank(adapters)
     assert {weight.rank for weight in weights(stacked)} == {case.rank}
     for i, (params, own) in enumerate(zip(adapters, frozen)):
-        expected = run(eqx.combine(params, own), *inputs)
+        expected = run(lorax.combine(params, own), *inputs)
         # All of them go with the frozen part of the first.
         taken = jax.tree.map(lambda array, i=i: array[i], stacked)
-        assert_close(run(eqx.combine(taken, frozen[0]), *inputs), expected)
-        assert_close(run(eqx.combine(bank[i], frozen[0]), *inputs), expected)
+        assert_close(run(lorax.combine(taken, frozen[0]), *inputs), expected)
+        assert_close(run(lorax.combine(bank[i], frozen[0]), *inputs), expected)
 
 
 @pytest.mark.parametrize("method", ("exact", "svd"))
@@ -179,7 +179,7 @@ def test_combining_is_the_sum_of_the_updates(case, method, getkey):
         assert new.rank == total or method == "svd"
     # It goes with the frozen part of the first one's model.
     params = lorax.partition(combined)[0]
-    eqx.combine(params, lorax.partition(models[0])[1])
+    lorax.combine(params, lorax.partition(models[0])[1])
 
 
 def test_the_smaller_rank_is_the_best_there_is(getkey):
@@ -226,7 +226,7 @@ def test_scaling_compiles_nothing_again(getkey):
     @eqx.filter_jit
     def call(params, frozen, x):
         traces.append(1)
-        return eqx.combine(params, frozen)(x)
+        return lorax.combine(params, frozen)(x)
 
     x = jnp.ones(5)
     outs = [call(lorax.scale(params, f), frozen, x) for f in (0, 1, -2, jnp.array(0.5))]

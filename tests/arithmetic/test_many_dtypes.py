@@ -78,7 +78,7 @@ def update(adapter):
     (weight,) = weights(adapter)
     b = wide(weight.b).reshape(-1, weight.rank)
     a = wide(weight.a).reshape(weight.rank, -1)
-    if weight.gate is not None:
+    if getattr(weight, "gate", None) is not None:
         b = b * wide(weight.gate)
     return weight.scale * b @ a
 
@@ -132,14 +132,16 @@ def test_arithmetic(dtype):
     for new in (scaled, exact):
         (weight,) = weights(new)
         assert weight.b.dtype == weight.a.dtype == dtype
-    close(run(eqx.combine(exact, frozen), x), outputs(frozen, update(exact), x), dtype)
+    close(
+        run(lorax.combine(exact, frozen), x), outputs(frozen, update(exact), x), dtype
+    )
 
 
 @eqx.filter_jit
 def mixtures(bank, frozen, factors, x):
     """The outputs of each one and of the mixture, and that merged."""
-    models = [eqx.combine(bank[i], frozen) for i in range(len(bank))]
-    models.append(eqx.combine(bank.mix(factors), frozen))
+    models = [lorax.combine(bank[i], frozen) for i in range(len(bank))]
+    models.append(lorax.combine(bank.mix(factors), frozen))
     return [call(model, x) for model in models], models[-1], lorax.unloraify(models[-1])
 
 
@@ -173,7 +175,7 @@ def test_gradients_in_the_weights_of_a_mixture(dtype):
     adapters, frozen, x = make(dtype)
     bank = lorax.AdapterBank(adapters)
     for factors in (jnp.array([0.1, -0.7]), jnp.array([0.1, -0.7], jnp.bfloat16)):
-        total = lambda w: eqx.combine(bank.mix(w), frozen)(x).real.sum()  # noqa: E731
+        total = lambda w: lorax.combine(bank.mix(w), frozen)(x).real.sum()  # noqa: E731
         found = jax.jit(jax.grad(total))(factors)
         expected = np.array([(update(each) @ wide(x)).sum().real for each in adapters])
         assert found.dtype == factors.dtype
@@ -232,7 +234,7 @@ def test_factors_of_two_dtypes(dtype):
         close(update(new), total, dtype, 64)
     bank = lorax.AdapterBank([second, second])
     mixed = -0.6 * update(second)
-    model = eqx.combine(
+    model = lorax.combine(
         bank.mix([0.1, -0.7]), lorax.partition(_scaled_as(second, frozen))[1]
     )
     close(run(model, x), outputs(frozen, mixed, x), dtype)

@@ -14,8 +14,9 @@ from functions import normal
 from helpers import assert_close, assert_identical, dense_weight, is_weight, wide
 
 import eqx_lorax as lorax
-from eqx_lorax._factored import views as _views
+from eqx_lorax._factored import views
 from eqx_lorax._layers import LoraLinear
+from eqx_lorax._methods import FactoredWeight
 
 
 def weight(*shape, rank=2, dtype=jnp.float32, seed=0, **settings) -> lorax.LoraWeight:
@@ -45,13 +46,22 @@ def doubled() -> Doubled:
     return Doubled(plain.w, plain.b, plain.a, 4)
 
 
+def doubled_dense() -> np.ndarray:
+    plain = weight(4, 4)
+    return dense_weight(plain.replace(alpha=4.0))
+
+
+def scaled() -> FactoredWeight:
+    return FactoredWeight(views.scale(weight(4, 4).factored(), normal(4, 1, seed=9)))
+
+
 def of_bank(pick: Callable[[lorax.AdapterBank], Any], **options: Any) -> Any:
     """A model of a bank, and that of each of its adapters."""
     every = [{"w": weight(4, 4, seed=i, **options)} for i in (10, 20, 30)]
     every = [{"w": x["w"].replace(w=every[0]["w"].w)} for x in every]
     parts = [lorax.partition(model) for model in every]
     bank = lorax.AdapterBank([params for params, _ in parts])
-    return eqx.combine(pick(bank), parts[0][1])["w"]
+    return lorax.combine(pick(bank), parts[0][1])["w"]
 
 
 def mixed(*weights: float, **options: Any) -> np.ndarray:
@@ -121,7 +131,7 @@ HELD = {
     ),
     "T of another method": Held(
         lambda: doubled().T,
-        lambda: dense_weight(doubled().as_lora()).T,
+        lambda: doubled_dense().T,
         lambda: doubled().w.T,
     ),
     "a mixture": Held(
@@ -143,13 +153,13 @@ HELD = {
         lambda: first_base().T,
     ),
     "scaled": Held(
-        lambda: _views.scaled(weight(4, 4), normal(4, 1, seed=9)),
+        lambda: scaled(),
         lambda: dense_weight(weight(4, 4)) * wide(normal(4, 1, seed=9)),
         lambda: weight(4, 4).w * normal(4, 1, seed=9),
         "layer.w is scaled",
     ),
     "T of scaled": Held(
-        lambda: _views.scaled(weight(4, 4), normal(4, 1, seed=9)).T,
+        lambda: scaled().T,
         lambda: (dense_weight(weight(4, 4)) * wide(normal(4, 1, seed=9))).T,
         lambda: (weight(4, 4).w * normal(4, 1, seed=9)).T,
         "layer.w is scaled",
@@ -224,28 +234,27 @@ def test_partitions(name):
             lorax.partition(model)
         return
     params, frozen = lorax.partition(model)
-    assert_stands_for(eqx.combine(params, frozen), case)
+    assert_stands_for(lorax.combine(params, frozen), case)
     gradient = lorax.filter_grad(lambda m: jnp.sum(m["layer"]["w"].materialise() ** 2))
     shapes = eqx.filter_eval_shape(gradient, model)
     assert jax.tree.structure(shapes) == jax.tree.structure(params)
     ours = params["layer"]["w"]
-    lora = case.make().as_lora()
-    base = lora.w if is_weight(lora.w) else case.base()
+    form = case.make().factored()
+    base = case.make().w if is_weight(case.make().w) else case.base()
     try:
         other = lorax.LoraWeight(
             base,
             jnp.zeros_like(ours.b),
             jnp.zeros_like(ours.a),
-            lora.alpha,
-            lora.rows,
-            lora.columns,
-            rank_stabilised=lora.rank_stabilised,
+            form.scale * form.rank,
+            form.rows,
+            form.columns,
         )
     except ValueError:  # The factors cannot be those of such a base.
         return
     _, elsewhere = lorax.partition(tree(other))
     try:
-        found = eqx.combine(params, elsewhere)
+        found = lorax.combine(params, elsewhere)
     except ValueError:
         return
     assert_stands_for(found, case)
@@ -311,7 +320,7 @@ def test_narrow_mixtures(tmp_path):
         parts = [{"w": x["w"].replace(w=parts[0]["w"].w)} for x in parts]
         split = [lorax.partition(model) for model in parts]
         bank = lorax.AdapterBank([params for params, _ in split])
-        mixture = eqx.combine(bank.mix([1 / 3, 2 / 3]), split[0][1])["w"]
+        mixture = lorax.combine(bank.mix([1 / 3, 2 / 3]), split[0][1])["w"]
         dense = [dense_weight(x["w"]) for x in parts]
         return mixture, dense[0] / 3 + 2 * dense[1] / 3
 
@@ -320,7 +329,7 @@ def test_narrow_mixtures(tmp_path):
     loaded = lorax.load_adapter(tmp_path / "a", {"w": mixture.w})
     assert_close(loaded["w"].materialise(), expected, 1e-6)
     params, frozen = lorax.partition({"w": mixture})
-    assert_close(eqx.combine(params, frozen)["w"].materialise(), expected, 1e-6)
+    assert_close(lorax.combine(params, frozen)["w"].materialise(), expected, 1e-6)
 
 
 # Other methods
@@ -345,8 +354,8 @@ class Remembering(lorax.AbstractLoraWeight):
         self.more = jnp.sum(b)
         self.half = 0.5
 
-    def as_lora(self):
-        return lorax.LoraWeight(self.w, self.b, self.a)
+    def factored(self):
+        return lorax.Factored(self.w, self.b, self.a, 1 / self.b.shape[-1])
 
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1)}

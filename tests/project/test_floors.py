@@ -24,27 +24,6 @@ FLOORS = (
     ("__init__.py",),
 )
 
-# To be removed, one by one: imports that break the rules as yet.
-KNOWN = {
-    ("_factored/concatenate.py", "_methods"),
-    ("_factored/contraction.py", "_methods"),
-    ("_factored/convolution.py", "_methods"),
-    ("_factored/views.py", "_methods"),
-    ("_functions/rules/control_flow.py", "_functions/interpreter.py"),
-    ("_functions/rules/linear.py", "_functions/interpreter.py"),
-    ("_functions/rules/structural.py", "_functions/interpreter.py"),
-    ("_methods/operators.py", "_methods/lora.py"),
-    ("_methods/operators.py", "_methods/weight.py"),
-    ("_methods/weight.py", "_methods/lora.py"),
-}
-# To be removed: rooms that do not say yet what is in them.
-UNDOCUMENTED = {
-    "_arithmetic",
-    "_factored",
-    "_functions",
-    "_methods",
-}
-
 
 @pytest.fixture(scope="module")
 def package():
@@ -52,13 +31,11 @@ def package():
 
 
 def test_floors(package):
-    problems = find_problems(package, FLOORS, KNOWN, UNDOCUMENTED)
+    problems = find_problems(package, FLOORS)
     assert not problems, "\n" + "\n".join(problems)
 
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-# To be removed: files that `docs/architecture.md` names and that are to come.
-TO_COME = {"_factored/base.py", "_methods/fresh.py"}
 
 
 def test_the_page_of_the_architecture_has_these_floors():
@@ -75,23 +52,9 @@ def test_the_page_of_the_architecture_has_these_floors():
 def test_the_page_of_the_architecture_names_files_that_are_there(package):
     named = set(re.findall(r"(?<![\w/])_[a-z]+(?:/[a-z_]+)*/[a-z_]+\.py", PAGE))
     assert len(named) > 20
-    assert named - package.files.keys() == TO_COME
+    assert not named - package.files.keys()
     tests = re.findall(r"(?<![\w/])tests(?:/[a-z_.]+)+", PAGE)
     assert len(tests) > 8 and all((ROOT / path).exists() for path in tests)
-
-
-def test_what_is_known_is_still_there(package):
-    problems = find_problems(package, FLOORS, KNOWN, UNDOCUMENTED)
-    mended = [
-        edge
-        for edge in KNOWN
-        if find_problems(package, FLOORS, KNOWN - {edge}, UNDOCUMENTED) == problems
-    ] + [
-        room
-        for room in UNDOCUMENTED
-        if find_problems(package, FLOORS, KNOWN, UNDOCUMENTED - {room}) == problems
-    ]
-    assert not mended, f"Mended: {mended}. Take them from `KNOWN` and `UNDOCUMENTED`."
 
 
 # The checker itself, on small packages
@@ -110,12 +73,12 @@ SOUND = {
 SMALL = (("_lower",), ("_upper", "_beside"), ("__init__.py",))
 
 
-def problems_with(tmp_path, change, floors=SMALL, **kwargs):
+def problems_with(tmp_path, change, floors=SMALL):
     for name, text in (SOUND | change).items():
         file = tmp_path / "small" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
-    return find_problems(Package(tmp_path / "small"), floors, **kwargs)
+    return find_problems(Package(tmp_path / "small"), floors)
 
 
 def test_a_sound_package(tmp_path):
@@ -229,10 +192,3 @@ def test_a_floor_without_a_room(tmp_path):
     assert problems == [
         "_gone is on a floor, but not there. Take it from the list of floors."
     ]
-
-
-def test_what_is_passed_over(tmp_path):
-    change = {"_lower/two.py": "from .._upper import f", "_beside/__init__.py": ""}
-    known = {("_lower/two.py", "_upper")}
-    found = problems_with(tmp_path, change, known=known, undocumented={"_beside"})
-    assert not found

@@ -14,7 +14,7 @@ from helpers import assert_close, assert_identical, dense_weight, is_weight, tra
 
 import eqx_lorax as lorax
 from eqx_lorax._adapters.fingerprint import fingerprint
-from eqx_lorax._factored import views as _views
+from eqx_lorax._factored import dense as form_dense
 
 
 def known(*names):
@@ -90,7 +90,7 @@ def test_fp8_bases(dtype, tmp_path):
     assert_close(gradient.w.a, adapted.w.scale * b.T @ ones)
 
     merged = lorax.unloraify(adapted)
-    wide = np.asarray(_views.dense(adapted.w))
+    wide = np.asarray(form_dense(adapted.w.factored()))
     assert wide.dtype == np.float32
     assert_identical(merged.w, jnp.asarray(wide.astype(dtype)))
     assert_identical(lorax.unloraify(adapted, merge=False), plain)

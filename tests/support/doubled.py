@@ -19,8 +19,9 @@ class Doubled(lorax.AbstractLoraWeight):
     method = "doubled"
     frozen = ("w",)
 
-    def as_lora(self):
-        return lorax.LoraWeight(self.w, self.b, self.a, alpha=self.times)
+    def factored(self):
+        scale = self.times / self.b.shape[-1]
+        return lorax.Factored(self.w, self.b, self.a, scale)
 
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1)}

@@ -1,12 +1,11 @@
-"""What a primitive does to factored weights.
+"""The rules: what each primitive does to factored weights.
 
-A rule takes the equation and its operands, at least one of which is a weight, and
-returns the outputs, arrays or again weights. It raises `NotFactored` where only the
-dense weight will do.
+To import this room is to register them. A rule for one more primitive is a function
+below `@rule("its name")` in the file of its kind; the interpreter knows none by name.
 """
 
-from . import control_flow, linear, structural
-
-
-LOOPS = control_flow.LOOPS
-RULES = structural.RULES | linear.RULES | control_flow.RULES
+from . import (
+    control_flow as control_flow,
+    linear as linear,
+    structural as structural,
+)

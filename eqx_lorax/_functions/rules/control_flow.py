@@ -3,7 +3,7 @@ the program over weights."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.core
@@ -11,21 +11,20 @@ import jax.lax as lax
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
-from ..._factored import views
-from ..._methods import is_weight
+from ..._factored import is_factored, map_arrays, views
 from ..._shared import compat
+from ..interpreter import Body, Equation
+from ..registry import rule
 
 
-if TYPE_CHECKING:
-    from ..interpreter import Body, Equation
-
-
-def _call(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("closed_call", "core_call")
+def _call(equation: Equation, *values: Any) -> Sequence[Any]:
     jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
     return equation.body(jaxpr, *values)(*values)
 
 
-def _jit(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("jit", "pjit")
+def _jit(equation: Equation, *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
     shardings = (tuple(params["in_shardings"]), tuple(params["out_shardings"]))
@@ -34,7 +33,7 @@ def _jit(equation: "Equation", *values: Any) -> Sequence[Any]:
 
 @functools.lru_cache(maxsize=1024)
 def _jitted(
-    body: "Body",
+    body: Body,
     name: str,
     in_shardings: tuple[Any, ...],
     out_shardings: tuple[Any, ...],
@@ -48,12 +47,13 @@ def _jitted(
 
 
 def _constrained(value: Any, sharding: Any) -> Any:
-    if is_weight(value) or not isinstance(sharding, Sharding):
+    if is_factored(value) or not isinstance(sharding, Sharding):
         return value
     return lax.with_sharding_constraint(value, sharding)
 
 
-def _remat(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("checkpoint", "remat", "remat2")
+def _remat(equation: Equation, *values: Any) -> Sequence[Any]:
     """The primitive itself, of the rewritten program: what was differentiated already
     stays so."""
     params = equation.params
@@ -65,14 +65,15 @@ def _remat(equation: "Equation", *values: Any) -> Sequence[Any]:
     return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
 
 
-def _cond(equation: "Equation", index: Any, *values: Any) -> Sequence[Any]:
+@rule("cond", makes_functions=True)
+def _cond(equation: Equation, index: Any, *values: Any) -> Sequence[Any]:
     branches = equation.params["branches"]
     bodies = [equation.body(jaxpr, *values) for jaxpr in branches]
     shapes = [equation.output_shapes(jaxpr, *values) for jaxpr in branches]
     reason = "the branches do not return the same kind of weight"
     same = [all(_alike(x, other) for other in xs) for x, *xs in zip(*shapes)]
 
-    def branch(body: "Body") -> Callable[..., Sequence[Any]]:
+    def branch(body: Body) -> Callable[..., Sequence[Any]]:
         def run(*values: Any) -> Sequence[Any]:
             outputs = body(*values)
             return [
@@ -93,8 +94,8 @@ def _alike(x: Any, y: Any) -> bool:
     return all((i.shape, i.dtype) == (j.shape, j.dtype) for i, j in pairs)
 
 
-def _settle_carry(
-    equation: "Equation",
+def _fix_carry(
+    equation: Equation,
     carry: Sequence[Any],
     outputs: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> list[Any]:
@@ -102,12 +103,12 @@ def _settle_carry(
     weights of the same kind; `outputs` gives the shapes of what it hands on."""
     reason = "the loop does not hand it on as the same kind of weight"
     carry = list(carry)
-    while any(map(is_weight, carry)):
+    while any(map(is_factored, carry)):
         handed_on = outputs(carry)
         changed = [
             i
             for i, (x, y) in enumerate(zip(carry, handed_on))
-            if is_weight(x) and not _alike(x, y)
+            if is_factored(x) and not _alike(x, y)
         ]
         if not changed:
             break
@@ -116,13 +117,14 @@ def _settle_carry(
     return carry
 
 
-def _handed_on(equation: "Equation", x: Any, like: Any) -> Any:
-    if is_weight(like):
+def _as_carried(equation: Equation, x: Any, like: Any) -> Any:
+    if is_factored(like):
         return x
     return equation.dense(x, "the loop carries an array there")
 
 
-def _while(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("while", makes_functions=True)
+def _while(equation: Equation, *values: Any) -> Sequence[Any]:
     params = equation.params
     first, second = params["cond_nconsts"], params["body_nconsts"]
     cond_consts, body_consts = values[:first], values[first : first + second]
@@ -131,7 +133,7 @@ def _while(equation: "Equation", *values: Any) -> Sequence[Any]:
     def step(carry: Sequence[Any]) -> list[Any]:
         body = equation.body(params["body_jaxpr"], *body_consts, *carry)
         outputs = body(*body_consts, *carry)
-        return [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
+        return [_as_carried(equation, *pair) for pair in zip(outputs, carry)]
 
     def goes_on(carry: Sequence[Any]) -> Array:
         body = equation.body(params["cond_jaxpr"], *cond_consts, *carry)
@@ -141,11 +143,12 @@ def _while(equation: "Equation", *values: Any) -> Sequence[Any]:
     def shapes(carry: Sequence[Any]) -> Sequence[Any]:
         return equation.output_shapes(params["body_jaxpr"], *body_consts, *carry)
 
-    carry = _settle_carry(equation, carry, shapes)
+    carry = _fix_carry(equation, carry, shapes)
     return lax.while_loop(goes_on, step, carry)
 
 
-def _scan(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("scan", makes_functions=True)
+def _scan(equation: Equation, *values: Any) -> Sequence[Any]:
     params = equation.params
     num_consts, num_carry = compat.scan_counts(params, len(values))
     consts = values[:num_consts]
@@ -156,12 +159,12 @@ def _scan(equation: "Equation", *values: Any) -> Sequence[Any]:
         slices = jax.eval_shape(lambda xs: jax.tree.map(lambda x: x[0], xs), xs)
         return equation.output_shapes(params["jaxpr"], *consts, *carry, *slices)
 
-    carry = _settle_carry(equation, carry, shapes)
+    carry = _fix_carry(equation, carry, shapes)
     body = equation.body(params["jaxpr"], *consts, *carry, *xs)
 
     def step(carry: Sequence[Any], xs: Sequence[Any]) -> Any:
         outputs = body(*consts, *carry, *xs)
-        new = [_handed_on(equation, *pair) for pair in zip(outputs, carry)]
+        new = [_as_carried(equation, *pair) for pair in zip(outputs, carry)]
         return new, outputs[len(carry) :]
 
     names = ("length", "reverse", "unroll", "_split_transpose")
@@ -170,22 +173,20 @@ def _scan(equation: "Equation", *values: Any) -> Sequence[Any]:
     return [*carry, *ys]
 
 
-def _sliceable(equation: "Equation", x: Any) -> Any:
+def _sliceable(equation: Equation, x: Any) -> Any:
     """`x` with the axis that `scan` goes along first in each of its leaves."""
-    if not is_weight(x):
+    if not is_factored(x):
         return x
-    lora = x.as_lora()
-    first = lora.shown_axes()[0]
-    if first not in lora.batch_axes():
+    first = x.logical_axes()[0]
+    if first not in x.batch_axes():
         reason = "a loop goes along its rows or columns (layers that are stacked there "
         reason += "are adapted with `lorax.LoraSpec(rank, batch=(0,))`)"
         return equation.dense(x, reason)
-    if first == -lora.w.ndim:
-        return lora
-    return views.in_order(lora)
+    return x if first == -x.ndim else views.store_in_order(x)
 
 
-def _shard_map(equation: "Equation", *values: Any) -> Sequence[Any]:
+@rule("shard_map", makes_functions=True)
+def _shard_map(equation: Equation, *values: Any) -> Sequence[Any]:
     params = equation.params
     body = equation.body(params["jaxpr"], *values)
 
@@ -206,30 +207,12 @@ def _shard_map(equation: "Equation", *values: Any) -> Sequence[Any]:
 
 def _spec(x: Any, spec: PartitionSpec) -> Any:
     """The specs of the leaves of a weight, of which `spec` is that of the array."""
-    if not is_weight(x):
+    if not is_factored(x):
         return spec
-    lora = x.as_lora()
-    by_axis: dict[Any, Any] = dict(
-        zip(lora.shown_axes(), [*spec, *(None,) * lora.ndim])
-    )
-    return lora.map_arrays(
-        lambda array, axes: PartitionSpec(*(by_axis.get(axis) for axis in axes))
-    )
+    entries = [*spec, *(None,) * x.ndim]
 
+    def of_array(array: Any, labels: Sequence[Any]) -> Any:
+        axes = range(x.ndim)
+        return PartitionSpec(*(entries[i] if i in axes else None for i in labels))
 
-RULES: dict[str, Callable[..., Sequence[Any]]] = {
-    "checkpoint": _remat,
-    "closed_call": _call,
-    "cond": _cond,
-    "core_call": _call,
-    "jit": _jit,
-    "pjit": _jit,
-    "remat": _remat,
-    "remat2": _remat,
-    "scan": _scan,
-    "shard_map": _shard_map,
-    "while": _while,
-}
-
-LOOPS = (_cond, _scan, _shard_map, _while)
-"""The rules that make functions of their own."""
+    return map_arrays(x, of_array, range(x.ndim))

@@ -1,25 +1,28 @@
 """Primitives that are linear in the weight: products and convolutions."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from ..._factored import (
+    add,
     contract,
     convolve,
+    Factored,
+    find_explicit_sharding,
+    is_factored,
     Label,
+    label_hidden,
     Labels,
+    multiply_arrays,
     NotFactored,
-    portable,
-    product,
+    order_factors,
+    precision_for_any_dtype,
     RANK,
-    views,
 )
-from ..._methods import AbstractLoraWeight, is_weight
 from ..._shared import (
     accumulation_dtype,
     explicit_sharding,
@@ -27,13 +30,12 @@ from ..._shared import (
     product_sharding,
     promote,
 )
+from ..interpreter import Equation
+from ..registry import rule
 
 
-if TYPE_CHECKING:
-    from ..interpreter import Equation
-
-
-def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
+@rule("dot_general")
+def _dot_general(equation: Equation, x: Any, y: Any) -> Sequence[Any]:
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
     x_labels: list[Label] = [("x", i) for i in range(x.ndim)]
     y_labels: list[Label] = [("y", i) for i in range(y.ndim)]
@@ -50,9 +52,9 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
     ) != accumulation_dtype(dtype):
         dtype = out.dtype
     # Of two weights, one that is neither scaled nor nested is taken apart.
-    if is_weight(x) and (not is_weight(y) or _can_be_taken_apart(y)):
+    if is_factored(x) and (not is_factored(y) or _can_be_taken_apart(y)):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
-    meet: Any = _contract_weights if is_weight(x) else _contract
+    meet: Any = _contract_weights if is_factored(x) else _contract
     options = dict(
         precision=equation.params["precision"],
         out_sharding=equation.params.get("out_sharding"),
@@ -64,7 +66,7 @@ def _dot_general(equation: "Equation", x: Any, y: Any) -> Sequence[Any]:
 def _contract(
     x: Array,
     x_labels: Labels,
-    y: AbstractLoraWeight,
+    y: Factored,
     labels: Labels,
     out_labels: Labels,
     dtype: jnp.dtype,
@@ -84,9 +86,9 @@ def _contract(
 
 
 def _contract_weights(
-    x: AbstractLoraWeight,
+    x: Factored,
     x_labels: Labels,
-    y: AbstractLoraWeight,
+    y: Factored,
     labels: Labels,
     out_labels: Labels,
     dtype: jnp.dtype,
@@ -97,10 +99,10 @@ def _contract_weights(
     """The base of `x` meets `y`, and so do its factors, one after the other."""
     if not _can_be_taken_apart(x):
         raise NotFactored("both operands are weights, and scaled or nested")
-    lora = x.as_lora()
-    stored = lora.stored_labels(x_labels)
+    x = x.without_gate()
+    stored = x.stored_labels(x_labels)
     base = _contract(
-        jnp.asarray(lora.base()),
+        jnp.asarray(x.differentiable_base()),
         stored,
         y,
         labels,
@@ -111,19 +113,11 @@ def _contract_weights(
     )
 
     rank = ("x", RANK)
-    factors = [
+    (first, first_labels), (second, second_labels) = (
         (factor, [rank if label == RANK else label for label in axes])
-        for factor, axes in (
-            (lora.b, lora.b_axes(stored)),
-            (lora.a, lora.a_axes(stored)),
-        )
-    ]
-    (first, first_labels), (second, second_labels) = sorted(
-        factors, key=lambda factor: -_shared(*factor, labels, out_labels)
+        for factor, axes in order_factors(x, stored, labels, out_labels)
     )
-    wanted = {*out_labels, *second_labels}
-    either = dict.fromkeys([*first_labels, *labels])
-    hidden_labels = [label for label in either if label in wanted]
+    hidden_labels = label_hidden(first_labels, labels, second_labels, out_labels)
     dtype = promote(dtype, first.dtype, second.dtype)
     hidden = _contract(
         first,
@@ -132,45 +126,36 @@ def _contract_weights(
         labels,
         hidden_labels,
         dtype,
-        precision=portable(precision),
+        precision=precision_for_any_dtype(precision),
         out_sharding=product_sharding(
             explicit_sharding(first),
             first_labels,
-            views.explicit_sharding(y),
+            find_explicit_sharding(y),
             labels,
             hidden_labels,
         ),
     )
-    update = product(
+    update = multiply_arrays(
         hidden,
         hidden_labels,
         second,
         second_labels,
         out_labels,
         hidden.dtype,
-        precision=portable(precision),
+        precision=precision_for_any_dtype(precision),
         out_sharding=explicit_sharding(base),
     )
-    return views.add(base, lora.scale * update)
+    return add(base, x.scale * update)
 
 
-def _can_be_taken_apart(x: AbstractLoraWeight) -> bool:
-    lora = x.as_lora()
-    return lora.gain is None and is_array(lora.w)
+def _can_be_taken_apart(x: Factored) -> bool:
+    return x.gain is None and is_array(x.base)
 
 
-def _shared(x: Array, x_labels: Labels, labels: Labels, out_labels: Labels) -> int:
-    """How many entries of `x` are summed over with those of `labels`."""
-    return math.prod(
-        size
-        for size, label in zip(x.shape, x_labels)
-        if label in labels and label not in out_labels
-    )
-
-
-def _convolution(equation: "Equation", x: Any, kernel: Any) -> Sequence[Any]:
+@rule("conv_general_dilated")
+def _convolution(equation: Equation, x: Any, kernel: Any) -> Sequence[Any]:
     params = equation.params
-    if is_weight(x) or params["batch_group_count"] != 1:
+    if is_factored(x) or params["batch_group_count"] != 1:
         raise NotFactored("the weight is not the kernel")
     if params.get("out_sharding") is not None:
         raise NotFactored("it asks for a sharding of its result")
@@ -181,13 +166,13 @@ def _convolution(equation: "Equation", x: Any, kernel: Any) -> Sequence[Any]:
     return [result.astype(out.dtype)]
 
 
-def _reduce_sum(equation: "Equation", x: AbstractLoraWeight) -> Sequence[Any]:
+@rule("reduce_sum")
+def _reduce_sum(equation: Equation, x: Factored) -> Sequence[Any]:
     """The product with ones. What is summed along batch axes alone is as large as the
     weight, and of a larger rank."""
     summed = equation.params["axes"]
-    lora = x.as_lora()
-    shown = lora.shown_axes()
-    if {shown[axis] for axis in summed} <= set(lora.batch_axes()):
+    logical = x.logical_axes()
+    if {logical[axis] for axis in summed} <= set(x.batch_axes()):
         raise NotFactored("it sums weights")
     (out,) = equation.out_avals
     labels = tuple(range(x.ndim))
@@ -199,10 +184,3 @@ def _reduce_sum(equation: "Equation", x: AbstractLoraWeight) -> Sequence[Any]:
         out_labels=tuple(label for label in labels if label not in summed),
     )
     return [result.astype(out.dtype)]
-
-
-RULES: dict[str, Callable[..., Sequence[Any]]] = {
-    "conv_general_dilated": _convolution,
-    "dot_general": _dot_general,
-    "reduce_sum": _reduce_sum,
-}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..._methods import factor_shapes
+from ..._factored import factor_shapes
 from ..._modules import find_target, infer_axes
 from ..._trees import Place, Places
 from ..pytorch import (

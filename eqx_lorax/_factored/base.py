@@ -1,0 +1,145 @@
+"""The protocol of bases: what can be asked of the array beneath an adapter.
+
+A base has `shape`, `dtype` and `ndim`, and answers to these functions, each of which is
+open by dispatch on its type (`functools.singledispatch`):
+
+- `dense`, `find_explicit_sharding` and `map_arrays`, below;
+- `contraction.contract_base`, a product with an activation;
+- `convolution.convolve_base`, the same for a kernel;
+- `gather.gather`, a lookup;
+- `views.transpose`, `views.convert`, `views.squeeze`, `views.expand`.
+
+Arrays and `Factored`, which may itself be a base, are registered there. Another kind of
+base registers what it can do. What it cannot do raises `NotFactored`, and is done with
+the dense array.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.core
+import jax.lax as lax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from .._shared import accumulation_dtype, axes_from_end, promote, relabel, sharding
+from .form import Base, Factored
+from .products import Labels, multiply_arrays, NotFactored, scale_along
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def for_arrays(operation: Any) -> Callable[[_Function], _Function]:
+    """Registers a function with an operation, for arrays: JAX's, NumPy's, and those of
+    which only shape and dtype are known."""
+
+    def register(function: _Function) -> _Function:
+        # A tracer is an instance of `jax.Array`, but its class is no subclass.
+        for kind in (jax.Array, jax.core.Tracer, np.ndarray, jax.ShapeDtypeStruct):
+            operation.register(kind)(function)
+        return function
+
+    return register
+
+
+def refuse(base: Base, operation: str) -> NotFactored:
+    """The error for a base that is not registered with an operation."""
+    return NotFactored(f"a {type(base).__name__} has no `{operation}`")
+
+
+@functools.singledispatch
+def dense(base: Base) -> Array:
+    """The array that `base` stands for, in the accumulation dtype, differentiable where
+    that is not frozen."""
+    raise TypeError(f"A {type(base).__name__} cannot be the base of an adapter.")
+
+
+@for_arrays(dense)
+def _(base: Array) -> Array:
+    return jnp.asarray(base, accumulation_dtype(base.dtype))
+
+
+@dense.register
+def _(form: Factored) -> Array:
+    form = form.without_gate()
+    stored = axes_from_end(form.ndim)
+    base = dense(form.differentiable_base())
+    b, a = (form.b, form.b_labels(stored)), (form.a, form.a_labels(stored))
+    whole = add(base, form.scale * multiply_factors(*b, *a, stored, base))
+    if form.gain is not None:
+        whole = scale_along(whole, stored, form.gain, stored)
+    return lax.transpose(whole, [axis % form.ndim for axis in form.logical_axes()])
+
+
+def materialise(form: Factored) -> Array:
+    """The array that `form` stands for, rounded once to its dtype."""
+    return dense(form).astype(form.dtype)
+
+
+def multiply_factors(
+    b: Array, b_labels: Labels, a: Array, a_labels: Labels, labels: Labels, base: Array
+) -> Array:
+    """`b · a`, with the sharding of the base to which it is added."""
+    return multiply_arrays(
+        b,
+        b_labels,
+        a,
+        a_labels,
+        labels,
+        promote(b.dtype, a.dtype),
+        out_sharding=find_explicit_sharding(base),
+    )
+
+
+def add(x: Array, y: Array) -> Array:
+    """The sum, in the common dtype."""
+    dtype = promote(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)
+
+
+@functools.singledispatch
+def find_explicit_sharding(base: Base) -> NamedSharding | None:
+    """The sharding in the type of the array that `base` stands for, on a mesh with
+    explicit axes."""
+    return None
+
+
+@for_arrays(find_explicit_sharding)
+def _(base: Array) -> NamedSharding | None:
+    return sharding.explicit_sharding(base)
+
+
+@find_explicit_sharding.register
+def _(form: Factored) -> NamedSharding | None:
+    stored = axes_from_end(form.ndim)
+    return relabel(find_explicit_sharding(form.base), stored, form.logical_axes())
+
+
+@functools.singledispatch
+def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> Base:
+    """`base` with `fn(array, labels)` in the place of each array in it.
+
+    **Arguments:**
+
+    - `labels`: One for each axis of `base`. The array is given those of its own axes;
+        `RANK` stands for the rank, and `None` for an axis of size one along which it is
+        the same for the whole base.
+    """
+    raise refuse(base, "map_arrays")
+
+
+@for_arrays(map_arrays)
+def _(base: Array, fn: Callable[[Any, Labels], Any], labels: Labels) -> Array:
+    return fn(base, labels)
+
+
+@map_arrays.register
+def _(form: Factored, fn: Callable[[Any, Labels], Any], labels: Labels) -> Factored:
+    stored = form.stored_labels(labels)
+    new = form.map_factors(fn, stored)
+    return new.replace(base=map_arrays(form.base, fn, stored))

@@ -1,0 +1,153 @@
+"""What a fresh adapter of an array is to be like, and drawing its arrays."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec, Sharding
+from jax.typing import DTypeLike
+from jaxtyping import Array, PRNGKeyArray
+
+from .._factored import factor_axes, Label, RANK
+from .._shared import (
+    create,
+    inherit_sharding,
+    known_sharding,
+    Placement,
+    resolve_sharding,
+    zeros,
+)
+from .initialisers import Init, initial_factor, key_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """What a method is given to make the fresh weight of one array."""
+
+    name: str
+    """The path of the array, for error messages."""
+
+    w: Any
+    """The base: an array, its shape and dtype alone, or a weight."""
+
+    rank: int
+    """The rank of the update."""
+
+    rows: tuple[int, ...]
+    """The axes of the base that the row factor owns, counted from the end."""
+
+    columns: tuple[int, ...]
+    """The axes of the base that the column factor owns, counted from the end."""
+
+    alpha: float
+    """The numerator of the scale."""
+
+    dtype: DTypeLike
+    """The dtype of what is trained."""
+
+    key: PRNGKeyArray
+    """A key for this array alone."""
+
+    init: Init = "uniform"
+    """How the column factor starts, as in `lorax.loraify`."""
+
+    rank_stabilised: bool = False
+    """Whether the scale is divided by the square root of the rank."""
+
+    is_lookup: bool = False
+    """Whether the base is looked up in, as in an embedding."""
+
+    placement: Placement = None
+    """Where the factors are to be placed: as `sharding` in `lorax.loraify`."""
+
+    sizes: Mapping[Label, int] = dataclasses.field(default_factory=dict)
+    """The sizes of further axes, by label."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the base."""
+        return tuple(self.w.shape)
+
+    @property
+    def factor_placements(self) -> tuple[Any, Any]:
+        """Where the row factor and the column factor are to be placed; `None` for where
+        their base says."""
+        placement = self.placement
+        # A specification is a tuple too, in some versions of JAX.
+        if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
+            placement = (placement, placement)
+        row, column = placement
+        return row, column
+
+    @property
+    def b_axes(self) -> list[Label]:
+        """The axes of a row factor: `(*batch, *rows, "rank")`."""
+        return factor_axes(len(self.shape), self.rows, self.columns)[0]
+
+    @property
+    def a_axes(self) -> list[Label]:
+        """The axes of a column factor: `(*batch, "rank", *columns)`."""
+        return factor_axes(len(self.shape), self.rows, self.columns)[1]
+
+    def zeros(self, axes: Sequence[Label], placement: Any = None) -> Array:
+        """An array of zeros.
+
+        **Arguments:**
+
+        - `axes`: For each axis of the array an axis of the base, counted from its end,
+            `"rank"`, or a label of `sizes`.
+        - `placement`: A sharding. By default the array is sharded as the base is along
+            the axes that they share.
+        """
+        shape = self._shape_of(axes)
+        sharding = self._sharding_of(axes, shape, placement)
+        return create(zeros, (shape, self.dtype), self._base, sharding)
+
+    def draw(
+        self,
+        axes: Sequence[Label],
+        placement: Any = None,
+        *,
+        init: Init | None = None,
+        name: str = "",
+    ) -> Array:
+        """A random array, drawn on the devices where it is placed.
+
+        **Arguments:**
+
+        - `axes`, `placement`: As in `zeros`.
+        - `init`: How; by default as `Fresh.init` says.
+        - `name`: Arrays of other names get other numbers.
+        """
+        shape = self._shape_of(axes)
+        sharding = self._sharding_of(axes, shape, placement)
+        fan_in = math.prod(self.shape[axis] for axis in self.columns)
+        key = key_for(self.key, name) if name else self.key
+        init = self.init if init is None else init
+        arguments = (key, init, shape, self.dtype, self.rank, fan_in, self.is_lookup)
+        return create(initial_factor, arguments, self._base, sharding)
+
+    @property
+    def _base(self) -> Any:
+        """The array beneath all adapters."""
+        base = self.w
+        while not isinstance(base, jax.ShapeDtypeStruct) and hasattr(base, "w"):
+            base = base.w
+        return base
+
+    def _shape_of(self, axes: Sequence[Label]) -> tuple[int, ...]:
+        def size(axis: Any) -> int:
+            if axis == RANK:
+                return self.rank
+            return self.sizes[axis] if axis in self.sizes else self.shape[axis]
+
+        return tuple(map(size, axes))
+
+    def _sharding_of(
+        self, axes: Sequence[Label], shape: tuple[int, ...], placement: Any
+    ) -> Sharding | None:
+        base = known_sharding(self._base)
+        inherited = inherit_sharding(base, len(self.shape), axes)
+        return resolve_sharding(self.name, shape, placement, base, inherited)

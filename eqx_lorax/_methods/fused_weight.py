@@ -1,0 +1,65 @@
+"""A weight of any method whose products form it once: see `lorax.merged_forward`."""
+
+from typing import Any
+
+from jaxtyping import ArrayLike
+
+from .._factored import Factored, Labels
+from .weight import AbstractLoraWeight, is_weight
+
+
+class FusedWeight(AbstractLoraWeight):
+    """Stands for the same array as the weight inside, and is trained in its place.
+
+    Attributes that it does not have are those of the weight inside.
+    """
+
+    weight: AbstractLoraWeight
+
+    frozen = ()
+
+    def __init__(self, weight: AbstractLoraWeight):
+        self.weight = weight
+
+    def factored(self) -> Factored:
+        return self.weight.factored().replace(fuses_forward=True)
+
+    @property
+    def w(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The frozen base."""
+        return self.weight.w
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    def array_axes(self) -> dict[str, Labels]:
+        return self.weight.array_axes()
+
+    def scaled(self, factor: ArrayLike) -> "FusedWeight":
+        return FusedWeight(self.weight.scaled(factor))
+
+    def on(self, base: Any, **changes: Any) -> "FusedWeight":
+        return FusedWeight(self.weight.on(base, **changes))
+
+    def trainable(self) -> "FusedWeight":
+        return FusedWeight(self.weight.trainable())
+
+    def view(self, form: Factored) -> AbstractLoraWeight:
+        return FusedWeight(self.weight.view(form.replace(fuses_forward=False)))
+
+    def __getattr__(self, name: str) -> Any:
+        # `weight` is missing only while Python builds or copies the object.
+        if name == "weight" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.weight, name)
+
+
+def unfused(weight: Any) -> Any:
+    """The weight inside a `FusedWeight`; anything else as it is."""
+    if isinstance(weight, FusedWeight):
+        weight = weight.weight
+    base = weight.w if is_weight(weight) else None
+    if is_weight(base) and (inner := unfused(base)) is not base:
+        weight = weight.on(inner)
+    return weight
