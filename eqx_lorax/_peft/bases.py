@@ -7,6 +7,7 @@ the frozen weight too, as `base_layer.weight`, and puts it into the model when i
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 
 from .._shared import replicate
@@ -29,7 +30,7 @@ def find_other_bases(
         if array is None:
             yield f"{key} is in the file, and {place.dotted} has none beside it"
             continue
-        here = np.asarray(replicate(array[counterpart.index]))
+        here = np.asarray(jax.device_get(replicate(array[counterpart.index])))
         if name == "bias":
             saved, here = saved.reshape(-1), here.reshape(-1)
         elif isinstance(counterpart.layout, Linear) and counterpart.layout.a_has_rows:

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
@@ -60,7 +61,7 @@ def collect_biases(adapter: Adapter, places: Places, names: Names) -> Biases:
             raise ValueError(f"`names` has nothing for {'.'.join(place.path[:-1])!r}.")
         inside = ".base_layer" if place in of_layers else ""
         for index, path in expand(torch, place.node.shape):
-            part = np.asarray(place.node[index])
+            part = np.asarray(jax.device_get(place.node[index]))
             shape = to_torch_shape(place, part.shape)
             tensors[f"{path}{inside}.bias"] = part.reshape(shape)
     return Biases(option, tensors, {place.path for place in chosen})
@@ -92,7 +93,7 @@ def read_biases(
         if path in whole:
             continue
         wanted = to_torch_shape(place, place.node.shape[len(index) :])
-        now = np.asarray(place.node[index]).reshape(wanted)
+        now = np.asarray(jax.device_get(place.node[index])).reshape(wanted)
         new = now
         if path in taken:
             new = np.asarray(remaining.pop(taken.pop(path)))

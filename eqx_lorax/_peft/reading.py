@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -80,7 +81,7 @@ def import_adapter(
             "there is not one tensor in it. Copy it again or, if PyTorch wrote it so "
             "(with FSDP and DeepSpeed the parts have to be gathered), save it again."
         )
-    remaining = dict(tensors)
+    remaining = dict(zip(tensors, jax.device_get(list(tensors.values()))))
     known = dict(find_counterparts(places, names, in_out))
     experts = [
         path for path, counterpart in known.items() if counterpart.layout.is_parameter

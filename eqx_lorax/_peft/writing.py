@@ -154,7 +154,7 @@ def _export_parts(
     batch = weight.batch_shape
     layout = choose_part_layout(place, torch, batch, is_in_out)
     warn_of_convolution(place)
-    b, a = np.asarray(weight.b), np.asarray(weight.a)
+    b, a = (np.asarray(x) for x in jax.device_get((weight.b, weight.a)))
     for index, path in expand(torch, batch):
         yield (
             path,
@@ -213,7 +213,7 @@ def collect_whole(adapter: Adapter, places: Places, names: Names) -> SavedWhole:
             saved.add(array.path)
             for index, path in expand(torch, array.node.shape):
                 paths.append(path)
-                part = np.asarray(array.node[index])
+                part = np.asarray(jax.device_get(array.node[index]))
                 shape = to_torch_shape(array, part.shape)
                 tensors[f"{path}.{array.path[-1]}"] = part.reshape(shape)
     return SavedWhole(sorted(set(paths)), tensors, saved, biases.option)
