@@ -31,6 +31,14 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_runtest_setup(item):
+    """On a GPU, where these are not."""
+    if item.get_closest_marker("eight_devices") and jax.device_count() < 8:
+        pytest.skip("needs eight devices")
+    if item.get_closest_marker("cpu") and jax.default_backend() != "cpu":
+        pytest.skip("is of what XLA compiles for a CPU")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _bounded_memory():
     """Forgets what was compiled after each file."""

@@ -123,6 +123,7 @@ def test_into_shapes(run, tmp_path):
     same(found, state)
 
 
+@pytest.mark.eight_devices
 @pytest.mark.parametrize("shape", ((8, 1), (2, 4), (1, 8)), ids=str)
 def test_onto_another_mesh(shape, tmp_path, getkey):
     spec = {"b": P("model"), "a": P(None, "model"), "key": P(), "keys": P("data")}

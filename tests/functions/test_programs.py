@@ -73,6 +73,7 @@ JOINED = [
         f"jnp.pad(w, ((1, 2), (1, 0)), {mode!r})"
         for mode in ("edge", "reflect", "symmetric", "wrap")
     ),
+    "jnp.pad(w, ((1, 2), (1, 0)), 'empty')[1:-2, 1:]",
 ]
 USES = [
     "{}[ids]",

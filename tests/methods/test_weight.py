@@ -431,6 +431,7 @@ def per_token(weight, x):
     return jax.vmap(lambda x: weight @ x)(x)
 
 
+@pytest.mark.cpu
 def test_the_gradient_of_b_is_computed_with_its_rank_first():
     """XLA on the CPU needs seven times as long for the product the other way round, and
     turns the one into the other unless it is kept from it."""

@@ -21,6 +21,7 @@ from running import running
 import eqx_lorax as lorax
 
 
+pytestmark = pytest.mark.eight_devices
 STEPS = 20
 
 

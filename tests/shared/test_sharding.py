@@ -45,6 +45,7 @@ def specs(weight):
 # Where factors lie
 
 
+@pytest.mark.eight_devices
 @KINDS
 @pytest.mark.parametrize(
     "spec, b, a",
@@ -68,6 +69,7 @@ def test_factors_follow_the_base(mesh, spec, b, a):
     assert specs(params["w"]) == [P(*b), P(*a)]
 
 
+@pytest.mark.eight_devices
 @KINDS
 def test_stacks_convolutions_and_second_adapters(mesh):
     stack = eqx.filter_vmap(lambda k: eqx.nn.Linear(8, 16, key=k))(
@@ -88,6 +90,7 @@ def test_stacks_convolutions_and_second_adapters(mesh):
     assert specs(conv.weight) == [P("model", None), P(None, "data", None)]
 
 
+@pytest.mark.eight_devices
 @KINDS
 def test_placement_can_be_chosen(mesh):
     model = {"x": linear_on(mesh, "model"), "y": linear_on(mesh, "model")}
@@ -110,6 +113,7 @@ def test_placement_can_be_chosen(mesh):
         lorax.init_lora({"x": model["x"].weight}, 2, KEY, sharding=P("data"))
 
 
+@pytest.mark.eight_devices
 @pytest.mark.own_errors
 @pytest.mark.parametrize(
     "sharding, error, message",
@@ -133,6 +137,7 @@ def test_a_specification_needs_a_mesh():
         lorax.loraify(linear, rank=2, sharding=P("data"), key=jr.key(0))
 
 
+@pytest.mark.eight_devices
 def test_single_devices():
     plain = eqx.nn.Linear(8, 16, key=jr.key(0))
     assert not lorax.loraify(plain, rank=2, key=KEY).weight.b.committed
@@ -163,6 +168,7 @@ def test_abstract_models(kind):
         assert specs(eqx.filter_eval_shape(adapt, linear).weight) == specs(weight)
 
 
+@pytest.mark.eight_devices
 @KINDS
 def test_inside_jit(mesh):
     model = linear_on(mesh, "model", "data")
@@ -181,6 +187,7 @@ def test_inside_jit(mesh):
     assert_close(adapted.weight.a, adapt(model, None).weight.a)
 
 
+@pytest.mark.eight_devices
 def test_a_stack_gets_no_more_than_its_adapters():
     """Nothing of the base's size is made, on the way either."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -205,6 +212,7 @@ def test_a_stack_gets_no_more_than_its_adapters():
 # Merging
 
 
+@pytest.mark.eight_devices
 @KINDS
 def test_merging_stays_where_it_is(mesh):
     model = trained(lorax.loraify(linear_on(mesh, "model", "data"), rank=2, key=KEY))
@@ -325,6 +333,7 @@ KEPT = [  # A model of weights, how it is called, the shape of its input
 ]
 
 
+@pytest.mark.eight_devices
 @pytest.mark.heavy
 @KINDS
 @pytest.mark.parametrize("case", KEPT, ids=lambda case: case[0])

@@ -85,8 +85,9 @@ CALLS = {
     "merge=False": lambda _: lorax.unloraify(ADAPTED, merge=False),
     "merged_forward": lambda _: lorax.merged_forward(ADAPTED),
     "a call": lambda _: ADAPTED(X),
-    "a gradient": lambda _: eqx.filter_jit(lorax.filter_grad(lambda m: m(X).sum()))(
-        ADAPTED
+    # `X` is an argument: JAX reads back what a compiled function closes over.
+    "a gradient": lambda _: eqx.filter_jit(lorax.filter_grad(lambda m, x: m(x).sum()))(
+        ADAPTED, X
     ),
     "the function door": lambda _: lorax.lora(lambda m, x: m(x))(ADAPTED, X),
     "an optimizer": stepped,
