@@ -45,10 +45,10 @@ class NaiveLora(eqx.Module):
         return self.linear(x) + self.b @ (self.a @ x)
 
 
-def make_stack(dtype: Any) -> Stack:
+def make_stack(dtype: Any, width: int = WIDTH) -> Stack:
     keys = jr.split(jr.key(0), LAYERS)
     layers = [
-        eqx.nn.Linear(WIDTH, WIDTH, use_bias=False, dtype=dtype, key=key)
+        eqx.nn.Linear(width, width, use_bias=False, dtype=dtype, key=key)
         for key in keys
     ]
     # The variance of the activations stays the same from layer to layer.
@@ -70,15 +70,15 @@ def raw_stack(weights: list[Any], x: Any) -> Any:
     return x
 
 
-def adapted_by(model: Any, rank: int, filter: Any = None) -> Any:
-    return lorax.loraify(model, filter, rank=rank, key=jr.key(1))
+def adapted_by(model: Any, rank: int, filter: Any = None, **options: Any) -> Any:
+    return lorax.loraify(model, filter, rank=rank, key=jr.key(1), **options)
 
 
 def naive(model: Stack, rank: int) -> tuple[Stack, Any]:
     def adapt(linear: eqx.nn.Linear) -> NaiveLora:
-        dtype = linear.weight.dtype
-        a = jr.normal(jr.key(1), (rank, WIDTH), dtype) / WIDTH**0.5
-        return NaiveLora(linear, jnp.zeros((WIDTH, rank), dtype), a)
+        dtype, (_, width) = linear.weight.dtype, linear.weight.shape
+        a = jr.normal(jr.key(1), (rank, width), dtype) / width**0.5
+        return NaiveLora(linear, jnp.zeros((width, rank), dtype), a)
 
     adapted = Stack([adapt(layer) for layer in model.layers])
     spec = jax.tree.map(lambda _: False, adapted)
@@ -94,12 +94,14 @@ def installed(make: Callable[[], Any]) -> Iterator[Any]:
         print(f"(left out: {error})", file=sys.stderr)
 
 
-def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
+def stack_cases(
+    tokens: int, rank: int, dtype: Any, width: int = WIDTH
+) -> Iterator[Case]:
     name = (
-        f"stack of {LAYERS} × {WIDTH}², {tokens} tokens, rank {rank}, {dtype.__name__}"
+        f"stack of {LAYERS} × {width}², {tokens} tokens, rank {rank}, {dtype.__name__}"
     )
-    model = make_stack(dtype)
-    x = jr.normal(jr.key(2), (tokens, WIDTH), dtype)
+    model = make_stack(dtype, width)
+    x = jr.normal(jr.key(2), (tokens, width), dtype)
     weights = [layer.weight for layer in model.layers]
     adapted = adapted_by(model, rank)
     spec = [rank] * LAYERS
@@ -124,34 +126,49 @@ def stack_cases(tokens: int, rank: int, dtype: Any) -> Iterator[Case]:
         merged = lorax.merged_forward(adapted)
         trained = lorax.trainable(merged)
         programs.append(step("lorax, merged forward", on_batch, merged, trained, x))
+    else:
+        narrow = adapted_by(model, rank, dtype=dtype)
+        trained = lorax.trainable(narrow)
+        programs.append(step("lorax, narrow factors", on_batch, narrow, trained, x))
     yield name, frozen("plain JAX, frozen", raw_stack, weights, x), programs
     for floor, program in installed(lambda: peers.peft_lora(LAYERS, x, rank)):
         yield f"{name}, PyTorch", floor, [program]
 
 
-def transformer_cases(blocks: int, width: int, sequences: int) -> Iterator[Case]:
-    length = 128
+def transformer_cases(
+    blocks: int,
+    width: int,
+    sequences: int,
+    length: int = 128,
+    dtype: Any = jnp.float32,
+) -> Iterator[Case]:
     keys = jr.split(jr.key(0), blocks)
     make = functools.partial(Block, width, width // 64)
-    x = jr.normal(jr.key(2), (sequences, length, width))
-    size = f"{blocks} blocks, d {width}, {sequences} × {length} tokens"
+    x = jr.normal(jr.key(2), (sequences, length, width), dtype)
+    size = f"{blocks} blocks, d {width}, {sequences} × {length} tokens, {x.dtype.name}"
     unrolled: Any = Unrolled, [make(key) for key in keys]
     scanned: Any = Scanned, eqx.filter_vmap(make)(keys)
     for form, (model_of, parts) in {"unrolled": unrolled, "scanned": scanned}.items():
         for checkpoint in (False, True):
-            model = model_of(parts, checkpoint)
+            model = jax.tree.map(
+                lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y,
+                model_of(parts, checkpoint),
+            )
             every, few = (
                 adapted_by(model, 8),
                 adapted_by(model, 8, ["query_proj", "value_proj"]),
             )
-            merged = lorax.merged_forward(every)
+            if dtype == jnp.float32:
+                other, how = lorax.merged_forward(every), "merged forward"
+            else:
+                other, how = adapted_by(model, 8, dtype=dtype), "narrow factors"
             programs = [
                 step("lorax, all linear", on_batch, every, lorax.trainable(every), x),
                 step(
-                    "lorax, all linear, merged forward",
+                    f"lorax, all linear, {how}",
                     on_batch,
-                    merged,
-                    lorax.trainable(merged),
+                    other,
+                    lorax.trainable(other),
                     x,
                 ),
                 step("lorax, query and value", on_batch, few, lorax.trainable(few), x),
@@ -313,8 +330,34 @@ def scanned_stack_cases(tokens: int) -> Iterator[Case]:
     yield name, frozen("plain JAX, frozen", scanned, weights, x), programs
 
 
-def every_case(only: Sequence[str], small: bool) -> Iterator[Case]:
-    """`only`: parts of the names of groups, any of which selects a group."""
+def large_groups() -> dict[str, Callable[[], Iterator[Case]]]:
+    """What keeps a large GPU busy, and a CPU for hours."""
+    dtypes = jnp.float32, jnp.bfloat16
+    stacks = {
+        f"stack-{dtype.__name__}-8192-{rank}": functools.partial(
+            stack_cases, 8192, rank, dtype, 4096
+        )
+        for dtype in dtypes
+        for rank in (8, 64)
+    }
+    return stacks | {
+        f"transformer-{dtype.__name__}": functools.partial(
+            transformer_cases, 6, 2048, 16, 512, dtype
+        )
+        for dtype in dtypes
+    }
+
+
+def every_case(only: Sequence[str], size: str = "medium") -> Iterator[Case]:
+    """`only`: parts of the names of groups, any of which selects a group. `size`:
+    `"small"`, `"medium"` or `"large"`."""
+    groups = large_groups() if size == "large" else medium_groups(size == "small")
+    for name, cases in groups.items():
+        if any(part in name for part in only):
+            yield from cases()
+
+
+def medium_groups(small: bool) -> dict[str, Callable[[], Iterator[Case]]]:
     stacks = [
         (tokens, rank, dtype)
         for dtype in (jnp.float32, jnp.bfloat16)
@@ -327,7 +370,7 @@ def every_case(only: Sequence[str], small: bool) -> Iterator[Case]:
         )
         for tokens, rank, dtype in stacks
     }
-    groups |= {
+    return groups | {
         "transformer": lambda: transformer_cases(
             2 if small else 6, 256, 2 if small else 8
         ),
@@ -339,6 +382,3 @@ def every_case(only: Sequence[str], small: bool) -> Iterator[Case]:
         "doors": door_cases,
         "scanned-stack": lambda: scanned_stack_cases(64),
     }
-    for name, cases in groups.items():
-        if any(part in name for part in only):
-            yield from cases()

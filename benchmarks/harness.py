@@ -16,13 +16,19 @@ from typing import Any
 import jax
 
 
+ROUND = 0.03
+"""Seconds that a program runs for in each round, if once is not longer."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
     """Something to be timed."""
 
     name: str
-    call: Callable[[], Any]
-    """Runs it once, to the end."""
+    start: Callable[[], Any]
+    """Starts it once. On an accelerator several runs may wait in a queue."""
+    finish: Callable[[Any], Any] = jax.block_until_ready
+    """Waits for what `start` has given last, and for all before it."""
     flops: float | None = None
     bytes: float | None = None
     """What the compiled program reads and writes."""
@@ -36,22 +42,29 @@ class Program:
 
 def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
     """`fn(*args)`, compiled by `jax.jit`, with what XLA says of it."""
-    start = time.perf_counter()
+    begin = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
     middle = time.perf_counter()
     executable = lowered.compile()
     end = time.perf_counter()
+
+    def start_and_wait() -> Any:
+        return jax.block_until_ready(executable(*args))
+
+    # An accelerator is busy only if the next run is ready when one ends. A CPU could
+    # run two at once.
+    is_on_cpu = jax.default_backend() == "cpu"
     # Neither is there on every backend.
     cost: Any = executable.cost_analysis() or {}
     memory: Any = executable.memory_analysis()
     return Program(
         name,
-        lambda: jax.block_until_ready(executable(*args)),
-        cost.get("flops"),
-        cost.get("bytes accessed"),
-        memory and memory.temp_size_in_bytes,
-        middle - start,
-        end - middle,
+        start_and_wait if is_on_cpu else lambda: executable(*args),
+        flops=cost.get("flops"),
+        bytes=cost.get("bytes accessed"),
+        temporary=memory and memory.temp_size_in_bytes,
+        lowering=middle - begin,
+        compiling=end - middle,
     )
 
 
@@ -79,9 +92,10 @@ def compare(
 ) -> list[Row]:
     """Runs all programs once in each round, and the floor with them."""
     everyone = [floor, *programs]
-    once = [_seconds(program, 1) for program in everyone]  # warms them up too
+    # The first runs are slow: they warm up caches, and record what a GPU replays.
+    once = [min(_seconds(program, 1) for _ in range(3)) for program in everyone]
     # Short programs run several times in a row, so that the clock is no matter.
-    repeats = [max(1, math.ceil(0.01 / seconds)) for seconds in once]
+    repeats = [max(1, math.ceil(ROUND / seconds)) for seconds in once]
     seconds: list[list[float]] = [[] for _ in everyone]
     for number in range(rounds):
         # Another one begins in each round, or whoever follows a hot one would suffer.
@@ -95,10 +109,12 @@ def compare(
 
 
 def _seconds(program: Program, repeats: int) -> float:
-    start = time.perf_counter()
+    begin = time.perf_counter()
+    last = None
     for _ in range(repeats):
-        program.call()
-    return (time.perf_counter() - start) / repeats
+        last = program.start()
+    program.finish(last)
+    return (time.perf_counter() - begin) / repeats
 
 
 def _row(

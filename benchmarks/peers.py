@@ -111,9 +111,13 @@ def equimo_lora(model: Any, x: Any, rank: int) -> Program:
 
 
 def peft_lora(layers: int, x: Any, rank: int) -> Pair:
-    """Over its own floor, in PyTorch."""
+    """Over its own floor, in PyTorch, where JAX runs and with the precision of JAX."""
     import peft
     import torch
+
+    is_on_gpu = jax.default_backend() == "gpu"
+    device = torch.device("cuda" if is_on_gpu else "cpu")
+    torch.set_float32_matmul_precision("high" if is_on_gpu else "highest")
 
     width = x.shape[-1]
 
@@ -122,10 +126,10 @@ def peft_lora(layers: int, x: Any, rank: int) -> Pair:
         parts: list[Any] = []
         for _ in range(layers):
             parts += [torch.nn.Linear(width, width, bias=False), torch.nn.ReLU()]
-        return torch.nn.Sequential(*parts).to(dtype)
+        return torch.nn.Sequential(*parts).to(device, dtype)
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[x.dtype.name]
-    inputs = torch.from_numpy(np.array(x.astype(jnp.float32))).to(dtype)
+    inputs = torch.from_numpy(np.array(x.astype(jnp.float32))).to(device, dtype)
     inputs.requires_grad_(True)
     plain = make().requires_grad_(False)
     names = [str(2 * i) for i in range(layers)]
@@ -143,5 +147,9 @@ def peft_lora(layers: int, x: Any, rank: int) -> Pair:
         backward(adapted)
         optimizer.step()
 
-    floor = Program("PyTorch, frozen", lambda: backward(plain))
-    return floor, Program("PEFT on PyTorch", update)
+    def finish(_: Any) -> None:
+        if is_on_gpu:
+            torch.cuda.synchronize()
+
+    floor = Program("PyTorch, frozen", lambda: backward(plain), finish)
+    return floor, Program("PEFT on PyTorch", update, finish)

@@ -1,6 +1,6 @@
 """Time and memory of adapted models over the same models frozen.
 
-    python benchmarks/run.py [--only stack-float32] [--rounds 9] [--output out]
+    python benchmarks/run.py [--only stack-float32] [--large] [--rounds 9]
 
 The floor of each case is the same network with all its parameters frozen: forward, and
 backward to the inputs, which no LoRA can beat. Steps also update the adapters by Adam.
@@ -25,14 +25,19 @@ def main() -> None:
         "--only", nargs="+", default=[""], help="parts of the names of groups of cases"
     )
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--small", action="store_true", help="to see that it runs")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--small", action="store_true", help="to see that it runs")
+    sizes.add_argument(
+        "--large", action="store_true", help="other cases, which keep a GPU busy"
+    )
     parser.add_argument("--output", type=Path, default=Path("out"))
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error("--rounds must be at least 2, for there to be quartiles")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     rows: list[Row] = []
-    for case, floor, programs in every_case(args.only, args.small):
+    size = "small" if args.small else "large" if args.large else "medium"
+    for case, floor, programs in every_case(args.only, size):
         of_case = compare(case, floor, programs, args.rounds)
         print_rows(of_case)
         rows += of_case
