@@ -1,4 +1,4 @@
-"""What is timed: each case gives a floor and the programs beside it."""
+"""The cases to time: each returns a floor and the programs to compare with it."""
 
 import functools
 import sys
@@ -35,7 +35,7 @@ class Stack(eqx.Module):
 
 
 class NaiveLora(eqx.Module):
-    """What one writes in a minute."""
+    """A straightforward implementation."""
 
     linear: eqx.nn.Linear
     b: Any
@@ -60,7 +60,7 @@ def on_batch(model: Any, x: Any) -> Any:
 
 
 def raw_layer(w: Any, x: Any) -> Any:
-    """Plain JAX, of batches and of a weight `(out, in)`."""
+    """A layer in plain JAX, for batches and a weight `(out, in)`."""
     return jax.nn.relu(lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
 
 
@@ -87,7 +87,7 @@ def naive(model: Stack, rank: int) -> tuple[Stack, Any]:
 
 
 def installed(make: Callable[[], Any]) -> Iterator[Any]:
-    """What `make` gives, or nothing and a word of it."""
+    """Yields the result of `make`, or only prints a message without the library."""
     try:
         yield make()
     except ImportError as error:
@@ -185,7 +185,7 @@ def transformer_cases(
 
 
 class Sentences(eqx.Module):
-    """MiniLM's layers with a new head, from vectors of tokens to two logits."""
+    """MiniLM's layers with a new head, from token vectors to two logits."""
 
     encoder: Any
     head: eqx.nn.Linear
@@ -253,7 +253,7 @@ def convolution_cases(images: int) -> Iterator[Case]:
 
 
 def inference_cases(dtype: Any) -> Iterator[Case]:
-    """Single tokens, as in decoding, where the time is that of reading the weights."""
+    """Single tokens, as in decoding, which takes the time to read the weights."""
     model = make_stack(dtype)
     x = jr.normal(jr.key(2), (WIDTH,), dtype)
 
@@ -269,7 +269,8 @@ def inference_cases(dtype: Any) -> Iterator[Case]:
 
 
 def vmapped_cases() -> Iterator[Case]:
-    """A layer below `vmap`, over the same weight used on the whole batch."""
+    """A layer under `vmap`, compared with the same weight applied to the whole
+    batch."""
     model = make_stack(jnp.float32)
     adapted = adapted_by(model, 8)
     x = jr.normal(jr.key(2), (2048, WIDTH))
@@ -286,7 +287,7 @@ def vmapped_cases() -> Iterator[Case]:
 
 
 def door_cases() -> Iterator[Case]:
-    """The same adapted model by one door over the other."""
+    """The same adapted model through one door, compared with the other."""
     adapted = adapted_by(make_stack(jnp.float32), 8)
     x = jr.normal(jr.key(2), (2048, WIDTH))
     trained = lorax.trainable(adapted)
@@ -297,8 +298,8 @@ def door_cases() -> Iterator[Case]:
 
 
 def scanned_stack_cases(tokens: int) -> Iterator[Case]:
-    """A scan keeps what the backward pass needs for every layer: no copy of a weight
-    may be among it. The weights have 50 MB."""
+    """A scan keeps residuals for the backward pass of each layer. No copy of a weight
+    may be among them. The weights have 50 MB."""
     layers, rank = 12, 8
     weights = jr.normal(jr.key(0), (layers, WIDTH, WIDTH)) / WIDTH**0.5
     x = jr.normal(jr.key(2), (tokens, WIDTH))
@@ -331,7 +332,7 @@ def scanned_stack_cases(tokens: int) -> Iterator[Case]:
 
 
 def large_groups() -> dict[str, Callable[[], Iterator[Case]]]:
-    """What keeps a large GPU busy, and a CPU for hours."""
+    """Cases that are large enough for a GPU; a CPU needs hours for them."""
     dtypes = jnp.float32, jnp.bfloat16
     stacks = {
         f"stack-{dtype.__name__}-8192-{rank}": functools.partial(

@@ -2,12 +2,12 @@
 
     python benchmarks/devices.py [--small] [--output out]
 
-A scanned transformer, all of whose linear layers are adapted, on 1 to 8 devices, at
-fixed work (the same batch for all of them) and at proportional work (as many sequences
-for each). Data-parallel and tensor-parallel, beside the same model frozen on the same
-mesh. Without accelerators the devices are virtual ones of one processor, which share
-its cores: then time at fixed work can be constant at best, at proportional work it
-grows with the work, and what the figures say is what adapters add on each mesh.
+This times a scanned transformer with adapters on all linear layers, on 1 to 8 devices,
+with fixed work (the same total batch) and with proportional work (the same batch for
+each device), data-parallel and tensor-parallel, beside the same model frozen on the
+same mesh. Without accelerators the devices are virtual ones that share the cores of one
+CPU. Then the time with fixed work can at best be constant, and with proportional work
+it grows. The figures then only show what adapters add on each mesh.
 
 Writes `devices.json` and `devices.png`.
 """
@@ -55,8 +55,8 @@ class Point:
 
 
 def spec_of(way: str, path: str, ndim: int) -> P:
-    """As Megatron does: what a block widens is sharded by its rows, what it narrows by
-    its columns."""
+    """As in Megatron: the first matrices of a block are sharded by rows, the last ones
+    by columns."""
     if way == "data" or ndim < 3:
         return P()
     narrows = any(name in path for name in ("output_proj", "down"))
@@ -112,7 +112,7 @@ def study(small: bool) -> list[Point]:
 
 
 def save_chart(found: Sequence[Point], path: Path) -> None:
-    """Time by devices, a panel for fixed and one for proportional work."""
+    """Plots time by devices, with a panel each for fixed and proportional work."""
     from matplotlib import ticker
 
     figure, axes = pyplot().subplots(

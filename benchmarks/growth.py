@@ -2,11 +2,12 @@
 
     python benchmarks/growth.py [--small] [--unrolled 48] [--output out]
 
-A transformer, all of whose linear layers are adapted, against the same model frozen:
-adapting it and merging it back, tracing and lowering a step, compiling it, running it,
-and its temporary memory. By default 1 to 96 blocks of width 64, unrolled and scanned;
-most of the time goes to compiling unrolled blocks. For 96 of those XLA needs more than
-24 GB on a CPU, so that they are left out unless asked for by `--unrolled 96`.
+This compares a transformer with adapters on all linear layers with the same model
+frozen: adapting it and merging it back, tracing and lowering a step, compiling it,
+running it, and its temporary memory. By default there are 1 to 96 blocks of width 64,
+unrolled and scanned. Most of the time goes to compiling unrolled blocks. For 96
+unrolled blocks XLA needs more than 24 GB on a CPU, so they only run
+with `--unrolled 96`.
 
 Writes `growth.json` and `growth.png`.
 """
@@ -47,7 +48,7 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One model, frozen or adapted, and what it cost."""
+    """One model, frozen or adapted, with its time and memory."""
 
     against: str
     """What grows in this series: layers, width or rank."""
@@ -125,7 +126,7 @@ def study(small: bool, unrolled: int) -> list[Point]:
 
 
 def save_charts(found: Sequence[Point], path: Path) -> None:
-    """A row of panels for each measure, a column for each thing that grows."""
+    """Plots a row of panels for each measure, with a column for each varied size."""
     columns = list(dict.fromkeys(point.against for point in found))
     figure, axes = pyplot().subplots(
         len(MEASURES),

@@ -1,4 +1,5 @@
-"""Timing programs against a floor: interleaved, medians of the ratios of each round."""
+"""Times programs and a floor in turns, and takes medians of the ratios of each
+round."""
 
 import argparse
 import dataclasses
@@ -41,7 +42,7 @@ class Program:
 
 
 def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
-    """`fn(*args)`, compiled by `jax.jit`, with what XLA says of it."""
+    """`fn(*args)`, compiled by `jax.jit`, with XLA's analysis."""
     begin = time.perf_counter()
     lowered = jax.jit(fn).lower(*args)
     middle = time.perf_counter()
@@ -54,7 +55,7 @@ def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
     # An accelerator is busy only if the next run is ready when one ends. A CPU could
     # run two at once.
     is_on_cpu = jax.default_backend() == "cpu"
-    # Neither is there on every backend.
+    # Not every backend has these.
     cost: Any = executable.cost_analysis() or {}
     memory: Any = executable.memory_analysis()
     return Program(
@@ -70,7 +71,7 @@ def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A program beside its floor. Ratios are over the floor in the same round."""
+    """Results of a program. Ratios are to the floor in the same round."""
 
     case: str
     name: str
@@ -90,15 +91,15 @@ class Row:
 def compare(
     case: str, floor: Program, programs: Sequence[Program], rounds: int
 ) -> list[Row]:
-    """Runs all programs once in each round, and the floor with them."""
+    """Runs the floor and all programs once in each round."""
     everyone = [floor, *programs]
     # The first runs are slow: they warm up caches, and record what a GPU replays.
     once = [min(_seconds(program, 1) for _ in range(3)) for program in everyone]
-    # Short programs run several times in a row, so that the clock is no matter.
+    # Short programs run several times in a row, so that the clock is precise enough.
     repeats = [max(1, math.ceil(ROUND / seconds)) for seconds in once]
     seconds: list[list[float]] = [[] for _ in everyone]
     for number in range(rounds):
-        # Another one begins in each round, or whoever follows a hot one would suffer.
+        # Each round starts with another program, so that none always follows the same.
         order = [(i + number) % len(everyone) for i in range(len(everyone))]
         for i in order:
             seconds[i].append(_seconds(everyone[i], repeats[i]))
@@ -147,7 +148,7 @@ def _over(x: float | None, floor: float | None) -> float | None:
 
 
 def print_rows(rows: Sequence[Row]) -> None:
-    """A table of the rows, all of one case."""
+    """Prints a table of the rows of one case."""
     print(f"\n{rows[0].case}")
     head = f"{'':<30}{'ms':>9}{'over floor':>12}{'quartiles':>15}"
     print(head + f"{'FLOPs':>8}{'bytes':>8}{'temporary':>11}{'MB':>9}")
@@ -164,7 +165,7 @@ def _figure(x: float | None, digits: int) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the versions for the results."""
     device = jax.devices()[0]
     return {
         "processor": _processor(),
@@ -188,7 +189,7 @@ def _processor() -> str:
 
 
 def save_json(rows: Sequence[Row], path: Path) -> None:
-    """Writes the rows, and what they were measured on."""
+    """Writes the rows, with the machine and the versions."""
     _write_json(path, "rows", rows)
 
 
@@ -199,7 +200,7 @@ def _write_json(path: Path, name: str, figures: Sequence[Any]) -> None:
 
 
 def save_chart(rows: Sequence[Row], path: Path) -> None:
-    """A panel for each case, a line for each program, with its quartiles."""
+    """Plots a panel for each case and a line for each program, with quartiles."""
     plt = pyplot()
     cases = list(dict.fromkeys(row.case for row in rows))
     shown = {case: [row for row in rows if row.case == case][::-1] for case in cases}
@@ -228,7 +229,7 @@ def save_chart(rows: Sequence[Row], path: Path) -> None:
 
 
 def pyplot() -> Any:
-    """Matplotlib's interface, drawing to files alone."""
+    """Matplotlib's `pyplot`, which draws only to files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,8 +248,8 @@ def save_figure(figure: Any, path: Path, dpi: int) -> None:
 def draw_line(
     axis: Any, points: Sequence[Any], x: str, y: str, style: str, label: str
 ) -> None:
-    """A line through points of one program, which is red if that is adapted. Points
-    without a figure have no line."""
+    """Draws a line through the points of one program, in red if it is adapted. Points
+    without a value are left out."""
     values = [(getattr(point, x), getattr(point, y)) for point in points]
     if any(value is None for _, value in values):
         return
@@ -257,8 +258,8 @@ def draw_line(
 
 
 def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
-    """The seconds that `fn()` takes, with all the arrays in what it returns, which
-    comes second."""
+    """The seconds that `fn()` takes until all arrays in its result are ready, and the
+    result."""
     start = time.perf_counter()
     result = fn()
     jax.block_until_ready(
@@ -268,21 +269,21 @@ def timed(fn: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def use_virtual_devices(count: int) -> None:
-    """Lets the processor pass for several devices. To be called before JAX makes the
-    first array. Without effect where there are accelerators."""
+    """Makes JAX treat the CPU as several devices. Call it before JAX makes the first
+    array. It has no effect on accelerators."""
     flag = f"--xla_force_host_platform_device_count={count}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 
 
 def flag_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser that shows the docstring of a program as it stands there."""
+    """A parser that shows the docstring of a program unchanged."""
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def study_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags that studies share."""
+    """A parser with the flags that studies share."""
     parser = flag_parser(description)
     parser.add_argument("--small", action="store_true", help="to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("out"))

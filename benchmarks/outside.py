@@ -1,12 +1,12 @@
-"""What adapting costs outside a step: the README program of jax-lorax, at its size.
+"""The cost of adapting outside a step: the README program of jax-lorax, at full size.
 
     python benchmarks/outside.py [--dim 5000] [--layers 30]
 
-Thirty matrices of 5000 × 5000, three gigabytes. Prints the seconds that `loraify` takes
-on them, cold and warm, and what memory it adds; the bytes of Adam's state; and a step
-of that program, which takes one vector, over its floor: the same forward and backward
-pass with all matrices frozen. The step gets the frozen matrices and does not return
-them.
+There are thirty matrices of 5000 × 5000, three gigabytes. Prints the seconds that
+`loraify` takes for them, cold and warm, and the memory that it adds; the bytes of
+Adam's state; and the ratio of a step, which takes one vector, to its floor: the same
+forward and backward pass with all matrices frozen. The step does not return the frozen
+matrices.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ def main() -> None:
     rank = min(RANK, dim)
 
     def make(key: Any) -> Any:
-        # Drawn by a few rows, which is faster; what is in them is no matter.
+        # Drawn from a few rows, which is faster; the values do not matter.
         w = jnp.tile(jr.normal(key, (dim, 10)) / dim**0.5, (1, -(-dim // 10)))[:, :dim]
         linear = eqx.filter_eval_shape(
             lambda: eqx.nn.Linear(dim, dim, use_bias=False, key=key)

@@ -1,7 +1,7 @@
-"""Other libraries' LoRA on a stack of linear layers with ReLUs. Each function raises
-`ImportError` where its library is not installed."""
+"""LoRA of other libraries, on a stack of linear layers with ReLUs. Each function raises
+`ImportError` if its library is not installed."""
 
-# They are optional, and this file is checked also where they are not installed.
+# They are optional: type checks must pass without them.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Callable
@@ -111,7 +111,8 @@ def equimo_lora(model: Any, x: Any, rank: int) -> Program:
 
 
 def peft_lora(layers: int, x: Any, rank: int) -> Pair:
-    """Over its own floor, in PyTorch, where JAX runs and with the precision of JAX."""
+    """Has its own floor, in PyTorch, on the device of JAX and with the precision of
+    JAX."""
     import peft
     import torch
 

@@ -1,12 +1,12 @@
-"""The plan on paper against the arrays and the compiled program, where these fit.
+"""Compares plans with the real arrays and the compiled program.
 
     python benchmarks/planning.py [--small] [--devices 8]
 
-Small Llamas in float32, with scanned and checkpointed layers, and unrolled. Printed are
-the bytes on one device that `lorax.plan` says, over those of the real arrays, of the
-temporary memory of the compiled training step, and its FLOPs over those that XLA
-counts. With `--devices 8` the processor passes for as many devices, in a mesh of data ×
-model.
+The models are small Llamas in float32, scanned with checkpointed layers, and unrolled.
+Prints ratios of `lorax.plan` to measurements: the bytes on one device to those of the
+real arrays and to the temporary memory of the compiled training step, and the FLOPs to
+XLA's count. With `--devices 8` the CPU acts as eight devices, in a mesh of
+data × model.
 """
 
 import sys
@@ -66,9 +66,8 @@ class Unrolled(eqx.Module):
 
 
 class Constrained(eqx.Module):
-    """Blocks that are given, and give, all of the width on each device. Without being
-    told so XLA does not always keep examples where they are, and gathers them instead
-    of the weights."""
+    """Constrains the inputs and outputs of blocks to have the full width on each
+    device. Without this, XLA sometimes gathers the examples instead of the weights."""
 
     blocks: Any
     sharding: NamedSharding = eqx.field(static=True)
@@ -87,7 +86,7 @@ def constrained_loss(model: Any, tokens: Any, mesh: Mesh) -> Any:
 
 
 def adapted(config: Config, form: str, mesh: Mesh | None) -> Any:
-    """The real model, its base on the mesh and the adapters where that puts them."""
+    """The real model, with its base on the mesh and the adapters sharded to match."""
     make = lambda: Llama(config, jnp.dtype("float32"), key=jr.key(0))  # noqa: E731
     if mesh is None:
         model: Any = eqx.filter_jit(make)()
@@ -135,7 +134,7 @@ def compare(name: str, form: str, mesh: Mesh | None, batch: int) -> None:
     temporary = memory.temp_size_in_bytes
     planned = plan.activations + plan.gradients
     ratios = "".join(f"{x / y:>9.3f}" for x, y in zip(exact, held))
-    # Of a loop XLA counts one round.
+    # XLA counts a loop as one iteration.
     flops = "" if form == "scanned" else f"{plan.flops / cost['flops']:.3f}"
     print(
         f"{name:<6}{form:<21}{ratios}{planned / 1e6:>9.1f}{temporary / 1e6:>10.1f}"

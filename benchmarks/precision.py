@@ -1,17 +1,17 @@
-"""How much of a small adapter survives in the output, and how exact that is.
+"""How much of a small adapter is left in the output, and how exact the output is.
 
     python benchmarks/precision.py
 
-A 1024 × 1024 base and adapters of relative size `|s B A| / |W|`, with the precision of
-products that the device has by default. Prints
+There is a 1024 × 1024 base, with adapters of relative size `|s B A| / |W|`, and
+products have the default precision of the device. Prints
 
-- the share of the adapter's effect that is in the output: the regression of the
-  difference between the outputs with and without the adapter on what it is in float64.
-  One is perfect;
-- how far outputs are from those in float64: for narrow dtypes in units in the last
-  place, of which rounding alone makes a half, otherwise relative to the largest;
-- how many arrays of the base's shape a compiled step makes in a wider dtype than that
-  of the activations.
+- the share of the adapter's effect that is in the output: the difference between the
+  outputs with and without the adapter, regressed on the same difference in float64. One
+  is perfect;
+- the difference of outputs from those in float64: for narrow dtypes in units in the
+  last place (rounding alone gives up to a half), otherwise relative to the largest;
+- the number of arrays with the base's shape that a compiled step makes in a wider dtype
+  than that of the activations.
 """
 
 import re
@@ -37,7 +37,7 @@ COLUMNS = (
     "naive",
     "naive, merged",
 )
-# Of the base and of the activations.
+# Dtypes of the base and of the activations.
 DTYPES = [
     (jnp.float32, jnp.float32),
     (jnp.bfloat16, jnp.bfloat16),
@@ -48,7 +48,7 @@ DTYPES = [
 
 
 class Layer(eqx.Module):
-    """Also for bases in fewer bits than the activations."""
+    """Accepts bases with fewer bits than the activations."""
 
     w: Any
 
@@ -69,7 +69,7 @@ def merged_forward(layer: Layer, x: jax.Array) -> jax.Array:
 
 
 def naive(layer: Layer, x: jax.Array) -> jax.Array:
-    """What one writes in a minute."""
+    """A straightforward implementation."""
     w, b, a = (y.astype(x.dtype) for y in (layer.w.w, layer.w.b, layer.w.a))
     return x @ w.T + (x @ a.T) @ b.T
 
@@ -84,7 +84,7 @@ def wide(x: Any) -> np.ndarray:
 
 
 class Example:
-    """A layer with an adapter of some relative size, and what it gives in float64."""
+    """A layer with an adapter of some relative size, and its output in float64."""
 
     def __init__(self, dtype: Any, x_dtype: Any, size: float):
         keys = jr.split(jr.key(0), 4)
@@ -109,7 +109,8 @@ class Example:
         return self.of(b, a)
 
     def outputs(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """With the adapter and with an empty one, or nothing if there are none."""
+        """Outputs with the adapter and with an empty one, or nothing if there are
+        none."""
         pair = self.adapted, self.fresh
         call: Callable[[Layer, jax.Array], jax.Array]
         if name == "narrow factors":
@@ -145,14 +146,14 @@ def error(example: Example, name: str) -> float | None:
     if dtype == jnp.float32:
         return float(off.max() / np.abs(example.exact).max())
     units = 2.0 ** np.floor(np.log2(np.abs(example.exact)))
-    # Next to zero the sum in float32 is as far off as a unit is large.
+    # Near zero the error of a float32 sum is as large as one unit.
     is_large = np.abs(example.exact) > 0.1
     return float((off / units / float(jnp.finfo(dtype).eps))[is_large].max())
 
 
 def wide_copies(example: Example, name: str) -> int | None:
-    """Arrays of the base's shape, in a dtype of more bits, in the compiled gradient of
-    factors and inputs."""
+    """Counts arrays of the base's shape, in a dtype with more bits, in the compiled
+    gradient of factors and inputs."""
     layer = example.narrow(example.adapted)
     if name in ("modules", "function"):
         layer = example.adapted
@@ -168,14 +169,14 @@ def wide_copies(example: Example, name: str) -> int | None:
     gradient = jax.jit(jax.grad(loss, (0, 1)))
     text = str(gradient.lower(params, example.x).compile().as_text())
     bits = {"f64": 64, "f32": 32, "f16": 16, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
-    own = 8 * example.x.dtype.itemsize  # what the layer itself casts to
+    own = 8 * example.x.dtype.itemsize  # the layer itself casts to this
     made = re.findall(rf"\b([a-z0-9]+)\[{WIDTH},{WIDTH}\]", "\n".join(stored(text)))
     return sum(bits[dtype] > own for dtype in made)
 
 
 def stored(text: str) -> list[str]:
-    """The types of the arrays that a compiled program puts in memory: those that it
-    makes in the middle of a fused computation are in registers."""
+    """The types of the arrays that a compiled program stores in memory. Arrays inside a
+    fused computation are in registers."""
     fused = set(re.findall(r" fusion\(.*calls=%?([\w.-]+)", text))
     types, is_fused = [], False
     for line in text.splitlines():

@@ -1,11 +1,11 @@
-"""Time and memory of adapted models over the same models frozen.
+"""Time and memory of adapted models, compared with the same models frozen.
 
     python benchmarks/run.py [--only stack-float32] [--large] [--rounds 9]
 
-The floor of each case is the same network with all its parameters frozen: forward, and
-backward to the inputs, which no LoRA can beat. Steps also update the adapters by Adam.
-All programs of a case take turns, and a ratio is that to the floor in the same round.
-Peers are those that are installed: `pip install flax qwix quax peft`.
+The floor of each case is the same network with all parameters frozen, forward and
+backward to the inputs. No LoRA can be faster. Steps also update the adapters by Adam.
+All programs of a case take turns, and each ratio is to the floor in the same round.
+Peers run if they are installed: `pip install flax qwix quax peft`.
 
 Writes `speed.json` and `speed.png`.
 """

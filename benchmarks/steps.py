@@ -14,7 +14,7 @@ import eqx_lorax as lorax
 
 
 OPTIMIZER = optax.adam(1e-3)
-# Gives the outputs for the parameters and the inputs.
+# Returns the outputs for parameters and inputs.
 Forward = Callable[[Any, Any], Any]
 
 
@@ -26,7 +26,7 @@ def loss_of(forward: Forward) -> Callable[[Any, Any], Any]:
 
 
 def frozen(name: str, forward: Forward, params: PyTree, x: Any) -> Program:
-    """The floor: forward, and backward to the inputs, all parameters frozen."""
+    """The floor: forward and backward to the inputs, with all parameters frozen."""
     arrays, rest = eqx.partition(params, eqx.is_array)
 
     def gradient(arrays: Any, x: Any) -> Any:
@@ -38,8 +38,8 @@ def frozen(name: str, forward: Forward, params: PyTree, x: Any) -> Program:
 def step(
     name: str, forward: Forward, params: PyTree, trained: PyTree[bool], x: Any
 ) -> Program:
-    """Forward, backward to the inputs and to what is `trained`, and an update by Adam.
-    What is frozen is an argument and no result."""
+    """Forward, backward to the inputs and to `trained`, and an update by Adam. Frozen
+    arrays are an argument but not a result."""
     train, rest = eqx.partition(params, trained)
     fixed, static = eqx.partition(rest, eqx.is_array)
 
@@ -55,7 +55,7 @@ def step(
 
 
 def adapted_and_frozen(model: PyTree, adapted: PyTree, x: Any) -> list[Program]:
-    """A step of the adapted model, after its floor, both on a batch."""
+    """The floor, and a step of the adapted model, both on a batch."""
     forward = lambda model, x: jax.vmap(model)(x)  # noqa: E731
     floor = frozen("frozen", forward, model, x)
     return [floor, step("adapted", forward, adapted, lorax.trainable(adapted), x)]

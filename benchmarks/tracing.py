@@ -1,12 +1,12 @@
-"""What adapters add to the time in which JAX traces and lowers a model.
+"""How much adapters add to the time that JAX needs to trace and lower a model.
 
     python benchmarks/tracing.py [--layers 48] [--repeats 9]
 
-Two transformers, all of whose matrices are adapted: a plain function of a tree of
-arrays, whose author spent nothing but `jax.numpy`, traced by `lorax.lora`, and an
-Equinox model, unrolled and scanned, by both doors. Prints the median of the repeats in
-seconds, and the median of the ratios of neighbours. A gradient of the plain model is
-that to its inputs.
+There are two transformers, with adapters on all matrices: a plain function of a tree of
+arrays, which uses only `jax.numpy` and is traced by `lorax.lora`; and an Equinox model,
+unrolled and scanned, through both doors. Prints the median of the repeats in seconds,
+and the median of the ratios of neighbouring repeats. The gradient of the plain model is
+with respect to its inputs.
 """
 
 import statistics
@@ -60,16 +60,16 @@ def run(model: Any, x: Any) -> Any:
 
 
 def factor_gradient(model: Any, x: Any) -> Any:
-    """To the factors and to the inputs."""
+    """The gradient with respect to the factors and the inputs."""
     params, frozen = lorax.partition(model)
     loss = lambda params, x: run(eqx.combine(params, frozen), x)  # noqa: E731
     return jax.grad(loss, (0, 1))(params, x)
 
 
 def seconds(fn: Callable[..., Any], tree: Any, x: Any, lower: bool) -> float:
-    """To trace `fn(tree, x)`, and to lower it too if asked for."""
+    """The seconds to trace `fn(tree, x)`, and to lower it too if requested."""
     arrays, rest = eqx.partition(tree, eqx.is_array)
-    # A new function, so that JAX does not remember the last time.
+    # A new function, so that JAX does not use its cache.
     new = lambda arrays, x: fn(eqx.combine(arrays, rest), x)  # noqa: E731
     start = time.perf_counter()
     jax.jit(new).lower(arrays, x) if lower else jax.make_jaxpr(new)(arrays, x)

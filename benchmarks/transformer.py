@@ -1,5 +1,4 @@
-"""An Equinox transformer as its author would write it: for one sequence, its layers one
-after the other or stacked."""
+"""An ordinary Equinox transformer for one sequence, with unrolled or stacked layers."""
 
 from typing import Any
 
@@ -58,7 +57,7 @@ FORMS = ("unrolled", "scanned")
 
 
 def make_transformer(form: str, layers: int, width: int, heads: int) -> Any:
-    """The blocks one after the other, or stacked."""
+    """A transformer with unrolled or stacked blocks."""
     keys = jr.split(jr.key(0), layers)
     if form == "scanned":
         return Scanned(eqx.filter_vmap(lambda key: Block(width, heads, key))(keys))

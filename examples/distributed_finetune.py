@@ -1,17 +1,18 @@
-"""Fine-tune MiniLM on several processes, each with several devices, and go on after any
-of them has been killed.
+"""Fine-tune MiniLM in several processes, each with several devices, and resume after
+any of them was killed.
 
-Batches are split over one axis of a mesh, the matrices of the model over the other. The
-layers are stacked, scanned and recomputed in the backward pass, and gradients are added
-up over parts of a batch. Every few steps there is a checkpoint: start the same command
-again, and it goes on from there to the loss that it would have had anyway.
+Batches are sharded over one axis of a mesh, and the matrices of the model over the
+other. The layers are stacked, scanned and recomputed in the backward pass, and
+gradients are added up over parts of a batch. A checkpoint is saved every few steps. Run
+the same command again to resume from the last one: the losses are those of an unbroken
+run.
 """
 
 import launch
 
 
 if __name__ == "__main__":
-    # Before the imports that are slow, which the launching process does without.
+    # Before the slow imports, which the launching process does not need.
     launch.start(__file__)
 
 import argparse
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     args = parser.parse_args(argv)
     _check_flags(parser, args)
     if args.cluster:
-        # Which process of how many this is, SLURM and others say in the environment.
+        # SLURM and others give the number of this process in the environment.
         jax.distributed.initialize()
     elif args.process is not None:
         jax.distributed.initialize(args.coordinator, args.processes, args.process)
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Result:
-    """What each of the processes does."""
+    """Runs in each of the processes."""
     if args.mesh[0] * args.mesh[1] != jax.device_count():
         parser.error(f"--mesh must be of all {jax.device_count()} devices")
     mesh = jax.make_mesh(
@@ -99,7 +100,8 @@ def tell(what: object) -> None:
 
 
 class ScannedEncoder(eqx.Module):
-    """The layers of an encoder as one, each array of which has an axis for them."""
+    """The layers of an encoder, stacked: each array has a leading axis for the
+    layers."""
 
     layers: minilm.Layer
 
@@ -108,7 +110,7 @@ class ScannedEncoder(eqx.Module):
     ) -> Float[Array, "seq hidden"]:
         arrays, rest = eqx.partition(self.layers, eqx.is_array)
 
-        # Of each layer only its input is kept for the backward pass.
+        # Only the input of each layer is kept for the backward pass.
         @jax.checkpoint
         def apply(x: Array, arrays: PyTree) -> tuple[Array, None]:
             return eqx.combine(arrays, rest)(x, mask), None
@@ -121,8 +123,8 @@ def stacked(model: Classifier) -> Classifier:
     return eqx.tree_at(lambda m: m.bert.encoder, model, ScannedEncoder(layers))
 
 
-# The rows of what a block begins with and the columns of what it ends with are split
-# over `model`, so that nothing is exchanged in between.
+# The first matrices of a block are split over `model` by rows and the last ones by
+# columns, so that no communication is needed in between.
 SPLIT = {
     ("query", "weight"): P(None, "model", None),
     ("key", "weight"): P(None, "model", None),
@@ -137,7 +139,8 @@ SPLIT = {
 
 
 def put(model: PyTree, mesh: Mesh) -> PyTree:
-    """The model on the mesh, before it is adapted: factors follow their base."""
+    """Puts the model on the mesh. It is adapted afterwards, so factors are sharded to
+    match."""
 
     def place(path: Any, x: Any) -> Any:
         if not eqx.is_array(x):
@@ -150,7 +153,7 @@ def put(model: PyTree, mesh: Mesh) -> PyTree:
 
 
 def spread(x: Any, sharding: NamedSharding) -> Array:
-    """`x`, which all processes have, on devices of all of them."""
+    """Puts `x`, which all processes have, on the devices of all of them."""
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -165,8 +168,8 @@ def real(
 
 
 def tiny(args: argparse.Namespace) -> tuple[minilm.Bert, Reviews, Reviews]:
-    """A small random model, and texts that are positive if they begin with a word from
-    the first half of the vocabulary: to see that everything works."""
+    """A small random model for a quick check. Texts are positive if they begin with a
+    word from the first half of the vocabulary."""
     config = minilm.BertConfig(
         vocab_size=64,
         hidden_size=16,
@@ -193,8 +196,8 @@ def tiny(args: argparse.Namespace) -> tuple[minilm.Bert, Reviews, Reviews]:
 
 
 def rows_of(step: int, count: int, size: int, seed: int) -> Int[np.ndarray, " row"]:
-    """Which rows step number `step` trains on. It depends on nothing that was before,
-    so that a run that goes on sees what an unbroken one would."""
+    """The rows that step number `step` trains on. They depend on the number alone, so
+    that a resumed run gets the same rows as an unbroken one."""
     epoch, place = divmod(step, count // size)
     order = np.random.default_rng((seed, epoch)).permutation(count)
     return order[place * size : (place + 1) * size]
@@ -211,7 +214,7 @@ def step(
     losses: Float[Array, " step"],
     number: Int[Array, ""],
 ) -> tuple[PyTree, PyTree, Float[Array, " step"], Float[Array, ""]]:
-    """One step, on a batch with an axis for its parts."""
+    """One step, on a batch with a leading axis for its parts."""
     frozen, optimizer, parts = constant
 
     def add(total: PyTree, part: Reviews) -> tuple[PyTree, None]:
@@ -229,7 +232,8 @@ def step(
 def train(
     params: PyTree, frozen: PyTree, reviews: Reviews, mesh: Mesh, args: Any
 ) -> tuple[PyTree, list[float], int]:
-    """The trained `params`, the loss of every step, and the step that it began with."""
+    """Returns the trained `params`, the loss of each step, and the number of the first
+    step."""
     replicated = NamedSharding(mesh, P())
     in_parts = NamedSharding(mesh, P(None, "data"))
     schedule = optax.warmup_cosine_decay_schedule(
@@ -237,7 +241,7 @@ def train(
     )
     optimizer = optax.adamw(schedule)
     state = params, optimizer.init(params), jnp.zeros(args.steps)
-    # Counters and the like were made on the first device of each process.
+    # Counters and the like are on the first device of each process.
     state = jax.tree.map(lambda x: x if x.committed else spread(x, replicated), state)
 
     def batch(number: int) -> Reviews:
@@ -264,7 +268,8 @@ def train(
 
 
 class Progress:
-    """A bar, or lines where nobody watches, of the first process alone."""
+    """A progress bar, or lines if the output is not a terminal, from the first process
+    only."""
 
     def __init__(self, first: int, args: argparse.Namespace):
         self._done, self._every, self._bar = first, args.every, None
@@ -306,7 +311,7 @@ def accuracy(
     for start in range(0, len(reviews.labels), size):
         part = [np.asarray(x)[start : start + size] for x in reviews]
         missing = size - len(part[0])
-        # Padded with a label that no text has.
+        # Padded with a label that does not occur.
         part = [
             np.concatenate([x, np.full((missing, *x.shape[1:]), -1, x.dtype)])
             for x in part

@@ -1,7 +1,7 @@
-"""Adapt a small convolutional network to digits that lie on their side.
+"""Adapt a small convolutional network to rotated digits.
 
-It learns upright digits first. Then adapters on all its layers, convolutions included,
-learn digits turned by a quarter; without them it is the network that it was.
+The network learns upright digits first. Then adapters on all its layers, including
+convolutions, learn digits rotated by 90 degrees. Without them it is the old network.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
             parser.error(str(error))
 
     fresh = Network(key=network_key)
-    adapt(fresh)  # so that a bad flag is found before the pretraining
+    adapt(fresh)  # so that a bad flag is an error before the pretraining
     params, frozen = eqx.partition(fresh, eqx.is_inexact_array)
     params, _ = train(
         params,
@@ -146,11 +146,11 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 def turn(digits: Digits) -> Digits:
-    """The digits on their side."""
+    """The digits rotated by 90 degrees."""
     return digits._replace(images=jnp.rot90(digits.images, axes=(2, 3)))
 
 
-# Training: the same for the whole network as for its adapters
+# Training: the same for the whole network and for its adapters
 
 
 def loss(params: PyTree, frozen: PyTree, batch: Digits) -> Float[Array, ""]:
@@ -181,7 +181,7 @@ def train(
     learning_rate: float,
     title: str,
 ) -> tuple[PyTree, list[float]]:
-    """The trained `params`, and the loss of every step."""
+    """Returns the trained `params` and the loss of each step."""
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     optimizer_state = optimizer.init(params)
     losses: list[float] = []
@@ -200,7 +200,7 @@ def train(
 
 @eqx.filter_jit
 def predict(network: Network, digits: Digits) -> Float[Array, "image 10"]:
-    # By default GPUs round the operands of products, so that a merged model differs.
+    # By default GPUs round the operands of products, so a merged model would differ.
     with jax.default_matmul_precision("highest"):
         return jax.vmap(network)(digits.images)
 
@@ -210,8 +210,8 @@ def accuracy(network: Network, digits: Digits) -> float:
 
 
 def check_taking_out(model: Network, plain: Network, digits: Digits) -> float:
-    """Merges the adapters, and drops them; the largest difference that merging makes
-    to a logit."""
+    """Checks merging and dropping the adapters. Returns the largest difference between
+    merged and adapted logits."""
     if not eqx.tree_equal(lorax.unloraify(model, merge=False), plain):
         raise RuntimeError("Without its adapters the network is not what it was.")
     merged = lorax.unloraify(model)
@@ -223,7 +223,7 @@ def check_taking_out(model: Network, plain: Network, digits: Digits) -> float:
 def draw(
     losses: Sequence[float], digits: Digits, plain: Network, model: Network, file: Path
 ) -> None:
-    """The loss, and what the first digits held out are taken for."""
+    """Plots the loss, and the predictions for the first held-out digits."""
     some = toolbox.rows(digits, slice(24))
     before, after = predict(plain, some).argmax(1), predict(model, some).argmax(1)
     figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")

@@ -1,6 +1,6 @@
-"""Fine-tune MiniLM, a BERT of 22.6 million parameters, to tell good reviews from bad.
+"""Fine-tune MiniLM, a BERT with 22.6 million parameters, to tell good reviews from bad.
 
-Adapters on its attention and a new head are trained; everything else stays frozen.
+Adapters on its attention and a new head are trained. Everything else stays frozen.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def step(
     optimizer: optax.GradientTransformation,
     batch: Reviews,
 ) -> tuple[PyTree, PyTree, Float[Array, ""]]:
-    """One step. The frozen weights go in but not out, so they are never copied."""
+    """One step. The frozen weights are not returned, so they are never copied."""
     value, gradient = eqx.filter_value_and_grad(loss)(params, frozen, batch)
     updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
     return eqx.apply_updates(params, updates), optimizer_state, value
@@ -95,7 +95,8 @@ def step(
 def train(
     params: PyTree, frozen: PyTree, reviews: Reviews, args: argparse.Namespace
 ) -> tuple[PyTree, PyTree, list[float]]:
-    """The trained `params`, the optimizer's last state, and the loss of every step."""
+    """Returns the trained `params`, the optimizer's last state, and the loss of each
+    step."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, args.learning_rate, args.steps // 10, args.steps
     )
@@ -118,13 +119,13 @@ def train(
 
 @eqx.filter_jit
 def batch_logits(model: Classifier, batch: Reviews) -> Float[Array, "text 2"]:
-    # By default GPUs round the operands of products, so that a merged model differs.
+    # By default GPUs round the operands of products, so a merged model would differ.
     with jax.default_matmul_precision("highest"):
         return jax.vmap(model)(batch.tokens, batch.mask)
 
 
 def predict(model: Classifier, reviews: Reviews) -> np.ndarray:
-    """The logits of all reviews, some at a time."""
+    """The logits of all reviews, computed in batches."""
     starts = range(0, len(reviews.labels), 64)
     parts = [toolbox.rows(reviews, slice(i, i + 64)) for i in starts]
     return np.concatenate([batch_logits(model, part) for part in parts])
@@ -133,7 +134,8 @@ def predict(model: Classifier, reviews: Reviews) -> np.ndarray:
 def check_merging(
     model: Classifier, plain: Classifier, reviews: Reviews, logits: np.ndarray
 ) -> float:
-    """Merges the adapters and compares with `logits`, those of the adapted model."""
+    """Merges the adapters and compares with `logits`, which are from the adapted
+    model."""
     merged = lorax.unloraify(model)
     if jax.tree.structure(merged) != jax.tree.structure(plain):
         raise RuntimeError("The merged model is not of the structure of the plain one.")
@@ -144,12 +146,12 @@ def check_merging(
 
 
 def torch_name(path: str) -> str | None:
-    """What a module is called in a PyTorch model of `bert` and `head`."""
+    """The name of a module in a PyTorch model with parts `bert` and `head`."""
     return path if path == "head" else minilm.torch_name(path)
 
 
 def save(model: Classifier, folder: Path) -> tuple[Path, Path]:
-    """The adapter and the head in both formats; the base is in neither."""
+    """Saves the adapter and the head in both formats, without the base."""
     file, peft_folder = folder / "sentiment.safetensors", folder / "sentiment_peft"
     lorax.save_adapter(file, model, also="head")
     lorax.peft.save(
@@ -166,7 +168,7 @@ def save(model: Classifier, folder: Path) -> tuple[Path, Path]:
 
 
 def evaluate_afresh(adapters: Sequence[Path], args: argparse.Namespace) -> None:
-    """Loads what was saved in another process."""
+    """Loads the saved files in another process."""
     flags = [
         f"--{name.replace('_', '-')}={getattr(args, name)}"
         for name in ("length", "train_rows", "test_rows", "batch_size", "seed")
@@ -176,7 +178,7 @@ def evaluate_afresh(adapters: Sequence[Path], args: argparse.Namespace) -> None:
 
 
 def evaluate(plain: Classifier, adapters: Sequence[Path], reviews: Reviews) -> None:
-    """The accuracy of saved adapters, without training."""
+    """Prints the accuracy of saved adapters, without training."""
     for path in adapters:
         if path.is_dir():
             model = lorax.peft.load(path, plain, names=torch_name)
@@ -186,11 +188,12 @@ def evaluate(plain: Classifier, adapters: Sequence[Path], reviews: Reviews) -> N
         print(f"Held-out accuracy of {path.name:22} {correct:.3f}")
 
 
-# What is shown
+# Output
 
 
 def print_sizes(plain: Classifier, params: PyTree, optimizer_state: PyTree) -> None:
-    """What is trained and what its optimizer remembers, against full fine-tuning."""
+    """Prints the sizes of trained arrays and optimizer state, and those of full
+    fine-tuning."""
     full = eqx.filter(plain, eqx.is_inexact_array)
     full_state = eqx.filter_eval_shape(optax.adamw(1e-3).init, full)
     ours = [toolbox.megabytes(x) for x in (params, optimizer_state)]
@@ -216,8 +219,7 @@ def draw(losses: Sequence[float], before: float, after: float, file: Path) -> No
 
 def _parser() -> argparse.ArgumentParser:
     parser = toolbox.Parser(__doc__)
-    # Chosen by the accuracy on 2,000 of the rows to train on; what is held out had no
-    # say.
+    # Chosen by the accuracy on 2,000 of the training rows, not on held-out ones.
     parser.add_training_flags(steps=350, rank=8, batch_size=12, learning_rate=3e-3)
     parser.add_argument(
         "--targets",

@@ -1,11 +1,11 @@
-"""Adapt a transformer in Haiku, its layers stacked and scanned, from prose to programs.
+"""Adapt a Haiku transformer with stacked and scanned layers from prose to programs.
 
-It learns Python's documentation first, byte by byte, and then adapters learn Python's
-own modules. In a stack the kernels of all layers are one array, with an axis for the
-layers; its adapter has that axis too, so that each layer has one of its own.
+The model learns Python's documentation first, byte by byte. Then adapters learn
+Python's own modules. In a stack, the kernels of all layers are one array with a leading
+axis for the layers. The adapter has this axis too, so that each layer has its own.
 """
 
-# Haiku is optional, and this file is checked also where it is not installed.
+# Haiku is optional: type checks must pass without it.
 # pyright: reportMissingImports=false, reportPrivateImportUsage=false
 
 import argparse
@@ -29,7 +29,7 @@ with toolbox.install_hint("interop"):
 
 
 class HeldOut(NamedTuple):
-    """The mean loss of the next byte, on held-out text."""
+    """The mean loss for the next byte, on held-out text."""
 
     prose: float
     programs: float
@@ -51,7 +51,7 @@ class Result(NamedTuple):
 def language_model(
     tokens: Int[Array, "row seq"], args: argparse.Namespace
 ) -> Float[Array, "row seq 256"]:
-    """Written for Haiku, with no thought of adapters."""
+    """An ordinary Haiku model, without anything for adapters."""
     width, length = args.width, tokens.shape[1]
     normal = hk.initializers.RandomNormal(0.02)
     positions = hk.get_parameter("positions", (args.length, width), init=normal)
@@ -76,13 +76,13 @@ def language_model(
 
 
 def decide(array: Array, rank: int) -> int | lorax.LoraSpec:
-    """What becomes of a parameter that is not a vector."""
+    """Decides what happens to a parameter that is not a vector."""
     if array.ndim == 3:
-        # A rank alone would share one of the factors among all layers, and so could not
-        # be sliced by the `scan` over them.
+        # With just a number, all layers would share one of the factors, which `scan`
+        # could not slice.
         return lorax.LoraSpec(rank, batch=(0,))
-    # The embeddings and the head, and also the biases and scales of all layers: stacked
-    # they have two axes, so that `simple_spec` cannot tell them from matrices.
+    # The embeddings and the head, and also the stacked biases and scales: these have
+    # two axes, so `simple_spec` cannot tell them from matrices.
     return lorax.LORA_FREEZE
 
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         except ValueError as error:
             parser.error(str(error))
 
-    adapt(fresh)  # so that a bad flag is found before the pretraining
+    adapt(fresh)  # so that a bad flag is an error before the pretraining
 
     def loss(params: PyTree, tokens: Int[Array, "row seq"]) -> Float[Array, ""]:
         return toolbox.next_token_loss(transformed.apply(params, tokens), tokens)
@@ -139,11 +139,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     trained = lorax.split_lora_params(adapted, spec)
     costs = toolbox.print_costs(plain, adapted, trained, optimizer_state)
 
-    # Not destructive, because the plain parameters are still to be compared with.
+    # Not destructive, because the plain parameters are needed for the comparison.
     merged = lorax.merge_params(adapted, destructive=False)
     plain_apply = jax.jit(transformed.apply)
     adapted_apply = jax.jit(lorax.lora(transformed.apply, on_materialise="error"))
-    # By default GPUs round the operands of products, so that a merged model differs.
+    # By default GPUs round the operands of products, so a merged model would differ.
     with jax.default_matmul_precision("highest"):
         tests = prose_test, programs_test
         plain_logits = [plain_apply(plain, test) for test in tests]
@@ -168,7 +168,7 @@ def mean_loss(
 
 
 def standard_library() -> bytes:
-    """The source of the modules that come with Python, but for its packages."""
+    """The source of the modules in Python's standard library, without its packages."""
     folder = Path(sysconfig.get_path("stdlib"))
     return b"\n".join(file.read_bytes() for file in sorted(folder.glob("*.py")))
 

