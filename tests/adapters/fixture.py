@@ -1,4 +1,4 @@
-"""The model and the adapter whose files of each format are in `data/`."""
+"""The model and the adapter in the files in `data/`, one for each format."""
 
 import equinox as eqx
 import jax
@@ -10,7 +10,8 @@ import eqx_lorax as lorax
 
 
 def fixture_model():
-    """A model without random numbers, which is the same in every version of JAX."""
+    """A model without random numbers, so that it is the same in every version of
+    JAX."""
     mlp = lambda: eqx.nn.MLP(4, 3, 6, 2, key=jr.key(0))  # noqa: E731
     conv = lambda: eqx.nn.Conv2d(2, 4, 3, groups=2, key=jr.key(0))  # noqa: E731
     like = eqx.filter_eval_shape(lambda: {"mlp": mlp(), "conv": conv()})
@@ -20,7 +21,7 @@ def fixture_model():
 
 
 def counted(like, step):
-    """Numbers that are exact in every dtype."""
+    """Numbers that every dtype represents exactly."""
     numbers = (np.arange(like.size) * step % 17 - 8) / 16
     return jnp.asarray(numbers.reshape(like.shape), like.dtype)
 

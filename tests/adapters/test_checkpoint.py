@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, onto any mesh, whole or not at all, and of one base."""
+"""Checkpoints: bit for bit, onto any mesh, complete or not at all, and for one base."""
 
 import os
 import shutil
@@ -25,8 +25,8 @@ from eqx_lorax._methods import FactoredWeight
 
 ERRORS = (lorax.AdapterFileError,)
 
-# Of TensorStore, whose other reads come back when one of them has failed and the event
-# loop of Orbax is closed.
+# From TensorStore: after one read has failed, the others return when the event loop of
+# Orbax is closed.
 reads_fail = pytest.mark.filterwarnings(
     "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
 )
@@ -42,7 +42,8 @@ def on(sharding, tree):
 
 @pytest.fixture
 def run(getkey):
-    """What is frozen, and the state of a run: params, Adam, keys, and odd things."""
+    """The frozen arrays, and the state of a run: params, Adam, keys, and unusual
+    leaves."""
     model = eqx.nn.MLP(8, 4, 16, 2, key=getkey())
     model = trained(lorax.loraify(model, rank=2, key=getkey()))
     params, frozen = lorax.partition(model, also="layers.2.bias")
@@ -62,7 +63,7 @@ def run(getkey):
 
 
 def blank(state):
-    """Other values of the same kinds."""
+    """The same structure with other values."""
 
     def other(x):
         if eqx.is_array(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -109,7 +110,7 @@ def test_round_trip(run, tmp_path):
     assert step == 7
     same(found, state)
     assert found[2]["function"] is jax.nn.relu
-    # They mix with what is on a mesh, as fresh ones do.
+    # They can be used beside arrays on a mesh, like new ones.
     assert not found[2]["key"].committed
 
 
@@ -140,7 +141,7 @@ def test_onto_another_mesh(shape, tmp_path, getkey):
     state = on(one, state)
     with lorax.Checkpoints(tmp_path, state) as checkpoints:
         checkpoints.save(1, state)
-    # The base is the same one wherever it lies.
+    # The base counts as the same for any sharding.
     with lorax.Checkpoints(tmp_path, on(other, state)) as checkpoints:
         _, found = restored(checkpoints, on(other, blank(state)))
         same(found, state)
@@ -153,7 +154,7 @@ def test_onto_another_mesh(shape, tmp_path, getkey):
         _, found = restored(checkpoints, kinds)
         same(found, state)
         assert all(found[name].sharding == other[name] for name in spec)
-        # And onto a single device.
+        # Also onto a single device.
         _, found = restored(
             checkpoints, jax.tree.map(lambda x: x, blank(on(None, state)))
         )
@@ -182,7 +183,7 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path):
         for i in range(1, 4):
             checkpoints.save(i, x)
             x = step(x)
-        # Its digest is that of the time of the call.
+        # The digest is computed when `save` is called.
         assert checkpoints.restore(x) is not None
 
 
@@ -202,7 +203,7 @@ def test_another_base(run, tmp_path, getkey):
     with lorax.Checkpoints(tmp_path, None) as checkpoints:
         with pytest.raises(ERRORS, match=r"layers\.0\.weight is missing"):
             checkpoints.restore(state)
-    # A plain model is the same base, but for what was trained of it.
+    # A plain model has the same base, except for the trained arrays.
     plain = lorax.unloraify(eqx.combine(state[0], frozen), merge=False)
     with lorax.Checkpoints(tmp_path, plain) as checkpoints:
         with pytest.raises(ERRORS, match=r": layers\.2\.bias is not of it\. "):
@@ -255,7 +256,7 @@ def test_bad_numbers(argument, tmp_path):
 
 @reads_fail
 def test_damaged(tmp_path):
-    """Every file of it: gone, cut, or with a changed bit."""
+    """Each file of a checkpoint: missing, truncated, or with a flipped bit."""
     state = {"x": jr.normal(jr.key(0), (64, 64)), "k": jr.key(1), "n": 3}
     with lorax.Checkpoints(tmp_path / "good", None) as checkpoints:
         for step in (1, 2):
@@ -282,7 +283,7 @@ def test_damaged(tmp_path):
                 else:
                     same(found, state)
             shutil.rmtree(folder)
-    # The others say what is said elsewhere too, and what was read is right.
+    # The other damage does no harm: the restored arrays are correct.
     assert noticed >= 10
 
 
@@ -312,7 +313,8 @@ def _steps(folder):
 @pytest.mark.heavy
 @pytest.mark.processes
 def test_killed_at_any_moment(tmp_path):
-    """What is left is whole and does not grow; half a deleted one does no harm."""
+    """A killed run leaves only complete checkpoints, which do not pile up. Half-deleted
+    ones do no harm."""
     script = """
         import sys
         import jax
@@ -340,7 +342,7 @@ from eqx_lorax._methods import FactoredWeight
         assert len(list(tmp_path.iterdir())) <= 5
         assert max(steps) > latest
         latest = max(steps)
-    # As if it had been killed while deleting an old one.
+    # As if the run had been killed while it deleted an old checkpoint.
     broken = tmp_path / str(min(steps))
     for file in list(broken.rglob("*")):
         if file.is_file():
@@ -358,7 +360,7 @@ from eqx_lorax._methods import FactoredWeight
 @pytest.mark.heavy
 @pytest.mark.processes
 def test_on_another_number_of_processes(tmp_path):
-    """Written by two, one of which then has another state, and read by one."""
+    """Two processes write and one reads; then one of the two has another state."""
     script = """
         import launch
 
@@ -431,11 +433,11 @@ def test_without_orbax(tmp_path, monkeypatch):
         lorax.Checkpoints(tmp_path, None)
 
 
-# What is static
+# Static settings
 
 
 def adapted_square(**settings: Any) -> Any:
-    """Two layers, all of whose sides are equal."""
+    """Two layers whose sides are all equal."""
     plain = eqx.nn.MLP(4, 4, 4, 1, key=jr.key(0))
     return trained(lorax.loraify(plain, rank=2, key=jr.key(1), **settings))
 
@@ -488,7 +490,7 @@ def with_axes(model: Any) -> Any:
     ],
 )
 def test_other_settings(change, match, tmp_path):
-    """They are in no array, and change what the arrays mean."""
+    """Settings that are in no array but change the meaning of the arrays."""
     state, frozen = state_of(adapted_square(alpha=16))
     other, other_frozen = state_of(change())
     with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
@@ -507,7 +509,7 @@ def test_other_settings(change, match, tmp_path):
 
 
 def test_settings_that_only_one_has(tmp_path):
-    """What was not known when it was saved is not compared."""
+    """A setting that did not exist when the checkpoint was saved is not compared."""
     state, frozen = state_of(adapted_square(alpha=16, dropout=0.1))
     plain = lorax.unloraify(eqx.combine(state[0], frozen), merge=False)
     for written, read in ((plain, frozen), (frozen, plain)):
@@ -517,13 +519,14 @@ def test_settings_that_only_one_has(tmp_path):
         with lorax.Checkpoints(folder, read) as checkpoints:
             same(restored(checkpoints, state)[1], state)
             other, _ = state_of(adapted_square(alpha=2))
-            # That of the state is.
+            # The settings of `state` are compared.
             with pytest.raises(ERRORS, match=r"`alpha` was 16\.0 and is 2\.0 at state"):
                 checkpoints.restore(other)
 
 
 def test_modes_are_no_settings(tmp_path):
-    """Whatever does not change what was trained may differ: for evaluation, say."""
+    """Settings without influence on trained arrays may differ, for instance for
+    evaluation."""
     model = adapted_square(alpha=16, dropout=0.1)
     state, frozen = state_of(model)
     with lorax.Checkpoints(tmp_path, frozen) as checkpoints:
@@ -549,7 +552,7 @@ def test_what_is_frozen_besides_the_base(tmp_path):
 
 
 def test_a_folder_of_format_1(tmp_path):
-    """Folders of today have to load for ever."""
+    """Old folders must load in all later versions."""
     archive = Path(__file__).parent / "data" / "checkpoint_format_1.zip"
     shutil.unpack_archive(archive, tmp_path)
     params, frozen = lorax.partition(fixture_adapter())
@@ -559,6 +562,6 @@ def test_a_folder_of_format_1(tmp_path):
         step, found = restored(checkpoints, blank(state))
         assert step == 5
         same(found, state)
-        # The next one has what this one had not.
+        # The next checkpoint has what the old format lacks.
         checkpoints.save(6, found)
         assert restored(checkpoints, blank(state))[0] == 6

@@ -1,4 +1,4 @@
-"""A run on several processes that is killed again and again ends as an unbroken one."""
+"""A run on several processes that is killed repeatedly ends like an unbroken one."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ STEPS = 60
 
 
 class Run:
-    """The example, as a shell would start it."""
+    """The example, run as from a shell."""
 
     def __init__(self, program: Program, folder: Path):
         self.program, self._folder = program, folder
@@ -35,7 +35,7 @@ class Run:
 
     @property
     def names(self) -> set[str]:
-        """Of the checkpoints, and of those that are being written."""
+        """The names of the checkpoints, including unfinished ones."""
         folder = self._folder / "checkpoints"
         return {x.name for x in folder.iterdir()} if folder.is_dir() else set()
 
@@ -44,11 +44,11 @@ class Run:
         return max((int(name) for name in self.names if name.isdigit()), default=0)
 
     def finish(self) -> dict[str, object]:
-        """The losses of all steps, and all that is in the file of the adapter."""
+        """The losses of all steps, and the contents of the adapter file."""
         self.program.finish()
         assert "Held-out accuracy" in self.program.out
         adapter = self._folder / "distributed.safetensors"
-        # Not the bytes of the file, the header of which is in no particular order.
+        # Not the bytes of the file, since the order of its header is not fixed.
         with safe_open(adapter, "numpy") as file:
             metadata = file.metadata()
         return {
@@ -58,8 +58,8 @@ class Run:
         }
 
     def kill(self, whom: str) -> bool:
-        """Kills one of them, or all; the others must then end by themselves. Whether
-        the run had not ended before."""
+        """Kills one process, or all; the others must then end by themselves. Returns
+        whether the run was still going."""
         parent = self.program.process.pid
         found = re.search(r"^Started processes ([\d ]+)$", self.program.out, re.M)
         children = list(map(int, found[1].split())) if found else []
@@ -80,9 +80,9 @@ def started(folder: Path, cache: Path) -> Iterator[Run]:
     flags += f" --steps {STEPS} --rank 2 --train-rows 64 --test-rows 16 --output"
     environment = {
         **os.environ,
-        # Only the first process writes to the cache, and finds what it wrote: the other
-        # compiles all of it each time, which is to be quick. Not the many devices of
-        # the tests.
+        # Only the first process writes to the cache, and uses it. The other compiles
+        # everything each time, so compiling must be quick. The devices of the tests are
+        # not used here.
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
         "--xla_llvm_disable_expensive_passes=true",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -118,7 +118,7 @@ def test_killed_again_and_again(tmp_path):
         with started(tmp_path / "broken", cache) as run:
             before, names = run.latest, run.names
             if moment == "clock" or before == STEPS:
-                # While it starts, imports, connects, compiles, reads.
+                # During start, imports, connection, compilation and reading.
                 pause = draw.uniform(0, until_first)
                 run.program.wait_until(lambda: time.monotonic() > run.started + pause)
             elif moment == "checkpoint":
@@ -140,5 +140,6 @@ def test_killed_again_and_again(tmp_path):
     with started(tmp_path / "broken", cache) as run:
         assert run.finish() == expected
         assert run.names == {str(STEPS - 2), str(STEPS)}
-    # Not all of them before there was anything to go on from, or after the end.
+    # Some runs resumed from a checkpoint in the middle, not only at the start or the
+    # end.
     assert len(resumed - {0, STEPS}) >= 5

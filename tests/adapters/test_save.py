@@ -1,4 +1,4 @@
-"""Adapters in files: bit for bit, whole or not at all, and never into another model."""
+"""Adapters in files: bit for bit, complete, and never into the wrong model."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def mlp(key, width=6):
 
 @pytest.fixture
 def saved(tmp_path, getkey):
-    """A plain model, the same adapted, and the file of its adapter and a bias."""
+    """A plain model, the adapted model, and a file with its adapter and a bias."""
     plain = mlp(getkey())
     adapted = trained(lorax.loraify(plain, rank=2, alpha=3.0, key=getkey()))
     path = tmp_path / "adapter.safetensors"
@@ -102,7 +102,7 @@ def test_an_adapter_on_an_adapter(tmp_path, getkey):
     twice = trained(lorax.loraify(once, rank=1, nested=True, key=getkey()))
     lorax.save_adapter(tmp_path / "a", twice)
     assert_identical(lorax.load_adapter(tmp_path / "a", twice), twice)
-    # The adapter below belongs to the base.
+    # The lower adapter belongs to the base.
     other = trained(lorax.loraify(plain, rank=2, key=getkey()))
     other = lorax.loraify(other, rank=1, nested=True, key=getkey())
     with pytest.raises(ERRORS, match=r"layers\.0\.weight\.a differs"):
@@ -110,7 +110,7 @@ def test_an_adapter_on_an_adapter(tmp_path, getkey):
 
 
 def test_another_method(tmp_path, getkey):
-    """Needs nothing but its class."""
+    """Only its class is needed."""
     plain = {"w": jr.normal(getkey(), (5, 4))}
     b, a = jr.normal(getkey(), (5, 2)), jr.normal(getkey(), (2, 4))
     adapted = {"w": Doubled(plain["w"], b, a, 4)}
@@ -120,7 +120,7 @@ def test_another_method(tmp_path, getkey):
 
 
 class Buggy(Doubled):
-    """A method whose constructor has a bug, which shows as it is loaded."""
+    """A method with a bug in its constructor, which is reported on loading."""
 
     method = "buggy"
     raises: ClassVar[type[Exception] | None] = None
@@ -140,7 +140,7 @@ def test_a_bug_in_a_method_is_no_damaged_file(bug, monkeypatch, tmp_path, getkey
     with pytest.raises(bug, match="a bug") as error:
         lorax.load_adapter(tmp_path / "a", plain)
     assert error.value.__notes__ == ["Raised as a Buggy was made for w."]
-    # What it refuses, it refuses of the file.
+    # A `ValueError` of the method is an error in the file.
     monkeypatch.setattr(Buggy, "raises", ValueError)
     with pytest.raises(ERRORS, match="a: a bug"):
         lorax.load_adapter(tmp_path / "a", plain)
@@ -160,7 +160,7 @@ def test_dropout_and_options_come_back(tmp_path, getkey):
     assert_identical(lorax.load_adapter(tmp_path / "a", plain), adapted)
 
 
-# What does not fit
+# Mismatches
 
 
 def test_another_base_is_refused(saved, getkey):
@@ -175,7 +175,7 @@ def test_another_base_is_refused(saved, getkey):
     loaded = lorax.load_adapter(path, other, allow_other_base=True)
     x = jnp.ones(4)
     assert np.allclose(run(loaded, x), run(adapted, x), atol=1e-5)
-    # The head that is in the file is not of the base.
+    # The head in the file is not part of the base.
     head = eqx.tree_at(lambda m: m.layers[2].bias, plain, jnp.ones(3))
     assert_identical(lorax.load_adapter(path, head), adapted)
 
@@ -235,11 +235,11 @@ def test_nothing_to_save(tmp_path, getkey):
     assert not list(tmp_path.iterdir())
 
 
-# Files that are not what they should be
+# Damaged and foreign files
 
 
 def rewritten(path, change, digest=True):
-    """The file with another header, which `digest` makes consistent."""
+    """The file with another header; `digest` makes its checksum consistent."""
     with safe_open(path, "numpy") as file:
         metadata = file.metadata()
     header = json.loads(metadata["eqx_lorax"])
@@ -378,7 +378,7 @@ def test_truncated_anywhere(saved):
 
 
 def test_a_thousand_corruptions(saved):
-    """Each is found, or changes nothing."""
+    """Each corruption is detected, or changes nothing."""
     plain, adapted, path = saved
     content = path.read_bytes()
     random = np.random.default_rng(0)
@@ -386,7 +386,7 @@ def test_a_thousand_corruptions(saved):
     unharmed = 0
     for i in range(1000):
         damaged = bytearray(content)
-        # Half of them in the header, which is most of such a small file.
+        # Half of them are in the header, which is most of such a small file.
         end = len(content) if i % 2 else 8 + header
         for _ in range(random.integers(1, 4)):
             damaged[random.integers(0, end)] = random.integers(0, 256)
@@ -454,7 +454,7 @@ lorax.save_adapter(path, model)
 @pytest.mark.heavy
 @pytest.mark.parametrize("stage", ("begin", "half", "sync", "replace", "after"))
 def test_a_killed_writer(stage, saved):
-    """At every stage there is the old file or the new one, whole."""
+    """At every stage the file is complete, either the old or the new one."""
     plain, adapted, path = saved
     before = path.read_bytes()
     with running(WRITER, stage, path) as program:
@@ -470,7 +470,7 @@ def test_a_killed_writer(stage, saved):
 
 
 def test_two_writers(saved, getkey):
-    """Each writes a file of its own, so that the last one to finish wins."""
+    """Each writes a separate file, so the last one to finish wins."""
     plain, adapted, path = saved
     other = jax.tree.map(
         lambda x: x, lorax.loraify(plain, rank=2, alpha=3.0, key=getkey())
@@ -566,7 +566,7 @@ def test_digests_do_not_depend_on_x64():
     assert fingerprint(x) != fingerprint(x.astype(np.float32))
 
 
-# Files of today have to load for ever.
+# Old files must load in all later versions.
 
 
 def test_the_file_of_format_1():

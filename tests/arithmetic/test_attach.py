@@ -1,4 +1,5 @@
-"""`params` is the adapter: putting it into models, and together with what is frozen."""
+"""`params` is the adapter: attaching it to models, and combining it with frozen
+parts."""
 
 from typing import Any
 
@@ -33,7 +34,7 @@ class Net(eqx.Module):
 
 
 class VeraWeight(lorax.AbstractLoraWeight):
-    """A method with frozen arrays of its own."""
+    """A method with frozen arrays besides the base."""
 
     w: Any
     b: jax.Array
@@ -65,7 +66,7 @@ MANY = ["layers", "table", "cell.weight_hh"]
 
 
 def adapted(filter="layers", seed=0, also=None, **options):
-    """An adapter as if trained, its own frozen part, and the model."""
+    """An adapter as if trained, its frozen part, and the model."""
     options = {"rank": 2, "key": jax.random.key(seed)} | options
     model = trained(lorax.loraify(MODEL, filter, **options))
     if also is not None:
@@ -100,7 +101,7 @@ def test_outputs_are_those_of_its_own_model(adapter, other):
     model = OTHERS[other]()
     attached = lorax.attach(model, params)
     assert_close(run(attached, 2), run(own, 2), 1e-6)
-    # All is as it is there: structure, settings, bits.
+    # The result has the same structure, settings and bits.
     assert_identical(attached, own)
     assert_identical(lorax.attach(attached, params), own)
     for weight, there in zip(weights(attached), weights(own)):
@@ -130,7 +131,7 @@ def test_nested_adapters():
     other = lorax.attach(MODEL, inner)
     assert_identical(lorax.attach(other, params), second)
     third = lorax.loraify(second, "layers", rank=1, nested=True, key=jax.random.key(5))
-    # The innermost as many as there are in `params` are what it stands upon.
+    # `params` has one adapter below its own: the innermost one of the model.
     assert_identical(lorax.attach(third, params), second)
     assert_identical(lorax.attach(third, inner), first)
     with pytest.raises(ValueError, match="on top of 1 others.*of which `model` has 0"):
@@ -170,7 +171,7 @@ def test_methods_of_others():
         return lorax.LoraLinear(eqx.tree_at(lambda x: x.weight, linear, weight))
 
     params, frozen = lorax.partition(of(2.0))
-    # What of the method is frozen is that of the model.
+    # The frozen arrays of the method come from the model.
     assert_identical(lorax.attach(of(1.0), params), of(2.0))
     assert_identical(lorax.combine(params, frozen), of(2.0))
     with pytest.raises(ValueError, match=r"`b`, `a` of a VeraWeight are frozen"):
@@ -221,7 +222,7 @@ def test_all_that_does_not_fit_is_named():
 def test_combine():
     params, frozen, model = adapted(MANY, also="head")
     assert_identical(lorax.combine(params, frozen), model)
-    # Another rank, of the same static settings.
+    # Another rank with the same static settings.
     other = adapted(MANY, 3, rank=3, alpha=2, also="head")
     assert_identical(
         lorax.combine(other[0], lorax.partition(model, "head")[1]),
@@ -280,7 +281,7 @@ def test_what_does_not_belong_together():
             lorax.combine([params, params], numbers)
 
 
-# Every function that takes a model, given one of its parts
+# Each function that takes a model, called with one of its parts
 
 MEANT = r"lorax\.combine\(params, frozen\)|lorax\.attach\(model, params\)"
 REFUSED = {
@@ -367,7 +368,7 @@ def test_frozen_where_it_is_meant(tmp_path):
 
 
 def test_an_adapter_part_of_which_is_frozen():
-    """What `exclude` left out of `params` is no part of the adapter."""
+    """Arrays that `exclude` left out of `params` are not part of the adapter."""
     model = adapted()[2]
     params, frozen = lorax.partition(model, exclude="layers.0")
     assert_identical(lorax.combine(params, frozen), model)

@@ -1,4 +1,4 @@
-"""Several adapters of one model: stacked, scaled, added up."""
+"""Several adapters of one model: stacking, scaling and adding up."""
 
 import equinox as eqx
 import jax
@@ -21,7 +21,7 @@ import eqx_lorax as lorax
 
 
 def randomised(adapted, key):
-    """The adapter of a model, as if trained: with random factors."""
+    """The model's adapter as if trained: with random factors."""
     params, _ = lorax.partition(adapted)
     leaves, treedef = jax.tree.flatten(params)
     keys = jr.split(key, len(leaves))
@@ -42,7 +42,8 @@ def make(case, getkey, ranks, **options):
 
 @few_cases
 def test_a_batch_of_several_adapters(case, getkey):
-    """Equals one run for each, base rows included, with nothing compiled again."""
+    """A batch equals one run for each example, also for the base alone, and nothing is
+    compiled again."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
     stacked = lorax.stack([*adapters[:2], None, adapters[2]])
     one_by_one = [run(lorax.combine(params, frozen), *inputs) for params in adapters]
@@ -66,7 +67,7 @@ def test_a_batch_of_several_adapters(case, getkey):
 
 @few_cases
 def test_a_bank(case, getkey):
-    """The same side by side, mixtures too."""
+    """The same for a bank, and for mixtures."""
     adapters, frozen, inputs = make(case, getkey, [case.rank] * 3, alpha=3.0)
     one_by_one = [run(lorax.combine(params, frozen), *inputs) for params in adapters]
     bank = lorax.AdapterBank([*adapters[:2], None, adapters[2]])
@@ -93,7 +94,7 @@ def test_a_bank(case, getkey):
 
 
 def test_a_bank_copies_no_factors(getkey):
-    """Below `vmap` all products are with arrays that the batch shares."""
+    """Under `vmap` all products are with arrays that the batch shares."""
     linear = eqx.nn.Linear(5, 7, key=getkey())
     adapted = lorax.loraify(linear, rank=2, key=getkey())
     _, frozen = lorax.partition(adapted)
@@ -120,7 +121,7 @@ def test_what_a_bank_has(getkey):
         bank[2]
     with pytest.raises(ValueError, match=r"one for each of 2 adapters.*\(3,\)"):
         bank.mix(jnp.ones(3))
-    # Mixing can be learned, and the factors trained through it.
+    # Gradients with respect to the mixing weights and the factors.
     x = jnp.ones(5)
     total = lambda bank, w: jnp.sum(lorax.combine(bank.mix(w), frozen)(x))  # noqa: E731
     moving = eqx.filter_grad(lambda both: total(*both))((bank, jnp.ones(2)))
@@ -150,7 +151,7 @@ def test_ranks_and_scales_that_differ(case, getkey):
     assert {weight.rank for weight in weights(stacked)} == {case.rank}
     for i, (params, own) in enumerate(zip(adapters, frozen)):
         expected = run(lorax.combine(params, own), *inputs)
-        # All of them go with the frozen part of the first.
+        # All of them fit the frozen part of the first.
         taken = jax.tree.map(lambda array, i=i: array[i], stacked)
         assert_close(run(lorax.combine(taken, frozen[0]), *inputs), expected)
         assert_close(run(lorax.combine(bank[i], frozen[0]), *inputs), expected)
@@ -177,7 +178,7 @@ def test_combining_is_the_sum_of_the_updates(case, method, getkey):
         )
         assert_close(wide(new.materialise()) - wide(new.w), update, 1e-4)
         assert new.rank == total or method == "svd"
-    # It goes with the frozen part of the first one's model.
+    # It fits the frozen part of the first one's model.
     params = lorax.partition(combined)[0]
     lorax.combine(params, lorax.partition(models[0])[1])
 
@@ -232,7 +233,7 @@ def test_scaling_compiles_nothing_again(getkey):
     outs = [call(lorax.scale(params, f), frozen, x) for f in (0, 1, -2, jnp.array(0.5))]
     assert len(traces) == 1
     assert_close((outs[1] - outs[0]) * -2, outs[2] - outs[0])
-    # Another adapter of the same shape is switched to as well.
+    # Another adapter of the same shape needs no new compilation.
     other = randomised(adapted, getkey())
     call(other, frozen, x)
     assert len(traces) == 1
@@ -316,8 +317,8 @@ class Blocks(eqx.Module):
 
 @pytest.fixture
 def different(getkey):
-    """The plain model, adapters that share no more than some targets, and what each of
-    them computes in its own model."""
+    """The plain model, adapters with few common targets, and the outputs of each
+    adapter in its own model."""
     model = Blocks(getkey())
     options = [
         dict(filter="layers.0", rank=2, alpha=3),
@@ -356,10 +357,10 @@ def test_a_batch_of_adapters_with_different_targets(different):
     for found in answers(stacked, bank, model, jnp.array(index)):
         for i, y in zip(index, found):
             assert_close(y, outputs[i])
-    # One that is not there is the base alone, the head included.
+    # A missing adapter is the base alone, including its head.
     nothing = answers(stacked, bank, model, jnp.array([7]))[1]
     assert_close(nothing[0], outputs[3])
-    # The frozen part of a model with all the targets serves as well.
+    # The frozen part of a model with all targets also works.
     first = jax.tree.map(lambda array: array[0], stacked)
     _, frozen = lorax.partition(lorax.attach(model, first), "head")
     assert_close(run(lorax.combine(bank[2], frozen), 3), outputs[2])
@@ -385,7 +386,7 @@ def test_adding_up_adapters_with_different_targets(different):
         assert_close(
             eqx.filter(merged, eqx.is_array), eqx.filter(expected, eqx.is_array), 1e-4
         )
-    # Without heads no base is needed.
+    # Without heads `base` is not needed.
     total = lorax.weighted_sum([adapters[0], None, adapters[1]], [1, 1, 1])
     found = [weight.rank for weight in weights(total)]
     assert found == [5, 3, 3]

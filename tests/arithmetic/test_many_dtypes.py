@@ -1,5 +1,5 @@
-"""Several adapters of any dtype: nothing is rounded but the result, and nothing is
-left to the promotion of dtypes."""
+"""Several adapters with any dtypes: only the result is rounded, and nothing depends on
+JAX's promotion of dtypes."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ from helpers import base_of, run, weights, wide
 import eqx_lorax as lorax
 
 
-# With x64 the default dtype is float64: another one to meet the narrow ones.
+# With x64 the default dtype is float64, which is then mixed with narrow ones.
 CASES = [
     ("bfloat16", False),
     ("float16", True),
@@ -50,7 +50,8 @@ def drawn(shape, dtype, seed):
 
 
 def make(dtype, name="linear", options=((2, 3.0, False), (1, 2.0, True))):
-    """Adapters of different ranks and scales, the first one's frozen part, an input."""
+    """Adapters with different ranks and scales, the frozen part of the first, and an
+    input."""
     build, shape = MODELS[name]
     key = jax.random.key(0)
     model = jax.tree.map(lambda x: drawn(x.shape, dtype, 0), build(jnp.float32, key))
@@ -74,7 +75,7 @@ def make(dtype, name="linear", options=((2, 3.0, False), (1, 2.0, True))):
 
 
 def update(adapter):
-    """`scale * (b · a)` in float64, rows by columns."""
+    """`scale * (b · a)` in float64, as a matrix."""
     (weight,) = weights(adapter)
     b = wide(weight.b).reshape(-1, weight.rank)
     a = wide(weight.a).reshape(weight.rank, -1)
@@ -88,7 +89,7 @@ def call(model, x):
 
 
 def outputs(frozen, new, x):
-    """What the frozen model with the update `new` returns, in float64."""
+    """The float64 outputs of the frozen model with the update `new`."""
     (weight,) = weights(frozen)
     kernel = wide(weight.w) + new.reshape(weight.w.shape)
     if isinstance(frozen, dict):
@@ -139,7 +140,7 @@ def test_arithmetic(dtype):
 
 @eqx.filter_jit
 def mixtures(bank, frozen, factors, x):
-    """The outputs of each one and of the mixture, and that merged."""
+    """The outputs for each adapter, for the mixture, and for the mixture merged."""
     models = [lorax.combine(bank[i], frozen) for i in range(len(bank))]
     models.append(lorax.combine(bank.mix(factors), frozen))
     return [call(model, x) for model in models], models[-1], lorax.unloraify(models[-1])
@@ -185,7 +186,7 @@ def test_gradients_in_the_weights_of_a_mixture(dtype):
 
 
 def test_complex_numbers(dtype):
-    """They scale complex adapters; of real ones they would make others."""
+    """Complex coefficients scale complex adapters, but are an error for real ones."""
     adapters, frozen, x = make(dtype)
     bank = lorax.AdapterBank(adapters)
     ways = [
@@ -202,7 +203,7 @@ def test_complex_numbers(dtype):
 
 
 def test_heads_of_a_bank(dtype):
-    """One is handed through bit for bit, whatever the others are."""
+    """A head is returned bit for bit, whatever the values of the others."""
     keys = jax.random.split(jax.random.key(0))
     model = {"body": eqx.nn.Linear(4, 3, key=keys[0]), "head": jnp.ones(3)}
     adapted = lorax.loraify(model, "body", rank=2, key=keys[1])
@@ -222,7 +223,8 @@ def test_heads_of_a_bank(dtype):
 
 
 def test_factors_of_two_dtypes(dtype):
-    """The factors of one weight, and those of the weights that are added up."""
+    """Factors of one weight may differ in dtype, and so may weights that are added
+    up."""
     (first, second), frozen, x = make(dtype)
     other = jnp.complex64 if jnp.issubdtype(dtype, jnp.complexfloating) else jnp.float32
     (weight,) = weights(second)

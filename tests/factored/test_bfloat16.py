@@ -1,5 +1,6 @@
-"""Models that are bfloat16 throughout, factors too, on the CPU, where JAX 0.9 and later
-stop at "Unsupported element type for DotThunk" unless the compiler is kept from it."""
+"""Models in bfloat16 throughout, including factors, on the CPU. JAX 0.9 and later fail
+there with "Unsupported element type for DotThunk" unless the compiler is prevented from
+it."""
 
 import itertools
 
@@ -15,7 +16,7 @@ import eqx_lorax as lorax
 
 KEY = jax.random.key(0)
 ACTIVATIONS = ("relu", "silu", "gelu")
-# Width, depth, rows and what is adapted.
+# Width, depth, rows, and what is adapted.
 SHAPES = (
     (32, 2, 9, "layers.1"),
     (16, 3, 1, ["layers.0", "layers.2"]),
@@ -54,7 +55,7 @@ def test_between_activations(activation, shape):
     found, gradient = step(model, x)
     assert found.dtype == jnp.bfloat16
     assert_close(found, call64(outputs, dense64(model), x), 0.03)
-    # As a whole: at a kink of relu single entries may be on either side.
+    # Compared as a whole: near a kink of relu, single entries may be on either side.
     got, want = (
         np.concatenate([wide(x).ravel() for x in jax.tree.leaves(tree)])
         for tree in (gradient, expected_gradient(model, x))
@@ -64,7 +65,7 @@ def test_between_activations(activation, shape):
 
 @eqx.filter_jit
 def expected_gradient(model, x):
-    """That of the same model in float32."""
+    """The gradient of the same model in float32."""
     model, x = jax.tree.map(
         lambda x: x.astype(jnp.float32) if eqx.is_inexact_array(x) else x, (model, x)
     )
@@ -72,8 +73,8 @@ def expected_gradient(model, x):
 
 
 class Layers(eqx.Module):
-    """A plain layer in one of the orders in which people write it, and an adapted one
-    behind it."""
+    """A plain layer in one of the usual orders of operands, followed by an adapted
+    one."""
 
     plain: jax.Array
     adapted: lorax.LoraWeight
@@ -96,7 +97,7 @@ class Layers(eqx.Module):
     "kind", ["one by one", "in float32", "together", "from the left"]
 )
 def test_one_rounding(kind):
-    """Half a unit in the last place, of base and update together."""
+    """The error is half a unit in the last place, for base and update together."""
     adapted = lorax.LoraWeight(normal(20, 32), normal(20, 4), normal(4, 32))
     model = Layers(normal(32, 16), adapted)
     hidden, found = eqx.filter_jit(model)(normal(9, 16), kind)
@@ -109,7 +110,7 @@ def test_one_rounding(kind):
 
 
 def test_no_wide_copy_of_a_base():
-    """Casting the operands would be another way."""
+    """Casting the operands would also work, but make such a copy."""
     stack = lorax.LoraWeight(normal(3, 64, 64), normal(3, 64, 4), normal(3, 4, 64))
 
     def loss(b, x):

@@ -1,4 +1,4 @@
-"""Runs traced programs by NumPy. Nothing is compiled, so that hundreds of small ones
+"""Runs traced programs with NumPy. Nothing is compiled, so hundreds of small programs
 take seconds."""
 
 import itertools
@@ -122,8 +122,8 @@ def _dynamic_update_slice(x, update, *starts):
 
 
 def _windows(shape, indices, sizes, index_map, batching, indices_batching, mode):
-    """For each row of indices the window that it points to, and whether all of that is
-    within an array of `shape`."""
+    """For each row of indices, the window that it selects, and whether the whole window
+    is within an array of `shape`."""
     for at in itertools.product(*map(range, indices.shape[:-1])):
         starts = [0] * len(shape)
         for column, axis in enumerate(index_map):

@@ -1,5 +1,5 @@
-"""Random small programs over adapted and plain arrays, and comparing their values and
-gradients with those of the dense programs."""
+"""Random small programs over adapted and plain arrays. Their values and gradients are
+compared with those of the dense programs."""
 
 import functools
 
@@ -18,13 +18,13 @@ import eqx_lorax as lorax
 NAMES = {"jax": jax, "jnp": jnp, "lax": lax}
 INDICES = {"ids": np.array([3, 0, 1, 3, 2]), "i": np.array(1)}
 LINES = 5
-# A cast to float32 on the way costs that much.
+# The tolerance for a cast to float32 on the way.
 TOLERANCE, TOLERANCE_CAST = 1e-9, 3e-5
 
 
 @functools.cache
 def parameters():
-    """Weights and plain arrays. To be called where float64 is enabled."""
+    """Weights and plain arrays. Call this with float64 enabled."""
     make = functools.partial(factored, dtype="float64")
     inner = make((7, 5), rank=1, seed=5)
     nested = eqx.tree_at(lambda weight: weight.w, make((7, 5), seed=6), inner)
@@ -42,14 +42,14 @@ def parameters():
         "m": arrays(1, 5, 5, seed=10),
         "g": arrays(5, seed=11),
         "c": arrays(seed=12),
-        # What weights are multiplied with.
+        # Operands for products with weights.
         "e": arrays(64, seed=13),
         "f": arrays(3, 64, seed=14),
     }
 
 
 def dense_of(tree):
-    """The dense arrays, with the derivatives that those of weights must have."""
+    """The dense arrays, with the derivatives that the weights must have."""
 
     def of_weight(x):
         if not is_weight(x):
@@ -70,7 +70,7 @@ def program(*lines):
 
 
 class Writer:
-    """Writes a program line by line. A line that would fail is not written."""
+    """Writes a program line by line. Lines that would fail are left out."""
 
     def __init__(self, seed, shapes):
         self.random = np.random.default_rng([seed, 2026])
@@ -78,7 +78,7 @@ class Writer:
         self.unread = {}
         self.lines = []
         while len(self.lines) < LINES:
-            # Mostly from values that were computed, so that operations pile up.
+            # Prefers computed values, so that operations accumulate.
             self.write(self.choose(MOVES)(self))
         for name in [*self.unread]:
             self.write(self.choose(MEETINGS)(self, name))
@@ -114,7 +114,7 @@ class Writer:
         return int(self.random.integers(low, high + 1))
 
     def value(self, ndim=None):
-        """The name of an array, more often one that was computed than a parameter."""
+        """The name of an array, more often a computed one than a parameter."""
         names = [*self.known][:-1] if self.chance(0.5) else [*self.unread]
         names = [x for x in names if x not in "cef"]
         fits = [x for x in names if ndim in (None, self.known[x].ndim)]
@@ -162,7 +162,7 @@ def _padded(r):
     x = r.value()
     widths = [(r.number(0, 2), r.number(0, 2)) for _ in r.shape(x)]
     modes = ["edge", "reflect", "symmetric", "wrap", "constant", "linear_ramp"]
-    # In the place of "empty", of which only what it does not add is known.
+    # Instead of "empty", whose padding has undefined values.
     modes += ["mean", "constant"]
     return f"jnp.pad({x}, {widths}, {r.choose(modes)!r})"
 
@@ -235,7 +235,7 @@ def _scaled(r):
 
 
 def _mixed(r):
-    """What has no factored form, or keeps the derivative out."""
+    """Operations without a factored form, or without a derivative."""
     x = r.value()
     return r.choose(
         [
@@ -255,7 +255,7 @@ def _mixed(r):
 
 
 def _programs(r):
-    """Programs within the program."""
+    """Programs inside the program."""
     x, y = r.value(), r.value()
     return r.choose(
         [
@@ -360,7 +360,8 @@ def _compiled(source):
 
 
 def faults(source):
-    """The differences in value and gradients between a program and the dense one."""
+    """The differences in value and gradients between a program and its dense
+    version."""
     with jax.enable_x64(True):
         params = parameters()
         fn = _compiled(source)
@@ -375,7 +376,7 @@ def faults(source):
 
 
 def _scalar(outputs):
-    """A sum over all outputs in which every entry counts differently."""
+    """A sum over all outputs with a different coefficient for every entry."""
     flat = jnp.concatenate([x.astype(jnp.float64).ravel() for x in outputs])
     signs = np.cos(1.0 + 3.7 * np.arange(flat.size))
     return (flat * (signs + 0.25 * flat)).sum()

@@ -1,4 +1,4 @@
-"""`lorax.lora(fn)` through transformations and control flow."""
+"""`lorax.lora(fn)` under transformations and control flow."""
 
 import warnings
 
@@ -39,7 +39,7 @@ def scan_tree(tree, x):
 
 
 def scan_transposed(stack, x):
-    """The transpose of every layer, taken inside the loop and outside of it."""
+    """The transpose of every layer, taken inside and outside of the loop."""
 
     def body(x, w):
         return jnp.tanh(w[0] @ (w[1] @ x)), None
@@ -126,7 +126,7 @@ def closed_over(w, x):
 
 
 def differentiated(w, x):
-    """Derivatives inside the function, in its activations."""
+    """Derivatives inside the function, with respect to its activations."""
     gradient = jax.grad(lambda x: step(w, x).sum())(x)
     tangent = jax.jvp(lambda x: step(w, x), (x,), (x,))[1]
     return gradient, tangent, jax.hessian(lambda x: step(w, x).sum())(x)
@@ -202,7 +202,7 @@ def test_agrees(case):
 
 @pytest.mark.parametrize("fn", [while_loop, while_condition])
 def test_while(fn):
-    """Which has no reverse mode."""
+    """Forward only: `while` has no reverse mode."""
     args = (0.2 * x11,) if fn is while_condition else (x11, 3)
     w = factored((11, 11))
     adapted = lorax.lora(fn, on_materialise="error")
@@ -235,7 +235,7 @@ def test_transformed_from_outside():
 
 
 def test_weights_that_were_sliced_wrongly():
-    """A rank without a batch axis makes rows of the layers of a stack."""
+    """Without a batch axis in the spec, the layers of a stack count as rows."""
     wrong = lorax.init_lora(normal(2, 11, 11), 2, jax.random.key(0))
     with pytest.raises(ValueError, match=r"LoraSpec\(rank, batch=\(0,\)\)"):
         jax.vmap(lorax.lora(step), in_axes=(0, None))(wrong, x11)
@@ -284,7 +284,7 @@ def test_scan_memory():
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * stack.w.nbytes
 
 
-# A user's own derivative is honoured.
+# A custom derivative of the user is kept.
 
 
 @jax.custom_vjp
@@ -316,7 +316,7 @@ odd_product.defvjp(
 
 @pytest.mark.parametrize("rule", [sevenfold, threefold])
 def test_custom_derivatives_of_activations(rule):
-    """They take no weight, and are left as they are: nothing is materialised."""
+    """Custom derivatives without weights are unchanged: nothing is materialised."""
     check(
         lambda w, x: rule(jnp.tanh(w @ rule(x))),
         TALL,
@@ -335,7 +335,8 @@ def test_custom_derivatives_of_activations(rule):
 
 
 def test_custom_derivative_of_a_weight():
-    """One that takes a weight gets the dense one, so that its rule holds."""
+    """A function with a custom derivative gets the dense weight, so that its rule stays
+    valid."""
     adapted = lorax.lora(lambda w, x: odd_product(w, x).sum(), on_materialise="allow")
     gradient, to_x = jax.grad(adapted, (0, 1))(TALL, x11)
     plain, plain_to_x = jax.grad(lorax.lora(lambda w, x: (w @ x).sum()), (0, 1))(
@@ -348,7 +349,7 @@ def test_custom_derivative_of_a_weight():
 
 
 def test_checkpoint_stays():
-    """Rematerialisation stays, with its policy, and once differentiated stays so."""
+    """Rematerialisation and its policy are kept, also after differentiation."""
 
     def residuals(policy):
         def loss(p, x):
@@ -409,7 +410,8 @@ def test_callbacks_happen_once():
 
 
 def test_no_needless_compilation():
-    """A second eager call compiles nothing: inner programs are known by their jaxpr."""
+    """A second eager call compiles nothing, because inner programs are cached by their
+    jaxpr."""
     traces = []
 
     @jax.jit
@@ -429,7 +431,7 @@ def test_no_needless_compilation():
     adapted(W, SQUARE, x11)
     count, events = len(traces), []
     listen = lambda event, *_, **__: events.append(event)  # noqa: E731
-    # It stays registered, since JAX 0.8 cannot forget it.
+    # It stays registered, since JAX 0.8 cannot remove it.
     jax.monitoring.register_event_duration_secs_listener(listen)
     adapted(W, SQUARE, x11)
     assert len(traces) == count

@@ -1,4 +1,4 @@
-"""`lorax.lora(fn)`: what a function computes over factored weights, rule by rule."""
+"""`lorax.lora(fn)`: functions over factored weights, rule by rule."""
 
 import functools
 import math
@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 import eqx_lorax as lorax
 
 
-# Sizes that occur nowhere else, so that a dense array is known by its shape.
+# Unique sizes, so that a dense array can be recognised by its shape.
 W = factored((11, 13))
 V = factored((13, 17), seed=2)
 STACK = factored((3, 13, 11), seed=3)
@@ -222,7 +222,8 @@ def test_primitives(case):
 
 
 KERNELS = {
-    # Who owns the window: PyTorch's layout, jax-lorax's, and the inputs mixed first.
+    # Different factors may have the window: PyTorch's layout, jax-lorax's, and inputs
+    # mixed first.
     "outputs-mixed": ((0,), (1, 2, 3)),
     "outputs-mixed-swapped": ((1, 2, 3), (0,)),
     "inputs-mixed": ((1,), (0, 2, 3)),
@@ -260,7 +261,8 @@ def test_convolutions(axes, groups):
 
 @pytest.mark.filterwarnings("ignore:Casting complex values to real")
 def test_the_real_part_of_a_complex_weight():
-    """It is formed: that of `b · a` is no product of the factors' real parts."""
+    """It is materialised: the real part of `b · a` is not a product of the factors'
+    real parts."""
     w = jax.tree.map(lambda x: (1 + 2j) * x, factored((5, 3), dtype="complex64"))
     x = 1j * normal(4, 5, dtype="complex64")
 
@@ -273,8 +275,8 @@ def test_the_real_part_of_a_complex_weight():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "complex64"])
 def test_dtypes(dtype):
-    """Narrow products are rounded once, from float32, to the dtype of the plain ones;
-    float32 factors on a narrow base are the default of `loraify`."""
+    """Narrow products are rounded once, from float32, to the dtype of the plain ones.
+    Float32 factors on a narrow base are the default of `loraify`."""
     is_complex = dtype == "complex64"
     weight = factored((11, 13), dtype=dtype)
     if not is_complex:
@@ -304,8 +306,8 @@ def test_dtypes(dtype):
 
 @st.composite
 def products(draw):
-    """A weight and another operand, an array or again a weight, and which of their axes
-    are summed over and which are batch axes."""
+    """A weight and another operand (an array or another weight), with axes to sum over
+    and batch axes."""
 
     def operand(ndim):
         axes = draw(st.permutations(range(ndim)))
@@ -332,8 +334,8 @@ def products(draw):
     )
 
 
-# That of the result, relative to its largest entry; that of a gradient is five times
-# as much.
+# The tolerance relative to the largest entry of the result; for gradients it is five
+# times as large.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "complex64": 1e-4}
 
 
@@ -371,8 +373,8 @@ def test_any_dot_general_at_length(case):
 
 @st.composite
 def convolutions(draw):
-    """The options of a convolution, any axis of its operands being anywhere, and a
-    kernel of which one factor owns the outputs, or the inputs, alone."""
+    """Options of a convolution, with operands in any layout, and a kernel for which one
+    of the factors has only the outputs or only the inputs."""
     spatial = draw(st.integers(1, 2))
     groups = draw(st.integers(1, 2))
 
@@ -438,7 +440,7 @@ def test_any_convolution_at_length(case):
 
 @st.composite
 def moves(draw):
-    """A weight, and structural operations on it one after the other."""
+    """A weight, and a sequence of structural operations on it."""
     ndim = draw(st.integers(2, 4))
     axes = draw(st.permutations(range(ndim)))
     split = draw(st.integers(1, ndim - 1))
@@ -483,7 +485,7 @@ def moves(draw):
 
 
 def _factors(size, draw):
-    """Numbers with that product, at most four."""
+    """At most four numbers with this product."""
     factors = []
     for prime in (2, 3):
         while size % prime == 0:

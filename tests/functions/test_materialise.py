@@ -1,4 +1,4 @@
-"""What is materialised, and how the user hears of it."""
+"""Materialisation, and the warnings about it."""
 
 import functools
 import inspect
@@ -84,8 +84,8 @@ def jitted_sine(w):
 
 
 def test_inside_programs():
-    """Also where JAX has the inner program from an earlier call; code of a library is
-    reported where the user calls it."""
+    """Also if JAX cached the inner program in an earlier call. For library code the
+    warning points to the user's call."""
 
     def fn(w, x):
         a = jitted_sine(w)
@@ -164,7 +164,7 @@ def test_in_branches():
 
 
 def test_in_solvers():
-    """Whose derivatives are rules of their own."""
+    """Solvers have their own derivative rules."""
 
     def solve(w, b):
         return jax.scipy.sparse.linalg.cg(lambda v: w.T @ (w @ v) + v, b)[0]
@@ -210,7 +210,7 @@ def test_gradient_where_it_is_materialised():
     assert not np.any(got.w)
 
 
-# Where weights can be, and what else there is.
+# Where weights can be, beside other things.
 
 
 def test_weights_anywhere():
@@ -279,7 +279,7 @@ def test_holders_of_weights():
         (jax.tree_util.Partial(adapted), plain, x13),
     ]:
         assert_close(lorax.lora(fn, on_materialise="error")(x), expected(x))
-    # What JAX cannot look into computes with the weight itself.
+    # JAX cannot look inside it, so it computes with the weight itself.
     assert_close(lorax.lora(Plain(W).method)(x13), dense(W) @ x13)
 
 
@@ -308,11 +308,11 @@ def test_keeps_name_and_signature():
     assert lorax.lora(functools.partial(exponential, W)) is not None
 
 
-# `LoraModule`: any module through the function door.
+# `LoraModule`: any module through `lorax.lora`.
 
 
 class Unusual(eqx.Module):
-    """Does with its arrays what nobody foresaw, in more methods than one."""
+    """Uses its arrays in unusual ways, in several methods."""
 
     kernel: jax.Array
     stacked: jax.Array
@@ -344,8 +344,7 @@ def test_module_of_any_kind(getkey):
 
 
 def test_dropout_is_the_layers_own(getkey):
-    """`lora(model)` of a model with layers that drop inputs of the low-rank branch:
-    they go on doing so."""
+    """Layers that drop inputs of the low-rank branch do so under `lora(model)` too."""
     model = [eqx.nn.Linear(13, 11, key=getkey())]
     adapted = trained(lorax.loraify(model, rank=2, dropout=0.5, key=getkey()))
     key = getkey()

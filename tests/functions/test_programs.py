@@ -1,5 +1,5 @@
-"""Joins, and random programs, against dense ones: the value and the gradient in every
-inexact array, adapted and plain."""
+"""Joins and random programs compared with dense ones: the value, and the gradient of
+every inexact array, adapted or plain."""
 
 import equinox as eqx
 import jax
@@ -46,7 +46,8 @@ def test_more_random_programs(first):
     check_programs(range(first, first + 100))
 
 
-# What is joined has a derivative: factors that were looked up before, plain arrays.
+# The joined arrays have derivatives: factors that were looked up before, and plain
+# arrays.
 # `u` and `o` have few rows, `t` has many, `n` has two adapters.
 JOINED = [
     "jnp.concatenate([w, u])",
@@ -107,7 +108,7 @@ def test_joined_kernels(outputs):
     check(joined_kernel, kernel, new, images, eagerly=False)
 
 
-# No whole table is formed for a few rows of it.
+# No whole table is formed only for a few of its rows.
 
 TABLE, ROWS = factored((17, 13)), normal(2, 13, seed=5)
 IDS = jnp.array([0, 18, 3, 17, 18])
@@ -133,7 +134,7 @@ def test_a_moved_row():
 
 
 def test_no_gradient_for_what_has_none():
-    """Fused projections of which one is adapted and the others are frozen."""
+    """Fused projections, of which one is adapted and the others are frozen."""
     query, key_value = factored((11, 13)), normal(23, 13)
 
     def fused(query, key_value, x):
@@ -146,7 +147,7 @@ def test_no_gradient_for_what_has_none():
     assert_nothing_dense(jax.make_jaxpr(jax.grad(loss))(query), {34, 13})
 
 
-# Wherever it is computed.
+# In any inner program.
 
 INSIDE = [
     "jax.jit(lambda w, u: jnp.concatenate([w, u]) @ g)(w, {})",
@@ -212,11 +213,11 @@ def test_modules(getkey):
     assert np.any(got.rows)
 
 
-# Precision.
+# Precision
 
 
 def test_new_rows_are_exact():
-    """Whatever the dtype of the factors, and whatever is in another row."""
+    """For any dtype of the factors, and any values in other rows."""
     table = factored((17, 13))
     narrow = table.replace(w=table.w.astype(jnp.bfloat16))
     rows = normal(2, 13, seed=5).astype(jnp.bfloat16).at[1, 3].set(jnp.inf)

@@ -1,4 +1,4 @@
-"""A layer kind in a single file, with arrays of names and axes of its own."""
+"""A layer kind in a single file, with its own array names and axes."""
 
 import equinox as eqx
 import jax
@@ -12,7 +12,7 @@ from eqx_lorax._layers import register
 
 
 class Gated(eqx.Module):
-    """`kernel (in, heads, out)` and `gate (out, in)`: neither is called `weight`."""
+    """`kernel (in, heads, out)` and `gate (out, in)`; no array is called `weight`."""
 
     kernel: jax.Array
     gate: jax.Array
@@ -94,7 +94,7 @@ def test_one_of_its_arrays(getkey):
     adapted = lorax.loraify(gated, "gate", rank=2, key=getkey())
     assert type(adapted) is LoraGated and len(weights(adapted)) == 1
     assert isinstance(adapted.kernel, jax.Array)
-    # An array of it that the layer does not adapt is no target.
+    # An array that the layer does not adapt is not a target.
     with pytest.raises(ValueError, match="table"):
         lorax.loraify(gated, "table", rank=2, key=getkey())
 
@@ -112,7 +112,7 @@ def test_keys_for_its_dropout(getkey):
 
 
 def test_saved_for_peft(tmp_path, getkey):
-    """PEFT adapts a parameter of a module by its name where there are several."""
+    """If a module has several parameters, PEFT adapts one of them by its name."""
     from eqx_lorax._peft.pytorch import path_in_names
     from eqx_lorax._trees import Places
 

@@ -28,7 +28,7 @@ import eqx_lorax as lorax
 
 
 def make(case, getkey, dtype=jnp.float32):
-    """A model, the same adapted and as if trained, and inputs."""
+    """A model, the adapted model as if trained, and inputs."""
     model = filled(case.make, dtype, getkey())
     adapted = lorax.loraify(model, case.filter, rank=case.rank, alpha=3.0, key=getkey())
     return model, trained(adapted), case.inputs(dtype)
@@ -43,7 +43,7 @@ gradient = eqx.filter_jit(lorax.filter_grad(total))
 
 
 def dense_total(factors, model, *inputs):
-    """`total` of the plain model in which `w + s b a` is formed, by other means."""
+    """`total` of the plain model with `w + s b a` as its weight, formed by NumPy."""
     factors = iter(factors)
 
     def form(weight):
@@ -103,7 +103,7 @@ def test_agrees_with_the_dense_model(case, getkey):
 @every_case
 def test_no_dense_delta(case, getkey):
     if "scalar" in case.name:
-        return  # there the factors have the shape of the weight
+        return  # here the factors have the shape of the weight
     _, adapted, inputs = make(case, getkey)
     assert_no_dense(lambda m, *x: m(*x), adapted, *inputs)
     assert_no_dense(lorax.filter_grad(total), adapted, *inputs)
@@ -169,7 +169,8 @@ def test_stacked_by_vmap(case, getkey):
 @few_cases
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_narrow_dtypes(case, dtype, getkey):
-    """Wide factors, the plain layer's output dtype, and one rounding from float32."""
+    """Wide factors, output in the plain layer's dtype, and one rounding from
+    float32."""
     model, adapted, inputs = make(case, getkey, dtype)
     for weight in weights(adapted):
         assert weight.dtype == dtype
@@ -189,7 +190,8 @@ def test_narrow_dtypes(case, dtype, getkey):
         error = np.abs(np.asarray(out, np.float64) - dense)
         assert (error <= 0.5 * unit * np.abs(dense) + 1e-5).all()
     else:
-        # Several products, each rounded once, and what the model does between them.
+        # Several products, each rounded once, with the model's own operations in
+        # between.
         assert_close(out, dense, 8 * unit)
     if "scalar" not in case.name:
         assert_no_dense(lorax.filter_grad(total), adapted, *inputs)
@@ -269,7 +271,7 @@ def test_stacked_adapters(case, getkey):
 
 
 def test_the_way_to_the_products_is_short(monkeypatch):
-    """Who opens `LoraLinear.__call__` is soon at the three products of the formula."""
+    """`LoraLinear.__call__` reaches the three products of the formula in few calls."""
     layer = lorax.loraify(eqx.nn.Linear(7, 5, key=jr.key(0)), rank=2, key=jr.key(1))
     dot_general, ways = jax.lax.dot_general, []
 

@@ -1,4 +1,4 @@
-"""An adapted module answers as the plain one does, whatever way it is asked."""
+"""An adapted module behaves like the plain one for every kind of access."""
 
 import collections.abc
 import functools
@@ -27,7 +27,7 @@ X_KEY = jax.random.key(9)
 
 
 class Everything(eqx.Module):
-    """Computes with its matrix in all the ways that Python has."""
+    """Uses its matrix in every way that Python has."""
 
     kernel: jax.Array
     rows: list[eqx.nn.Linear]
@@ -173,7 +173,7 @@ class Everything(eqx.Module):
 
 
 class Old(eqx.Module):
-    """What Python makes of `__len__` and `__getitem__` alone."""
+    """Python derives iteration and `in` from `__len__` and `__getitem__`."""
 
     kernel: jax.Array
 
@@ -187,13 +187,13 @@ class Old(eqx.Module):
 
 
 class Plain(eqx.Module):
-    """Nothing special."""
+    """A module without special methods."""
 
     kernel: jax.Array
 
 
 class Arrays(eqx.Module):
-    """Passes for an array."""
+    """Acts as an array."""
 
     kernel: jax.Array
 
@@ -205,7 +205,7 @@ class Arrays(eqx.Module):
 
 
 class Delegating(eqx.Module):
-    """Has the attributes of something else."""
+    """Has the attributes of another object."""
 
     kernel: jax.Array
 
@@ -320,9 +320,9 @@ every_ask = pytest.mark.parametrize(
 
 
 def make(name) -> Any:
-    """A module, and the same with the adapter of an array."""
+    """A module, and the same module with an adapted array."""
     module = MODULES[name]
-    if name == "arrays":  # `loraify` adapts what computes with such a module.
+    if name == "arrays":  # `loraify` adapts modules that compute with such a module.
         weight = lorax.LoraWeight(module.kernel, jnp.ones((3, 2)), jnp.ones((2, 4)))
         adapted = lorax.LoraModule(eqx.tree_at(lambda m: m.kernel, module, weight))
         return lorax.unloraify(adapted), adapted
@@ -333,7 +333,7 @@ def make(name) -> Any:
 
 def quiet(fn, *args):
     with warnings.catch_warnings():
-        # Some ask for the dense matrix.
+        # Some of them need the dense matrix.
         warnings.simplefilter("ignore", lorax.MaterialiseWarning)
         return fn(*args)
 
@@ -429,7 +429,7 @@ def test_the_other_side_has_its_say():
 
 
 class Holder(eqx.Module):
-    """Holds layers, and something of its own."""
+    """Holds layers and an array of its own."""
 
     layers: list[eqx.nn.Linear]
     table: jax.Array
@@ -491,7 +491,7 @@ def test_fields_are_not_traced(monkeypatch):
 
 
 def test_methods_are_pytrees():
-    """As the bound methods of Equinox are: their arrays are no constants."""
+    """Like the bound methods of Equinox modules: their arrays are not constants."""
     _, adapted = make("everything")
     assert len(jax.tree.leaves(adapted.method)) == len(jax.tree.leaves(adapted))
     traces = 0
@@ -519,7 +519,7 @@ def test_in_the_function_door():
     assert_close(lorax.lora(fn)(adapted, X), fn(plain, X))
 
 
-# Messages.
+# Messages
 
 
 class Sine(eqx.Module):

@@ -1,4 +1,4 @@
-"""A method of another package, in one file, goes through all that LoRA does."""
+"""A method in one file of another package works in every part of the library."""
 
 import equinox as eqx
 import jax
@@ -47,7 +47,7 @@ def adapt(model, key=jr.key(1), **options):
 
 
 def train(adapted, seed=0):
-    """The model with random numbers in what is trained."""
+    """The model with random numbers in its trained arrays."""
     random = np.random.default_rng(seed)
     params, frozen = lorax.partition(adapted)
     params = jax.tree.map(
@@ -74,7 +74,7 @@ def find_weights(model):
 
 
 def form_dense(weight):
-    """The dense array in float64, by the definition of the method."""
+    """The dense array in float64, from the definition of the method."""
     rank_gain = wide(weight.rank_gain).reshape(
         (*weight.rank_gain.shape, *(1 for _ in weight.columns))
     )

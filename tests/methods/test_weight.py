@@ -1,4 +1,5 @@
-"""The atom as an array: `@`, `.T`, indexing, casts, batch axes, row and column axes."""
+"""`LoraWeight` as an array: `@`, `.T`, indexing, casts, batch axes, row and column
+axes."""
 
 import functools
 import itertools
@@ -99,8 +100,8 @@ def test_every_way_a_layer_may_be_written(getkey):
 
 
 def test_the_product_is_x_first(getkey):
-    """Under the `vmap` of a batch each product is one of the batch with a matrix, and
-    under `scan` no transposed copy of the base is made."""
+    """Under `vmap` over a batch, each product is one of the batch with a matrix. Under
+    `scan`, no transposed copy of the base is made."""
     weight, xs = make(getkey()), jr.normal(getkey(), (4, 7))
     jaxpr = jax.make_jaxpr(jax.vmap(lambda x: x @ weight.T))(xs)
     primitives = [equation.primitive.name for equation in equations(jaxpr.jaxpr)]
@@ -230,7 +231,7 @@ def test_never_turns_into_an_array_unseen(getkey):
         lambda: jnp.sum(weight),
     ]
     for form in silently:
-        # Some versions of JAX say so of the fields of the weight.
+        # Some versions of JAX warn about the fields of the weight.
         with pytest.raises((TypeError, ValueError)):
             form()
 
@@ -255,8 +256,8 @@ def test_shapes_that_do_not_fit():
 
 @st.composite
 def contractions(draw):
-    """A weight whose axes are rows, columns and batch in any order, and an `x` that
-    shares any of them."""
+    """A weight with rows, columns and batch axes in any order, and an `x` that shares
+    any of them."""
     ndim = draw(st.integers(2, 4))
     axes = draw(st.permutations(range(ndim)))
     split = draw(st.integers(1, ndim - 1))
@@ -311,7 +312,7 @@ def _check_contraction(contraction, seed):
     assert_close(
         weight.contract(x, x_labels, range(len(shape)), out_labels), expected, 1e-4
     )
-    # Shown in another order it is the same weight.
+    # It is the same weight with the axes in another order.
     view = FactoredWeight(weight.factored().transpose(order))
     assert view.shape == tuple(shape[i] for i in order)
     assert_close(view.contract(x, x_labels, order, out_labels), expected, 1e-4)
@@ -347,8 +348,8 @@ def test_frozen_base_gets_no_gradient(getkey):
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 @pytest.mark.parametrize("size", (1e-4, 1e-3, 1e-2))
 def test_small_adapters_survive_narrow_dtypes(dtype, size, getkey):
-    """With a plain bfloat16 sum about half of an adapter of relative size 1e-3 is lost.
-    The share that survives is measured along the adapter's own effect."""
+    """A plain bfloat16 sum loses about half of an adapter of relative size 1e-3. The
+    remaining share is measured along the adapter's own effect."""
     n, rank, count = 256, 8, 1024
     w = (jr.normal(getkey(), (n, n)) / math.sqrt(n)).astype(dtype)
     a = jr.normal(getkey(), (rank, n)) / math.sqrt(n)
@@ -361,13 +362,13 @@ def test_small_adapters_survive_narrow_dtypes(dtype, size, getkey):
     exact_base = wide(xs) @ wide(w).T
     effect = wide(xs) @ (weight.scale * wide(b) @ wide(a)).T
     share = ((wide(out) - exact_base) * effect).sum() / (effect**2).sum()
-    # At 1e-4 the rounding of the output itself leaves noise of this size.
+    # At 1e-4 the rounding of the output itself causes noise of this size.
     assert abs(share - 1) < (0.2 if size < 1e-3 else 0.03)
 
 
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 def test_narrow_tangents_stay_narrow(dtype, getkey):
-    """The product with the base is differentiated as a product of narrow arrays."""
+    """The gradient of the product with the base is a product of narrow arrays."""
     weight = make(getkey(), (5, 7), dtype=dtype)
     loss = lambda x: (weight @ x).astype(jnp.float32).sum()  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones(7, dtype))
@@ -405,7 +406,8 @@ def test_numpy_bases(getkey):
 
 
 def test_all_orders_of_a_kernel_with_two_column_axes(getkey):
-    """A Flax attention kernel `(in, heads, dim)`: rows `in`, columns the rest."""
+    """A Flax attention kernel `(in, heads, dim)`: `in` is the rows, the rest the
+    columns."""
     for rows, columns in itertools.permutations([(0,), (1, 2)], 2):
         weight = make(getkey(), (4, 2, 3), rows=rows, columns=columns)
         x = jr.normal(getkey(), (5, 4))
@@ -418,7 +420,7 @@ def test_all_orders_of_a_kernel_with_two_column_axes(getkey):
 
 
 def compiled_gradient(call, x):
-    """The program for the gradient of a weight's factors, as XLA has it."""
+    """The compiled program for the gradient of a weight's factors."""
     w, b, a = jnp.ones((64, 32)), jnp.ones((64, 4)), jnp.ones((4, 32))
 
     def loss(factors, x):
@@ -433,16 +435,16 @@ def per_token(weight, x):
 
 @pytest.mark.cpu
 def test_the_gradient_of_b_is_computed_with_its_rank_first():
-    """XLA on the CPU needs seven times as long for the product the other way round, and
-    turns the one into the other unless it is kept from it."""
+    """With the other order of operands XLA on the CPU needs seven times as long, and it
+    changes the order unless prevented."""
     text = compiled_gradient(per_token, jnp.ones((128, 32)))
-    # As stored: the rank is the major axis, by shape or by layout.
+    # The rank is the major axis in memory, by shape or by layout.
     assert re.search(r"= f32\[(4,64\]\{1,0|64,4\]\{0,1)\} dot\(", text)
     assert not re.search(r"= f32\[(64,4\]\{1,0|4,64\]\{0,1)\} dot\(", text)
 
 
 def test_a_gradient_below_two_vmaps_transposes_no_activations():
-    """Sequences and tokens are one axis to it."""
+    """Sequences and tokens are merged into one axis."""
 
     def per_sequence(weight, x):
         return jax.vmap(functools.partial(per_token, weight))(x)
@@ -455,7 +457,7 @@ def test_a_gradient_below_two_vmaps_transposes_no_activations():
 
 @pytest.mark.parametrize("rows", [3, 6])
 def test_product_with_factor(rows):
-    """It is `dot_general`, to every transformation."""
+    """It is `dot_general` for every transformation."""
     random = np.random.default_rng(0)
     x = jnp.asarray(random.normal(size=(2, 4, 5)), jnp.float32)
     factor = jnp.asarray(random.normal(size=(rows, 5)), jnp.float32)
@@ -489,7 +491,7 @@ def test_product_with_factor(rows):
 
 
 def test_no_tokens(getkey):
-    """An empty batch has a gradient, which is zero."""
+    """An empty batch has a gradient of zeros."""
     weight = make(getkey())
 
     def loss(weight):

@@ -1,4 +1,4 @@
-"""VeRA, as another package would write it: a method in one file."""
+"""VeRA, written like a method in another package: one file."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ import eqx_lorax as lorax
 
 
 class VeraWeight(lorax.AbstractLoraWeight):
-    """Vector-based random matrix adaptation (https://arxiv.org/abs/2310.11454): factors
-    that are random and frozen, and two trained vectors that scale them."""
+    """Vector-based random matrix adaptation (https://arxiv.org/abs/2310.11454): random
+    frozen factors, scaled by two trained vectors."""
 
     w: Any
     b: Array

@@ -1,4 +1,4 @@
-"""The model's keys for dropout: for modules that call their layers without one."""
+"""Dropout keys in the model, for modules that call their layers without a key."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ import eqx_lorax as lorax
 
 
 class Block(eqx.Module):
-    """Passes no keys."""
+    """Passes no keys to its layers."""
 
     up: eqx.nn.Linear
     down: eqx.nn.Linear
@@ -52,7 +52,7 @@ def run(model, x=X):
 
 
 def dropout_keys(model):
-    """The key of every layer that has one, by its path in the plain model."""
+    """The key of each layer that has one, by the layer's path in the plain model."""
     found = {}
     for path, leaf in jax.tree.leaves_with_path(model):
         names = [str(entry).strip(".[]") for entry in path]
@@ -76,7 +76,7 @@ def test_each_layer_has_a_key_of_its_own(adapted):
     assert len(keys) == len(weights(adapted)) == 4
     assert "1.up" in keys
     assert len({bits(x).tobytes() for x in keys.values()}) == 4
-    # Neither the container nor other targets have a say.
+    # A key depends neither on the container nor on other targets.
     few = lorax.loraify(lorax.unloraify(adapted), "up", rank=2, dropout=0.5, key=key)
     few = dropout_keys(lorax.dropout_key(few, key))
     assert len(few) == 2
@@ -85,7 +85,7 @@ def test_each_layer_has_a_key_of_its_own(adapted):
 
 @every_kind
 def test_what_a_layer_computes(make_key, getkey):
-    """The mask is that of its key; an explicit key wins."""
+    """The mask comes from its key; an explicit key has precedence."""
     model = {"layer": eqx.nn.Linear(8, 5, key=getkey())}
     adapted = trained(lorax.loraify(model, rank=2, dropout=0.5, key=getkey()))
     keyed = lorax.dropout_key(adapted, make_key(3))["layer"]
@@ -198,7 +198,7 @@ def test_one_key_a_layer_of_two_axes():
 
 
 def test_attention():
-    """Whose `key` is for dropout of its own."""
+    """Its own `key` is for its own dropout."""
     model = eqx.nn.MultiheadAttention(2, 8, key=jr.key(0))
     adapted = trained(
         lorax.loraify(model, "query_proj", rank=2, dropout=0.5, key=jr.key(1))
@@ -232,7 +232,7 @@ def test_keys_are_no_adapter(adapted, tmp_path):
     assert_identical(keyed_params, params)
     assert len(dropout_keys(keyed_frozen)) == 4
     assert not any(dropout_keys(lorax.trainable(keyed)).values())
-    # Either goes with either.
+    # Both parts can be combined with both.
     assert eqx.tree_equal(lorax.combine(params, keyed_frozen), keyed)
     assert eqx.tree_equal(lorax.combine(keyed_params, frozen), adapted)
     assert eqx.tree_equal(
@@ -256,7 +256,7 @@ def test_keys_are_no_adapter(adapted, tmp_path):
             arrays = {key: file.get_tensor(key).tolist() for key in file.keys()}
             written.append((arrays, file.metadata()))  # with the digests of the base
     assert written[0] == written[1]
-    # Of the same base, and put where keys are.
+    # They have the same base, and load into models with keys.
     lorax.load_adapter(tmp_path / "adapted", keyed)
     assert dropout_keys(lorax.load_adapter(tmp_path / "adapted", plain)) == {}
 
@@ -283,7 +283,7 @@ def test_a_plan_has_no_keys(adapted):
 
 
 def test_a_training_loop(adapted):
-    """Only factors move, and with another key in each step nothing is compiled anew."""
+    """Only factors change, and new keys in each step cause no recompilation."""
     optimizer = optax.adamw(1e-2, weight_decay=0.1)
     params, frozen = lorax.partition(adapted)
     state = optimizer.init(params)
@@ -364,7 +364,7 @@ def test_inside_a_module_of_another_kind():
 
 @every_kind
 def test_survives(make_key, adapted):
-    """Files of Equinox, abstract models, pickles, and `jit`'s boundary."""
+    """Equinox's serialisation, abstract models, pickles, and arguments of `jit`."""
     keyed = lorax.dropout_key(adapted, make_key(2))
     abstract = eqx.filter_eval_shape(lorax.dropout_key, adapted, make_key(2))
     assert jax.tree.structure(abstract) == jax.tree.structure(
@@ -374,7 +374,7 @@ def test_survives(make_key, adapted):
     assert len(dropout_keys(lorax.dropout_key(shapes, make_key(2)))) == 4
     assert eqx.tree_equal(pickle.loads(pickle.dumps(keyed)), keyed)
     assert eqx.tree_equal(eqx.filter_jit(lambda model: model)(keyed), keyed)
-    # JAX writes no typed keys.
+    # JAX cannot serialise typed keys.
     kept = keyed if make_key is jr.PRNGKey else lorax.dropout_key(keyed, None)
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, kept)
@@ -383,7 +383,7 @@ def test_survives(make_key, adapted):
 
 
 def test_evaluation(adapted):
-    """The same code evaluates: keys do nothing there."""
+    """The same code runs in evaluation, where keys have no effect."""
     evaluated = eqx.nn.inference_mode(adapted)
     assert lorax.dropout_key(evaluated, jr.key(2)) is evaluated
     keyed = lorax.dropout_key(adapted, jr.key(2))
@@ -392,7 +392,7 @@ def test_evaluation(adapted):
     assert_identical(lorax.dropout_key(keyed, None), adapted)
     no_dropout = lorax.loraify(lorax.unloraify(adapted), rank=2, key=jr.key(1))
     assert lorax.dropout_key(no_dropout, jr.key(2)) is no_dropout
-    # Only some layers, the others stay as they are.
+    # Only some layers; the others stay unchanged.
     some = lorax.loraify(
         lorax.unloraify(adapted), rank=2, dropout={"up": 0.1}, key=jr.key(1)
     )

@@ -1,5 +1,5 @@
-"""Bad input: an error that names the argument, shows what came in, and says the fix,
-with the model untouched."""
+"""Bad input is an error that names the argument, shows its value, and ends with the
+fix. The model stays unchanged."""
 
 import inspect
 import re
@@ -156,7 +156,7 @@ def test_a_batch_without_vmap(model, getkey):
     layer = lorax.loraify(WideLinear(4, None, key=getkey()), rank=2, key=getkey())
     with pytest.raises(ValueError, match=r"shape \(2, 7, 5\), but a WideLinear takes"):
         layer(jnp.ones((2, 7, 5)))
-    # What the plain layer computes, the adapted one does.
+    # Where the plain layer works, the adapted one does too.
     plain = eqx.nn.Linear(4, 3, use_bias=False, key=getkey())
     layer = lorax.loraify(plain, rank=2, key=getkey())
     assert_close(layer(jnp.ones((4, 7))), plain(jnp.ones((4, 7))))

@@ -1,5 +1,5 @@
-"""The rank, the axes and the scale of fresh adapters, and what is said where those that
-were asked for do not fit."""
+"""The rank, the axes and the scale of fresh adapters, and the errors for a rank or axes
+that do not fit."""
 
 import re
 
@@ -15,7 +15,7 @@ import eqx_lorax as lorax
 
 
 class UNet(eqx.Module):
-    """Small and large layers side by side, as in real ones."""
+    """Small and large layers, as in real U-Nets."""
 
     down: list[eqx.nn.Conv2d]
     up: list[eqx.nn.ConvTranspose2d]
@@ -53,7 +53,8 @@ def unet():
 
 
 def shaped(model, *args, **kwargs):
-    """`lorax.loraify(...)` without a computation: shapes are enough to see ranks."""
+    """`lorax.loraify(...)` without computing anything: shapes are enough to see
+    ranks."""
     return eqx.filter_eval_shape(lambda: lorax.loraify(model, *args, **kwargs))
 
 
@@ -71,7 +72,7 @@ def test_the_default_rank_fits(rank, unet):
 
 
 def suggested(error):
-    """What the message says to pass, read as Python."""
+    """The argument that the message suggests, evaluated as Python."""
     text = re.search(r"`rank=(\{.*?\})`", str(error.value))
     assert text is not None
     return eval(text[1], {"lorax": lorax, "re": re})
@@ -121,7 +122,7 @@ def test_a_model_that_is_one_layer():
     with pytest.raises(ValueError, match="exceeds") as error:
         lorax.loraify(eqx.nn.Linear(4, 3, key=jr.key(0)), rank=8, key=jr.key(0))
     assert suggested(error) == {"weight": 3}
-    # The same name further down is another.
+    # The same name further down is a different path.
     both = {"weight": eqx.nn.Linear(4, 3, key=jr.key(0)), "a": OwnWeight(jr.key(1))}
     with pytest.raises(ValueError, match="exceeds") as error:
         lorax.loraify(both, ["weight", "a"], rank=8, key=jr.key(0))
@@ -137,7 +138,7 @@ class OwnWeight(eqx.Module):
 
 
 class Attention(eqx.Module):
-    """As people write it with `einsum`."""
+    """Attention with `einsum`, as people write it."""
 
     wq: jax.Array
     wo: jax.Array
@@ -171,13 +172,13 @@ def test_an_adapter_larger_than_its_base():
     adapted = lorax.loraify(model, "attention.w*", rank=rank, key=jr.key(1))
     assert [weight.a.shape for weight in weights(adapted)] == [(8, 2, 8), (8, 24)]
     assert lorax.summary(adapted).trained == 2 * 8 * (24 + 16)
-    # The other that it offers.
+    # The second suggestion in the message.
     batch = re.search(r"they are `batch`: `(.*?)`", text)
     assert batch is not None
     rank = eval(batch[1], {"lorax": lorax})
     adapted = lorax.loraify(model, "wq", rank=rank, key=jr.key(1))
     assert weights(adapted)[0].a.shape == (24, 2, 8)
-    # With a rank of one's own, and beside others.
+    # With an explicit rank, and with other targets.
     everything = ["attention.w*", "experts"]
     with pytest.raises(ValueError, match="rank=8") as error:
         lorax.loraify(model, everything, rank={"wq": 8, "*": 3}, key=jr.key(1))
@@ -187,7 +188,7 @@ def test_an_adapter_larger_than_its_base():
 
 
 def test_what_is_no_guess():
-    """Stacks of known layers, kernels, matrices, and axes that were said."""
+    """Stacks of known layers, kernels, matrices, and explicit axes need no guess."""
     stack = eqx.filter_vmap(lambda key: eqx.nn.Linear(2, 8, key=key))(
         jr.split(jr.key(0), 24)
     )
@@ -198,7 +199,7 @@ def test_what_is_no_guess():
 
 
 def test_specs_in_loraify(tmp_path):
-    """Values, gradients, merging and files with axes of one's own."""
+    """Values, gradients, merging and files with explicit axes."""
     model = {"layer": Attention(jr.key(0))}
     rank = {
         "wq": lorax.LoraSpec(3, rows=(0,), columns=(1, 2), alpha=6),
@@ -254,7 +255,7 @@ def test_specs_without_axes_take_those_of_the_layer():
 
 
 def test_specs_for_layers():
-    """Axes the other way around, which the layers compute with as well."""
+    """Swapped axes, which the layers support too."""
     linear = eqx.nn.Linear(4, 6, key=jr.key(0))
     swapped = lorax.LoraSpec(2, rows=(1,))
     adapted = trained(lorax.loraify(linear, rank=swapped, key=jr.key(1)))

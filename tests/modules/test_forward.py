@@ -1,4 +1,4 @@
-"""`merged_forward`: the same results, and gradients, from a weight formed once."""
+"""`merged_forward`: the same results and gradients, with the weight formed once."""
 
 import equinox as eqx
 import jax
@@ -26,7 +26,7 @@ def total(model, *inputs):
 
 @eqx.filter_jit
 def gradients(model, *inputs):
-    """In the factors and in the inputs."""
+    """With respect to the factors and the inputs."""
     params, frozen = lorax.partition(model)
 
     def loss(moving):
@@ -37,7 +37,7 @@ def gradients(model, *inputs):
 
 
 def sizes_of_a_base(fn, model, *inputs):
-    """How many times `fn` computes something of the shape of a base."""
+    """The number of times that `fn` computes an array with the shape of a base."""
     shapes = {weight.w.shape for weight in weights(model)}
     jaxpr = eqx.filter_make_jaxpr(fn)(model, *inputs)[0].jaxpr
     products = [e for e in equations(jaxpr) if e.primitive.name == "dot_general"]
@@ -167,7 +167,7 @@ def test_narrow_weights_are_not_merged(getkey):
     with pytest.raises(ValueError, match=r"0\.weight is of dtype bfloat16.*small"):
         lorax.merged_forward(adapted)
     lorax.merged_forward(adapted, enabled=False)
-    # Nor are those that the model itself casts.
+    # Nor weights that the model itself casts.
     adapted, call, x = make(getkey)
     half = lorax.lora(lambda w, x: x @ w.astype(jnp.bfloat16).T)
     merged = lorax.merged_forward(adapted)[0].weight

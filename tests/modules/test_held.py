@@ -1,5 +1,5 @@
-"""Weights that a model holds and that are views or mixtures: in files, in partitions,
-in checkpoints and when merged they are what they are in the model, or an error."""
+"""Weights in a model that are views or mixtures: files, partitions, checkpoints and
+merging treat them correctly, or raise an error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -56,7 +56,7 @@ def scaled() -> FactoredWeight:
 
 
 def of_bank(pick: Callable[[lorax.AdapterBank], Any], **options: Any) -> Any:
-    """A model of a bank, and that of each of its adapters."""
+    """A model with the bank, and one with each of its adapters."""
     every = [{"w": weight(4, 4, seed=i, **options)} for i in (10, 20, 30)]
     every = [{"w": x["w"].replace(w=every[0]["w"].w)} for x in every]
     parts = [lorax.partition(model) for model in every]
@@ -169,7 +169,7 @@ every = pytest.mark.parametrize("name", HELD)
 
 
 def tree(held: Any) -> Any:
-    """A tree that holds it, with an array beside it."""
+    """A tree with the weight and an array beside it."""
     return {"layer": {"w": held}, "bias": normal(3, seed=5)}
 
 
@@ -202,7 +202,7 @@ def test_files(name, tmp_path):
     if "nested" in name:
         return
     assert_stands_for(lorax.load_adapter(path, plain), case)
-    # What was loaded is an ordinary weight, of which the file is the same.
+    # The loaded weight is an ordinary one, and saving it again gives an equal file.
     lorax.save_adapter(tmp_path / "again", loaded)
     assert_identical(lorax.load_adapter(tmp_path / "again", plain), loaded)
 
@@ -225,8 +225,8 @@ def test_merging(name):
 
 @every
 def test_partitions(name):
-    """`params` are the adapter: with the frozen part of another model of the same base
-    they are the same model, or do not fit."""
+    """`params` is the adapter. Combined with the frozen part of another model with the
+    same base, it gives the same model or an error."""
     case = HELD[name]
     model = tree(case.make())
     if case.refused is not None:
@@ -250,7 +250,7 @@ def test_partitions(name):
             form.rows,
             form.columns,
         )
-    except ValueError:  # The factors cannot be those of such a base.
+    except ValueError:  # A base of this shape cannot have these factors.
         return
     _, elsewhere = lorax.partition(tree(other))
     try:
@@ -313,7 +313,7 @@ def test_folders_of_peft(name, tmp_path):
 
 
 def test_narrow_mixtures(tmp_path):
-    """A gate in float32 is not rounded to the factors' bfloat16."""
+    """A gate in float32 is not rounded to bfloat16, the dtype of the factors."""
 
     def make(rank_stabilised: bool = False) -> Any:
         parts = [{"w": weight(4, 4, dtype=jnp.bfloat16, seed=i)} for i in (10, 20)]
@@ -336,7 +336,7 @@ def test_narrow_mixtures(tmp_path):
 
 
 class Remembering(lorax.AbstractLoraWeight):
-    """Holds more than the arguments of its class."""
+    """Has state beyond the arguments of its class."""
 
     w: Any
     b: jax.Array
@@ -350,7 +350,7 @@ class Remembering(lorax.AbstractLoraWeight):
 
     def __init__(self, w, b, a, times=1):
         self.w, self.b, self.a, self.times = w, b, a, times
-        # These follow from what is saved.
+        # These are computed from the saved arguments.
         self.more = jnp.sum(b)
         self.half = 0.5
 
@@ -390,7 +390,7 @@ def test_what_a_class_holds_beyond_its_arguments(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-class Keyed(Doubled):  # Final in the library; here it is the shortest.
+class Keyed(Doubled):  # Not final as in the library, to keep this short.
     method = "keyed"
 
     def __init__(self, w, b, a, key):
@@ -405,7 +405,8 @@ def test_arguments_that_a_class_does_not_hold(tmp_path):
 
 
 def test_split_lora_params():
-    """Its partner is the whole tree, so that nothing can be folded."""
+    """Its counterpart is the whole tree, so the gate cannot be folded into the
+    factors."""
     for name in ("a mixture", "scaled"):
         with pytest.raises(ValueError, match="layer/w.*`lorax.partition`|layer.w"):
             spec = {"layer": {"w": 2}, "bias": 0}

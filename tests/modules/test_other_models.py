@@ -1,4 +1,4 @@
-"""Other people's models, as they wrote them: adapt, train three steps, merge."""
+"""Models of other packages, unchanged: adapt, train three steps, merge."""
 
 import equinox as eqx
 import jax
@@ -14,7 +14,7 @@ import eqx_lorax as lorax
 
 pytestmark = [
     pytest.mark.interop,
-    # What these packages themselves warn of is not ours to mend.
+    # Warnings from these packages are not for us to fix.
     pytest.mark.filterwarnings("default"),
 ]
 
@@ -26,7 +26,7 @@ def _as_their_authors_run_them():
 
 
 def adapt_train_merge(model, filter, call, getkey, *, targets, rank=4):
-    """`call(model)` gives the outputs, an array."""
+    """`call(model)` returns the outputs, an array."""
     adapted = lorax.loraify(model, filter, rank=rank, key=getkey())
     assert len(weights(adapted)) == targets
     before = eqx.filter_jit(call)(model)
@@ -64,7 +64,7 @@ def adapt_train_merge(model, filter, call, getkey, *, targets, rank=4):
 
 
 def test_equimo_vision_transformer(getkey):
-    """Its attention and patch embedding are of its own making."""
+    """It has its own classes for attention and patch embedding."""
     from equimo.models.vit import VisionTransformer
 
     model = VisionTransformer(
@@ -85,13 +85,13 @@ def test_equimo_vision_transformer(getkey):
     adapt_train_merge(
         model, eqx.nn.Linear, call, getkey, targets=sum(map(linear, leaves))
     )
-    # Every linear layer and, in the patch embedding, a convolution.
+    # Every linear layer, and a convolution in the patch embedding.
     adapt_train_merge(model, None, call, getkey, targets=sum(map(linear, leaves)) + 1)
 
 
 def test_equimo_inverted_residual(getkey):
-    """The block of MobileNet: pointwise and depthwise convolutions, and squeeze and
-    excitation between them."""
+    """The block of MobileNet: pointwise and depthwise convolutions with squeeze and
+    excitation in between."""
     from equimo.layers.convolution import MBConv
 
     model = eqx.nn.inference_mode(
@@ -106,8 +106,8 @@ def test_equimo_inverted_residual(getkey):
 
 
 def test_expaloma(getkey):
-    """A graph network that ships its weights: raw arrays in modules of its own, one
-    inside the other, and no layer of Equinox."""
+    """A graph network with its weights: raw arrays in nested custom modules, and no
+    layers of Equinox."""
     from expaloma.featurize import from_rdkit_mol, graph_to_jax
     from expaloma.infer import charges_for_smiles
     from expaloma.nn.model import load_eqx
@@ -127,5 +127,5 @@ def test_expaloma(getkey):
     adapt_train_merge(
         model, ["w_self", "w_neigh", "w_f_in"], call, getkey, targets=9, rank=8
     )
-    # The model itself holds the last one, and is wrapped.
+    # The model itself holds the last one, and becomes a `LoraModule`.
     adapt_train_merge(model, "w_readout", call, getkey, targets=1, rank=2)

@@ -1,4 +1,4 @@
-"""What surgery must leave alone, and where it must reach."""
+"""What `loraify` and `unloraify` must replace, and what they must leave unchanged."""
 
 import copy
 import pickle
@@ -51,7 +51,7 @@ def test_keys_depend_on_the_path_alone(getkey):
 
 
 def test_keys_are_not_reused(getkey):
-    """The checker of JAX itself agrees."""
+    """JAX's own checker agrees."""
     model = mlp(getkey())
     with jax.debug_key_reuse(True):
         lorax.loraify(model, rank=2, key=jr.key(3))
@@ -102,7 +102,7 @@ def test_rank_stabilised(getkey):
 
 
 class Reads(eqx.Module):
-    """Reads what a layer has instead of calling it."""
+    """Reads the attributes of a layer instead of calling it."""
 
     linear: eqx.nn.Linear
     conv: eqx.nn.Conv2d
@@ -326,7 +326,7 @@ class Named(eqx.nn.Linear):
 
 
 class Doubled(eqx.nn.Linear):
-    """Where the parent reads its weight, it finds another."""
+    """Overrides the weight that its parent reads."""
 
     half: jax.Array
 
@@ -350,7 +350,7 @@ class WithDropout(eqx.nn.Linear):
 
 
 class Padded(eqx.nn.Conv1d):
-    """Where the parent calls a method of its own, it finds another."""
+    """Overrides a method that its parent calls."""
 
     def _nonzero_pad(self, x):
         return jnp.pad(x, ((0, 0), (1, 1)), constant_values=1.0)
@@ -454,7 +454,7 @@ def test_a_weight_that_is_computed_is_passed_over(getkey):
 
 
 class Rectified(eqx.Module):
-    """Does with its weight what a factored one cannot."""
+    """Uses its weight in a way that a factored one does not support."""
 
     weight: jax.Array
 
@@ -480,7 +480,7 @@ def test_materialises_with_a_warning(getkey):
 
 
 def test_scan_over_stacked_layers(getkey):
-    """Plain `lax.scan` over the layers of a stack, as over plain ones."""
+    """Plain `lax.scan` works over the layers of a stack, as over plain ones."""
 
     class Layer(eqx.Module):
         linear: eqx.nn.Linear
@@ -514,8 +514,8 @@ def test_scan_over_stacked_layers(getkey):
 
 
 def test_scan_does_not_save_the_frozen_weights(getkey):
-    """The residuals of the backward pass are activations only: `x @ w.T` would have
-    saved a transposed copy of every frozen weight."""
+    """The residuals of the backward pass are activations only. With `x @ w.T` they
+    would have a transposed copy of every frozen weight."""
     n, layers = 64, 6
     model = eqx.filter_vmap(lambda key: eqx.nn.Linear(n, n, key=key))(
         jr.split(getkey(), layers)
@@ -569,7 +569,7 @@ def test_dropout(getkey):
     assert abs(dropped - without).max() > 1e-3
     assert (dropped == adapted(x, key=key)).all()
     assert (dropped != adapted(x, key=getkey())).any()
-    # Only the low-rank branch sees it, scaled to the same mean.
+    # Only the low-rank branch has dropout, scaled to the same mean.
     many = jax.vmap(lambda key: adapted(x, key=key))(jr.split(getkey(), 4000))
     deviation = many.std(0) / np.sqrt(4000)
     assert (abs(many.mean(0) - without) < 5 * deviation).all()

@@ -1,5 +1,5 @@
-"""A GPT-2 in Equinox whose matrices are stored either way, and whose head may be its
-table of words: a small causal model to hold against the one of `transformers`."""
+"""A GPT-2 in Equinox with matrices stored in either layout, whose head may be its
+embedding: a small causal model to compare with that of `transformers`."""
 
 import equinox as eqx
 import jax
@@ -102,7 +102,7 @@ NAMES = {
 
 
 def untied(model):
-    """The same with a head of its own, of equal numbers."""
+    """The same model with a separate head with equal values."""
     words = model.words.weight
     head = eqx.nn.Linear(*words.shape[::-1], use_bias=False, key=jr.key(0))
     head = eqx.tree_at(lambda head: head.weight, head, jnp.array(words))

@@ -1,4 +1,4 @@
-"""What the comparisons with the real PEFT share."""
+"""Helpers for the comparisons with the real PEFT."""
 
 import warnings
 
@@ -15,16 +15,17 @@ from eqx_lorax._trees import Places
 
 AGAINST_PEFT = [
     pytest.mark.interop,
-    # What PEFT and PyTorch warn of is not ours to mend.
+    # Warnings from PEFT and PyTorch are not for us to fix.
     pytest.mark.filterwarnings("default"),
     pytest.mark.usefixtures("as_for_users"),
 ]
 
-# PyTorch is imported where it is used: only those who run these tests have it.
+# PyTorch is imported where it is used: other tests run without it.
 
 
 def in_peft(model, folder):
-    """The PyTorch model with the adapter in `folder`. PEFT has to find all of it."""
+    """The PyTorch model with the adapter in `folder`. PEFT must find all of its
+    tensors."""
     import peft
 
     with warnings.catch_warnings():
@@ -33,7 +34,8 @@ def in_peft(model, folder):
 
 
 def by_peft(model, folder, **config):
-    """The PyTorch model with a random adapter by PEFT, which is saved to `folder`."""
+    """The PyTorch model with a random adapter made by PEFT, which is saved to
+    `folder`."""
     import peft
     import torch
 
@@ -58,8 +60,8 @@ def tensor(x):
 
 
 def filled_from(model, named, names, is_turned=lambda path: False):
-    """The Equinox model with the arrays of a PyTorch model, given by its `named`
-    parameters. `is_turned` says by its path whether an array is transposed here."""
+    """The Equinox model with the arrays of a PyTorch model, from its `named`
+    parameters. `is_turned` decides by path whether an array is transposed here."""
     places = Places(model)
     found = {}
     for module in places.all:
@@ -93,7 +95,7 @@ def _ours_on(model, tokens):
 
 
 def through_layers(layers, activation, x):
-    """`x` after a stack of layers, with an activation behind each of them."""
+    """`x` after a stack of layers, each followed by an activation."""
     arrays, rest = eqx.partition(layers, eqx.is_array)
 
     def body(x, arrays):

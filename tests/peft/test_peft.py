@@ -1,5 +1,5 @@
-"""PEFT's format without PEFT: what goes out comes back, and what does not fit is
-refused. `test_peft_interop.py` holds it against the real one."""
+"""PEFT's format without PEFT: saved adapters load again, and unsuitable ones are
+errors. `test_peft_interop.py` compares with the real PEFT."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import eqx_lorax as lorax
 
 
-# The table of words here is no head, as the warning asks.
+# The embedding is not the head here, as the warning asks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing else in `model` has its")
 
 
@@ -135,10 +135,10 @@ def test_the_configuration(saved):
     assert config["init_lora_weights"] is True
     assert (config["r"], config["lora_alpha"]) == (2, 3)
     assert config["rank_pattern"] == {"conv0": 1}
-    # The groups multiply the rank, so they do alpha.
+    # The groups multiply the rank, and so alpha too.
     assert config["alpha_pattern"] == {"conv1": 6}
     assert config["target_parameters"] == [f"layer.{i}.mlp.experts" for i in range(2)]
-    # A list would mean every module called `conv0`.
+    # A list would select every module called `conv0`.
     assert re.fullmatch(config["target_modules"], "layer.1.self.o")
     assert not re.fullmatch(config["target_modules"], "other.conv0")
     assert config["modules_to_save"] == ["classifier", "layer.0.norm", "layer.1.norm"]
@@ -289,7 +289,7 @@ def test_another_base(saved, getkey):
         lorax.peft.load(folder, other, names=NAMES)
     loaded = lorax.peft.load(folder, other, names=NAMES, allow_other_base=True)
     assert_identical(loaded.words.weight.b, adapted.words.weight.b)
-    # PEFT itself says nothing of the base.
+    # PEFT itself stores nothing about the base.
     write(folder, *files(folder))
     lorax.peft.load(folder, other, names=NAMES)
 
@@ -335,7 +335,7 @@ def test_stored_in_out(shape, transposed, tmp_path, getkey):
     inputs = np.swapaxes(weight.b, -1, -2).reshape(-1, 4)
     assert np.array_equal(first, inputs)
     assert config["fan_in_fan_out"] is (len(shape) == 2)
-    # Of other layers the version says nothing, and the oldest refuse to be told.
+    # For other layers the version is not needed, and the oldest PEFT rejects the field.
     assert config.get("peft_version") == (None if len(shape) == 2 else "0.21.0")
     loaded = lorax.peft.load(tmp_path, plain, names=names, transposed=transposed)
     assert_identical(loaded, adapted)
@@ -385,7 +385,7 @@ def test_fan_in_fan_out_asks_about_square_arrays(tmp_path, getkey):
         lorax.peft.load(tmp_path, plain, names={"0": "x"})
     loaded = lorax.peft.load(tmp_path, plain, names={"0": "x"}, transposed=[])
     assert_identical(loaded, adapted)
-    # Of a linear layer there is no question.
+    # A linear layer is unambiguous.
     plain = [eqx.nn.Linear(4, 4, key=getkey())]
     adapted = trained(lorax.loraify(plain, rank=2, key=getkey()))
     lorax.peft.save(tmp_path, adapted, names={"0": "x"})
@@ -433,7 +433,7 @@ def linears(getkey, count=3):
 
 
 def folder_of(folder, layers, **options):
-    """Layers of a stack in a folder: for each position a rank and an alpha."""
+    """A folder with layers of a stack: a rank and an alpha for each position."""
     random = np.random.default_rng(0)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, **options}
     config["target_modules"] = [f"layer.{i}" for i in layers]

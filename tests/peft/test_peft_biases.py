@@ -1,4 +1,4 @@
-"""Biases that are trained beside adapters, against the real PEFT: `bias` and
+"""Biases trained beside adapters, compared with the real PEFT: `bias` and
 `lora_bias`."""
 
 import json
@@ -95,7 +95,7 @@ def pair(getkey):
 
 
 def with_other_biases(model, filter=lambda name: True):
-    """Every bias that PEFT trains, moved."""
+    """The model with changes to every bias that PEFT trains."""
     import torch
 
     with torch.no_grad():
@@ -154,7 +154,7 @@ BIASES = ["layers.bias", "conv.bias"]
     "also, option, whole",
     [
         (BIASES, "lora_only", None),
-        # PEFT has the others too, as they are.
+        # PEFT also has the others, unchanged.
         (["layers.bias"], "lora_only", None),
         ([*BIASES, "norm.bias", "head.bias"], "all", None),
         ([*BIASES, "norm.bias", "head"], "all", ["classifier"]),

@@ -1,6 +1,5 @@
-"""Causal models of `transformers` against the same in Equinox, with adapters that the
-real PEFT writes and reads: matrices stored either way, and tables of words that are
-heads too."""
+"""Causal models of `transformers` compared with the same in Equinox, with adapters that
+the real PEFT writes and reads: matrices in either layout, and tied embeddings."""
 
 import json
 
@@ -32,7 +31,7 @@ PROJECTIONS = ["attend", "attended", "up", "down"]
 
 
 def theirs(*, in_out=True, is_tied=False):
-    """A GPT-2 in PyTorch, its matrices stored `(in, out)` or not."""
+    """A GPT-2 in PyTorch, with matrices stored `(in, out)` or `(out, in)`."""
     import torch
     import transformers
 
@@ -62,7 +61,7 @@ def theirs(*, in_out=True, is_tied=False):
 
 
 def ours_like(model, *, in_out, is_tied=False):
-    """The same in Equinox."""
+    """The same model in Equinox."""
     named = dict(model.named_parameters())
     theirs_in_out = type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
 
@@ -134,7 +133,7 @@ def test_others_are_told_to_be_named(tmp_path):
         lorax.peft.load(tmp_path, plain, names=gpt2.NAMES)
 
 
-# Words that are the head too
+# Tied embeddings
 
 
 TIED = {"words": "lm_head"}
@@ -173,7 +172,7 @@ def test_tied_words_from_peft(tmp_path):
 @pytest.mark.parametrize("target", ("wte", "lm_head"))
 def test_words_or_a_head_that_peft_adapts_alone(target, tmp_path):
     model, plain = tied_pair()
-    # Nothing is tied for this name, whatever is asked for.
+    # PEFT ties nothing to this name, whatever the options.
     options = dict(ensure_weight_tying=True) if target == "wte" else {}
     targets = [target, "c_fc"]
     model = by_peft(
@@ -181,7 +180,7 @@ def test_words_or_a_head_that_peft_adapts_alone(target, tmp_path):
     )
     with pytest.raises(lorax.AdapterFileError, match="PEFT has adapted .* and not"):
         lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, tied=TIED)
-    # What is said to be exact: a head of its own.
+    # This is documented as exact: a separate head.
     untied = gpt2.untied(plain)
     loaded = lorax.peft.load(tmp_path, untied, names=gpt2.NAMES)
     assert_same(loaded, model, plain)

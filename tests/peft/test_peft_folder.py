@@ -1,5 +1,5 @@
-"""Folders of PEFT's that are not whole, and files that are something else: each is told
-what it is and what to do."""
+"""Incomplete PEFT folders, and files in other formats: the error names the format or
+the problem, and the fix."""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 import eqx_lorax as lorax
 
 
-# The table of words here is no head, as the warning asks.
+# The embedding is not the head here, as the warning asks.
 pytestmark = pytest.mark.filterwarnings("ignore:.*nothing else in `model` has its")
 
 
@@ -76,7 +76,7 @@ def without(tensors, *parts):
 
 @pytest.fixture
 def saved(tmp_path, getkey):
-    """As PEFT would have trained and saved it."""
+    """A folder as PEFT would have trained and saved it."""
     plain = Model(getkey())
     adapted = lorax.loraify(plain, ["q", "v"], rank=2, key=getkey())
     lorax.peft.save(tmp_path, trained(adapted), names=NAMES, also="head")
@@ -85,7 +85,7 @@ def saved(tmp_path, getkey):
     return plain, config, tensors
 
 
-# What a configuration promises
+# Adapters that the configuration announces
 
 BOTH = {"target_modules": ["q_proj", "v_proj"]}
 REGEX = {"target_modules": r"model\.layers\.\d+\.attn\.(q|v)_proj"}
@@ -221,7 +221,7 @@ def test_all_that_is_wrong_at_once(saved, tmp_path):
 
 
 def test_a_module_that_pytorch_has_not(saved, tmp_path):
-    """Its adapter is not missed once `names` does not claim that it is there."""
+    """Its adapter counts as missing only if `names` translates the module."""
     plain, config, tensors = saved
     write(tmp_path / "new", config, without(tensors, "layers.1"))
     names = {k: x.replace("{}", "0") for k, x in NAMES.items()}
@@ -328,7 +328,7 @@ def renamed(change):
 
 
 def with_adapter_name(name):
-    """As in the state of a model of PEFT's."""
+    """As in the state of a PEFT model."""
     name = name.replace("lora_A.weight", "lora_A.default.weight")
     name = name.replace("lora_B.weight", "lora_B.default.weight")
     return name.replace("score.", "score.modules_to_save.default.")
@@ -382,7 +382,7 @@ def test_names_that_cannot_be_told(saved, change, message, tmp_path):
         lorax.peft.load(tmp_path / "new", plain, names=NAMES)
 
 
-# Files of others
+# Other formats
 
 X = np.ones((2, 2), np.float32)
 KOHYA = {
@@ -515,7 +515,7 @@ def test_a_header_whose_length_looks_like_something_else(start, tmp_path, getkey
     assert_identical(lorax.load_adapter(path, model), model)
 
 
-# Biases; `test_peft_biases.py` has them against PEFT
+# Biases; `test_peft_biases.py` compares them with PEFT
 
 
 def test_biases_beside_adapters(tmp_path, getkey):
@@ -533,7 +533,7 @@ def test_biases_beside_adapters(tmp_path, getkey):
         ),
     }
     assert_identical(lorax.peft.load(tmp_path, plain, names=NAMES), model)
-    # Before it had a `base_layer`.
+    # Older versions had no `base_layer`.
     write(
         tmp_path, config, {k.replace("base_layer.", ""): x for k, x in tensors.items()}
     )

@@ -1,4 +1,4 @@
-"""PEFT's format against the real PEFT, on PyTorch: what is trained here gives the same
+"""PEFT's format with the real PEFT, on PyTorch: adapters trained here give the same
 outputs there, and the reverse."""
 
 import json
@@ -159,8 +159,8 @@ class OurExperts(eqx.Module):
 
 
 def experts(*, square=False, here=False, there=False, order=("up", "down")):
-    """The same experts twice; `here` and `there` say which are stored `(e, in, out)`,
-    and `order` in which order the module there defines them."""
+    """The same experts twice. `here` and `there` say which are stored `(e, in, out)`,
+    and `order` is the order in which the PyTorch module defines them."""
     import torch
     from torch import nn
 
@@ -220,7 +220,7 @@ def parameters(targets):
 
 
 def said(options):
-    """The arguments without which these are not to be known."""
+    """The arguments that are needed because the file is ambiguous."""
     return dict(
         transposed=["up", "down"] if options["here"] else None,
         parameter_order=["up", "down"] if options["square"] else None,
@@ -246,7 +246,7 @@ def test_sides_of_experts_from_peft(options, tmp_path):
     np.testing.assert_allclose(jax.vmap(loaded[0])(INPUTS), expected, atol=1e-5)
 
 
-# Square ones that are stored otherwise here are not to be told.
+# Square experts with another layout here cannot be detected.
 @pytest.mark.parametrize(
     "options",
     [x for x in ORDERS_OF_SIDES if not x["square"] or x["here"] == x["there"]],
@@ -254,7 +254,7 @@ def test_sides_of_experts_from_peft(options, tmp_path):
 )
 def test_experts_from_before_0_19(options, tmp_path):
     ours, theirs = experts(**options)
-    # What every module had then: the first axis as it is stored is that of `A`.
+    # Every module was like this then: `A` belongs to the first stored axis.
     theirs[0].is_transposed = True
     model = by_peft(theirs, tmp_path, r=2, **parameters(["up", "down"]))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -263,7 +263,7 @@ def test_experts_from_before_0_19(options, tmp_path):
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        # Were they stored otherwise there, they could be each other's.
+        # With another layout there, the two could be confused.
         said_of_old = said(options) | dict(parameter_order=["up", "down"])
         loaded = lorax.peft.load(tmp_path, ours, names=EXPERTS, **said_of_old)
     has_warned = any("before PEFT 0.19" in str(x.message) for x in caught)
@@ -302,7 +302,7 @@ def test_order_of_parameters(square, listed, order, tmp_path):
     lorax.peft.save(folder, loaded, names=EXPERTS, parameter_order=order)
     found = numpy(in_peft(theirs, folder)(tensor(INPUTS)))
     np.testing.assert_allclose(found, expected, atol=1e-5)
-    # What was said in saving needs no saying again.
+    # Arguments of saving are not needed again.
     again = lorax.peft.load(folder, ours, names=EXPERTS)
     np.testing.assert_allclose(jax.vmap(again[0])(INPUTS), expected, atol=1e-5)
 
@@ -353,7 +353,7 @@ def test_minilm_to_peft(minilm_tokens, tmp_path, getkey):
 
 
 def trained_a_little(model):
-    """As `trained`, but with updates small enough for a deep model."""
+    """Like `trained`, but with updates small enough for a deep model."""
     model = trained(model)
     return lorax.scale(model, 0.1)
 
@@ -374,7 +374,7 @@ def test_minilm_from_a_script_of_pefts_own(tmp_path):
     assert np.abs(plain - expected).max() > 0.1
 
 
-# A causal model, its layers stacked
+# A causal model with stacked layers
 
 
 @pytest.fixture
@@ -394,8 +394,8 @@ def causal(getkey):
 
 def test_a_causal_model_to_peft(causal, tmp_path):
     ours, theirs, tokens = causal
-    # The same numbers in each run: how much three layers amplify rounding depends on
-    # them, by a factor of ten.
+    # The same numbers in each run, since they change the rounding errors of three
+    # layers by a factor of ten.
     key = jr.key(1)
     adapted = trained(lorax.loraify(ours, "blocks", rank=4, alpha=2, key=key))
     lorax.peft.save(
@@ -425,8 +425,8 @@ def test_a_causal_model_from_peft(causal, tmp_path):
 
 
 def test_what_is_exchanged_of_a_causal_model(causal, tmp_path):
-    """Adapters on the words and the head, whose bases PEFT saves too; on some layers of
-    the stack, of several ranks; with dropout."""
+    """Adapters on the embedding and the head, whose bases PEFT saves too; on some
+    layers of the stack, with several ranks; with dropout."""
     ours, theirs, tokens = causal
     model = by_peft(
         theirs,

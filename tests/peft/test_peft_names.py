@@ -1,5 +1,5 @@
-"""Names that PEFT's matching takes for others: what is adapted and what is saved whole
-is just what it was here, held against the real PEFT."""
+"""Names that PEFT's matching confuses with others. The same modules are adapted and
+saved as a whole as here, compared with the real PEFT."""
 
 import json
 import warnings
@@ -20,7 +20,7 @@ pytestmark = AGAINST_PEFT
 
 
 def theirs_of(names):
-    """A model in PyTorch of linear layers at these paths, one after another."""
+    """A PyTorch model of linear layers at these paths, applied one after another."""
     import torch
     from torch import nn
 
@@ -77,8 +77,8 @@ INPUTS = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 
 
 def saved_and_loaded(names, adapted, also, folder, known=None, **options):
-    """Saves a model with adapters and heads at some of these paths; the outputs of it
-    and of the one that PEFT loads, and which modules have something new there."""
+    """Saves a model with adapters and heads at some of these paths. Returns its
+    outputs, those of the model that PEFT loads, and the modules that PEFT changed."""
     import peft
     import torch
     from peft.tuners.lora import LoraLayer

@@ -22,7 +22,7 @@ def shaped(*shape, dtype=jnp.float32, sharding=None):
 
 
 def place_array(tree, *spec):
-    """The tree, abstract, with its matrices sharded by the last two axes."""
+    """The abstract tree, with matrices sharded by their last two axes."""
 
     def place(x):
         if not eqx.is_array(x) and not isinstance(x, jax.ShapeDtypeStruct):
@@ -103,9 +103,9 @@ def test_on_one_device_of_several(getkey):
     assert plan.base == 4 * 16 * 8 // 8
     b, a = 4 * 8 * 2 // 2, 4 * 2 * 16 // 4
     assert plan.adapters == plan.gradients == b + a
-    assert plan.optimizer == 2 * (b + a) + 4  # with the number of steps
-    # The input's gradient is not needed, so the base is read once. What of a weight is
-    # on the other rows of the mesh is received, but not what the column has not.
+    assert plan.optimizer == 2 * (b + a) + 4  # depends on the number of steps
+    # The input's gradient is not needed, so the base is read once. Parts of a weight on
+    # other rows of the mesh are received, but not those on other columns.
     w, a = 4 * 16 * 8 // 2, 4 * 2 * 16
     assert plan.read == w + 2 * b + a
     gathered = (w - w // 4) + (a - a // 4)
@@ -143,7 +143,7 @@ def plan_of_stack(form, layers):
 @pytest.mark.parametrize("form, kept", [("list", 2), ("scan", 2), ("checkpoint", 1)])
 def test_activations_of_a_stack(form, kept):
     """Each layer keeps its input, for the gradient of the weight, and the cosine, for
-    that of the sine; with a checkpoint its input alone."""
+    that of the sine. With a checkpoint it keeps only its input."""
     plans = [plan_of_stack(form, layers) for layers in (3, 4)]
     assert plans[1].activations - plans[0].activations == kept * 4 * 50 * 8
 
@@ -190,12 +190,12 @@ def test_seventy_billion_parameters(as_for_users):
     assert 70e9 * 4 / 8 < plan.base < 71e9 * 4 / 8
     summary = lorax.summary(model)
     assert summary.device_frozen_bytes == plan.base
-    # Forward, forward again but for the last layer of a block, and backward; the head
-    # only forward and backward. There are no gradients of the base.
+    # Forward, forward again except for the last layer of a block, and backward. The
+    # head runs only forward and backward. The base has no gradients.
     layers, down, head = 68.45e9, 80 * 8192 * 28_672, 8192 * 128_256
     weights = 3 * layers - down + 2 * head
     assert plan.flops == pytest.approx(2 * weights * 4 * 1024, rel=0.05)
-    # Each time half of a weight is gathered, of which a quarter is there.
+    # Half of a weight is gathered each time, and a quarter is already there.
     assert plan.received == pytest.approx(weights * 4 / 2 * 3 / 4, rel=0.05)
     assert sum(x.nbytes for x in jax.live_arrays()) - before < 1000
 
@@ -207,14 +207,14 @@ def test_seventy_billion_parameters(as_for_users):
     "form, products", [("list", 8), ("scan", 9), ("checkpoint", 12)]
 )
 def test_flops_of_a_stack(form, products):
-    """Of each of three products there are two more in the backward pass; but for the
-    first one nobody needs the gradient of the input, which a scan computes all the
-    same. With checkpoints each is computed again."""
+    """Each of three products has two more in the backward pass. The input's gradient is
+    not needed for the first one, but a scan computes it anyway. With checkpoints each
+    product is computed again."""
     assert plan_of_stack(form, 3).flops == products * 2 * 50 * 8 * 8
 
 
 def test_flops_of_adapters():
-    """A frozen product has one more, for the gradient of its input, and those of an
+    """A frozen product has one more, for the gradient of its input. The products of an
     adapter have two more each."""
     make = lambda: [eqx.nn.Linear(8, 8, key=jr.key(0)) for _ in range(2)]  # noqa: E731
     model = adapted(eqx.filter_eval_shape(make), rank=2)
@@ -230,7 +230,8 @@ def test_flops_of_a_convolution():
         lambda: eqx.nn.Conv2d(4, 6, 3, stride=2, groups=2, key=jr.key(0))
     )
     plan = lorax.plan(mean_square, conv, shaped(5, 4, 9, 9), also="weight")
-    # 4 × 4 outputs of 6 channels, of 2 × 3 × 3 inputs each; and the kernel's gradient.
+    # 4 × 4 outputs with 6 channels, each from 2 × 3 × 3 inputs; and the kernel's
+    # gradient.
     assert plan.flops == 2 * 2 * 5 * 6 * 16 * 18
 
 
@@ -242,8 +243,8 @@ def test_flops_of_control_flow():
         return lax.cond(x[0, 0] > 0, wide, lambda x: jnp.sum(x @ w), x)
 
     plan = lorax.plan(loss, {"w": shaped(8, 6)}, shaped(5, 8), also="w")
-    # The larger branch: two products, and gradients of `w`, of `x @ w` and of `w.T`. Of
-    # the loop one round.
+    # The larger branch: two products, and gradients of `w`, of `x @ w` and of `w.T`.
+    # The loop counts as one iteration.
     assert plan.flops == 2 * (5 * 5 * 8 * 6 + 5 * 5 * 8)
 
 

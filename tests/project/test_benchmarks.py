@@ -1,4 +1,4 @@
-"""The benchmarks run, at small size."""
+"""The benchmarks run at small size."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_speed(only, tmp_path):
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
     flops = [row["flops"] for (_, name), row in rows.items() if "door" in name]
     if only.startswith("stack"):
-        # 1 + 1.5 r (1/m + 1/n), the floor being two products a layer.
+        # 1 + 1.5 r (1/m + 1/n), with a floor of two products per layer.
         assert flops and all(abs(x - (1 + 3 * 8 / 1024)) < 0.003 for x in flops)
 
 

@@ -20,7 +20,7 @@ def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
     for block in blocks:
-        # So that a traceback shows the line of the page.
+        # So that a traceback shows the line in the page.
         code = "\n" * (text[: block.start()].count("\n") + 1) + block[1]
         exec(compile(code, str(page), "exec"), namespace)
 

@@ -35,7 +35,7 @@ def test_sentiment(tmp_path, capfd):
     assert "bert.encoder.layers.*.attention.value.weight × 6" in printed
     assert "64 of 64 answers are the same" in printed
     assert "74,498" in printed
-    # Both files have the trained accuracy in a process of their own.
+    # Both files give the trained accuracy in another process.
     same = f"{result.accuracy_after:.3f}"
     assert re.search(rf"accuracy of sentiment\.safetensors +{same}", printed)
     assert re.search(rf"accuracy of sentiment_peft +{same}", printed)
@@ -60,7 +60,7 @@ def test_many_adapters(tmp_path, capsys):
 
 
 def distributed(folder, *flags, **environment):
-    """The example as a shell would start it. The devices are its own."""
+    """The example, run as from a shell, with its own devices."""
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     program = ROOT / "examples" / "distributed_finetune.py"
     return running(
@@ -83,7 +83,7 @@ def test_distributed(tmp_path):
     assert (tmp_path / "distributed.png").read_bytes().startswith(b"\x89PNG")
     losses = np.load(tmp_path / "distributed_losses.npy")
     assert losses.shape == (4,) and (losses > 0).all()
-    # Its adapter is one for the model on a single device.
+    # Its adapter loads into the model on a single device.
     bert = minilm.load_minilm()
     plain = Classifier(bert, key=jax.random.split(jax.random.key(0))[0])
     plain = jax.tree.map(jax.numpy.asarray, distributed_finetune.stacked(plain))
@@ -92,14 +92,14 @@ def test_distributed(tmp_path):
     assert all(np.any(weight.b != 0) for weight in weights(model))
     assert len(weights(model)) == 2
 
-    # Once more: there is nothing left to do.
+    # Run again: there is nothing left to do.
     with distributed(tmp_path, *flags) as program:
         program.finish()
         again = program.out
     assert "Going on from the checkpoint of step 4" in again
     found = re.search(r"Held-out accuracy .*", printed)
     assert found is not None and found[0] in again
-    # A shorter run would be another one.
+    # A shorter run is a different run.
     with distributed(tmp_path, *flags, "--steps", "3") as program:
         program.finish(status=2)
         errors = program.err
@@ -108,7 +108,7 @@ def test_distributed(tmp_path):
 
 
 def test_distributed_on_a_cluster(tmp_path):
-    """As SLURM would start it: one task for each of two machines."""
+    """As under SLURM: one task for each of two machines."""
     flags = "--cluster --tiny --mesh 2x2 --steps 4 --every 2 --batch-size 8".split()
     cluster = dict(
         JAX_PLATFORMS="cpu",
@@ -129,7 +129,7 @@ def test_distributed_on_a_cluster(tmp_path):
 
 
 def test_minilm_embeds_meaning():
-    """The pretrained weights are where they belong: paraphrases are closer."""
+    """The pretrained weights are in the right places: paraphrases are closer."""
     import jax.numpy as jnp
     import minilm
 
@@ -158,8 +158,8 @@ def test_digits(tmp_path):
 
 
 def check_what_was_trained(result, plain):
-    """What the spec freezes, bases included, has not changed by a bit; what it trains
-    has; and what an optimizer remembers is of that alone."""
+    """Frozen arrays, including bases, have the same bits; trained ones have changed;
+    and the optimizer has state for trained arrays only."""
     trees = plain, result.adapted, result.merged, result.spec
     leaves = [jax.tree.leaves(tree, is_leaf=is_weight) for tree in trees]
     trained = frozen = 0
@@ -190,7 +190,7 @@ def check_what_was_trained(result, plain):
 
 @pytest.mark.parametrize("embeddings", ("full", "frozen"))
 def test_huggingface(embeddings, tmp_path, capsys):
-    """Nothing is materialised, or `on_materialise="error"` would end it."""
+    """Nothing is materialised: `on_materialise="error"` would raise."""
     import huggingface_gpt2
     from transformers import FlaxGPT2LMHeadModel
 
@@ -202,7 +202,7 @@ def test_huggingface(embeddings, tmp_path, capsys):
     assert len(weights(result.adapted)) == 4
     assert "for full fine-tuning" in capsys.readouterr().out
 
-    # The merged parameters are what their own code saves and loads.
+    # Their own code saves and loads the merged parameters.
     result.model.save_pretrained(tmp_path, params=result.merged)
     loaded = FlaxGPT2LMHeadModel.from_pretrained(tmp_path)
     tokens = np.arange(32)[None]
@@ -223,14 +223,14 @@ def test_haiku():
     check_what_was_trained(result, result.plain)
     assert result.after.programs < result.before.programs
     adapted = weights(result.adapted)
-    # Four projections of attention and two of the MLP, each of both layers.
+    # Four projections of attention and two of the MLP, in each of two layers.
     assert len(adapted) == 6
     assert {(len(x.a), len(x.b)) for x in adapted} == {(2, 2)}
     assert all(np.any(x.b[0] != x.b[1]) for x in adapted)
 
 
 def test_haiku_needs_the_batch_axis(monkeypatch):
-    """And `on_materialise="error"` would notice that it is missing."""
+    """Without it `on_materialise="error"` raises."""
     import haiku_transformer
 
     monkeypatch.setattr(
@@ -250,8 +250,8 @@ def test_nnx():
     assert result.after.turned > result.before.turned + 0.4
     assert result.after.turned_loss < result.before.turned_loss
     adapted = weights(result.adapted)
-    # The update of a kernel of three axes, as the matrix that attention multiplies
-    # with, is of the rank that was asked for.
+    # The update of a kernel with three axes has the given rank, as the matrix that
+    # attention multiplies with.
     assert {x.shape for x in adapted} == {(32, 4, 8), (4, 8, 32)}
     for weight in adapted:
         update = np.asarray(weight.materialise() - weight.w).reshape(32, 32)
@@ -318,7 +318,7 @@ def test_bad_flags_are_one_line(flags, message, capsys):
     ],
 )
 def test_missing_packages_are_one_line(program, package, install):
-    """In a process where the package cannot be found."""
+    """In a process that cannot find the package."""
     hide = (
         "import importlib.util as u, runpy, sys\n"
         f"sys.modules[{package!r}] = None\n"

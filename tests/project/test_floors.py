@@ -1,4 +1,4 @@
-"""The rooms of the package stand on floors: what each may import."""
+"""The rooms of the package are on floors, which decide what each may import."""
 
 import re
 
@@ -7,8 +7,8 @@ from floors import find_problems, MOST_FILES, MOST_LINES, Package
 from paths import ROOT
 
 
-# From the bottom to the top. A room imports from the floors below its own alone, and
-# nothing but what is in the `__init__.py` of the other room, its door.
+# From bottom to top. A room imports only from lower floors, and only names from the
+# other room's `__init__.py`, its door.
 FLOORS = (
     ("_shared",),
     ("_factored",),
@@ -45,7 +45,7 @@ def test_the_page_of_the_architecture_has_these_floors():
         for floor, names in rows
         for name in re.findall("`(.*?)`", names)
     }
-    floors = FLOORS[:-1]  # without the package's own file
+    floors = FLOORS[:-1]  # without the package's own `__init__.py`
     assert found == {x: i for i, floor in enumerate(floors, 1) for x in floor}
 
 

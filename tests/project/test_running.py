@@ -1,4 +1,4 @@
-"""What the tests start ends, whatever becomes of them."""
+"""Programs that the tests start always end."""
 
 import os
 import signal

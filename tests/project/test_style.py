@@ -1,4 +1,4 @@
-"""Rules that hold for every file. Those of rooms and sizes are in `test_floors.py`."""
+"""Rules for every file. `test_floors.py` has those for rooms and sizes."""
 
 import ast
 import inspect
@@ -72,8 +72,8 @@ def _is_arg(node):
 
 
 def _ours(module):
-    """The names that a file of the package defines, or has from another one; not type
-    variables."""
+    """The names that a file of the package defines or imports from another one, without
+    type variables."""
     names = set()
     for node in ast.parse(inspect.getsource(module)).body:
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -96,7 +96,7 @@ def test_public_signatures_have_public_types():
         module = sys.modules[inspect.unwrap(function).__module__]
         types = _annotated(function) & _ours(module)
         where = f"{function.__module__}.{function.__name__}"
-        for name in types - {"Weights"}:  # The numbers of `weighted_sum`.
+        for name in types - {"Weights"}:  # The coefficients of `weighted_sum`.
             assert name in public, f"{where}: {name}"
             assert f"{name}\n" in pages, f"{name} has no page"
 
@@ -110,7 +110,7 @@ def test_core_imports_only_what_it_declares():
         "safetensors",
         "jaxtyping",
         "numpy",
-        "wadler_lindig",  # Equinox prints with it, and asks for what it takes.
+        "wadler_lindig",  # Equinox prints with it.
         "orbax",
     }
     standard = __import__("sys").stdlib_module_names

@@ -43,7 +43,7 @@ for name, way in meshes.SOME_WAYS.items():
         arrays = {f"x{i}": np.asarray(x) for i, x in enumerate(whole)}
         np.savez(folder / f"{name}.npz", losses=losses, **arrays)
 
-# Sharded by its layers, over both processes.
+# Sharded by layers, over both processes.
 model, trained = runs["pipeline"]
 file = folder / "adapter.safetensors"
 lorax.save_adapter(file, trained)

@@ -1,4 +1,4 @@
-"""Narrow dtypes: bases of eight bits, and arrays of fewer anywhere in a model."""
+"""Narrow dtypes: bases with eight bits, and arrays with fewer anywhere in a model."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from eqx_lorax._factored import dense as form_dense
 
 
 def known(*names):
-    """Those that this version of JAX has."""
+    """Those of the dtypes that this version of JAX has."""
     return [jnp.dtype(getattr(ml_dtypes, x)) for x in names if hasattr(jnp, x)]
 
 
@@ -31,7 +31,7 @@ FP8 = known(
     "float8_e5m2",
     "float8_e5m2fnuz",
 )
-# Powers of two alone: no zero and no sign, so it is for scales and not for weights.
+# It has only powers of two, without zero and sign: for scales, not for weights.
 SCALES = known("float8_e8m0fnu")
 SUB_BYTE = known("int2", "int4", "uint2", "uint4", "float4_e2m1fn")
 every_fp8 = pytest.mark.parametrize("dtype", FP8, ids=str)
@@ -44,17 +44,17 @@ def count_bits(dtype):
 
 
 def every_value(dtype):
-    """An array with each of its bit patterns."""
+    """An array with every bit pattern of the dtype."""
     codes = np.arange(2 ** count_bits(dtype), dtype=np.uint8)
     if jnp.issubdtype(dtype, jnp.signedinteger):
-        # Whoever made them, they are sign-extended.
+        # Always sign-extended, however they were made.
         half = 2 ** (count_bits(dtype) - 1)
         return (codes.astype(np.int8) - half).astype(dtype).reshape(2, -1)
     return codes.view(dtype).reshape(2, -1)
 
 
 class Cast(eqx.Module):
-    """What people write who hold weights in few bits."""
+    """The usual code for weights in few bits."""
 
     w: jax.Array
 
@@ -68,7 +68,7 @@ def fp8(dtype, *shape, seed=0):
 
 @every_fp8
 def test_fp8_bases(dtype, tmp_path):
-    """Adapted, called through both doors, differentiated, merged and saved."""
+    """Adapted, called in both ways, differentiated, merged and saved."""
     plain = Cast(fp8(dtype, 4, 8))
     adapted = trained(lorax.loraify(plain, "w", rank=2, alpha=3.0, key=jr.key(0)))
     assert is_weight(adapted.w) and adapted.w.b.dtype == jnp.float32
@@ -77,7 +77,7 @@ def test_fp8_bases(dtype, tmp_path):
     dense = dense_weight(adapted.w)
     assert_close(adapted(x), dense @ np.asarray(x, np.float64))
 
-    # The function door.
+    # `lorax.lora`
     params = lorax.init_lora({"w": plain.w}, 2, jr.key(0))
     assert params["w"].b.dtype == jnp.float32
     function = lorax.lora(lambda p, x: p["w"].astype(x.dtype) @ x)
@@ -104,8 +104,8 @@ def test_fp8_bases(dtype, tmp_path):
 
 @every_fp8
 def test_fp8_inputs(dtype):
-    """Without a cast a plain product is of the narrow dtype, and so is an adapted
-    one, rounded once."""
+    """Without a cast, the output of a plain product has the narrow dtype. So does that
+    of an adapted one, rounded once."""
     weight = lorax.LoraWeight(
         fp8(dtype, 4, 8), normal(4, 2, seed=1), normal(2, 8, seed=2)
     )
@@ -121,7 +121,7 @@ def test_fp8_inputs(dtype):
 
 
 def test_merging_rounds_once():
-    """Not by way of float16, which would round what is between twice."""
+    """Not through float16, which would round values in between twice."""
     for dtype in FP8:
         near = np.asarray(every_value(dtype), np.float32).ravel()
         near = np.sort(near[np.isfinite(near)])
@@ -161,7 +161,7 @@ def test_digests(dtype):
 
 @every_narrow
 def test_elsewhere_in_a_model(dtype, tmp_path):
-    """Frozen, and so in no file but in every fingerprint."""
+    """They are frozen, so they are in no file but in every fingerprint."""
     table = jnp.asarray(every_value(dtype))
     model = {"codes": table, "layer": eqx.nn.Linear(4, 3, key=jr.key(0))}
     adapted = trained(lorax.loraify(model, "layer", rank=2, key=jr.key(1)))
@@ -193,7 +193,7 @@ def test_elsewhere_in_a_model(dtype, tmp_path):
 
 @every_narrow
 def test_trained_arrays_in_files(dtype, tmp_path):
-    """Of those that safetensors does not have an error says so."""
+    """A dtype that safetensors lacks is an error."""
     if not jnp.issubdtype(dtype, jnp.inexact):
         return
     model = {"head": jnp.asarray(every_value(dtype)), "bias": jnp.ones(3)}

@@ -1,5 +1,5 @@
-"""Training on meshes, in one process and in two: the same numbers as on one device, and
-programs that exchange no more than they have to."""
+"""Training on meshes, in one process and in two: the same numbers as on one device,
+without unnecessary communication."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def single():
-    """What one device finds."""
+    """The results on one device."""
     return meshes.train(meshes.make_llama(), STEPS)
 
 
@@ -43,11 +43,11 @@ def test_training(name, single):
     assert_close(lorax.partition(trained)[0], lorax.partition(on_one)[0], 1e-4)
 
 
-# What is exchanged
+# Communication
 
 
 def _program(model, mesh):
-    """The partitioned program of a training step; of the norms if there are no
+    """The partitioned program of a training step. It trains the norms if there are no
     adapters."""
     has_adapters = any(is_weight(x) for x in jax.tree.leaves(model, is_leaf=is_weight))
     params, frozen = lorax.partition(model, None if has_adapters else "blocks.norms")
@@ -58,7 +58,7 @@ def _program(model, mesh):
 
 
 def _of_matrices(found, model):
-    """Those of a base weight's shape, whole or in part, or of a dense update's."""
+    """Arrays with the shape of a base weight or of a dense update, whole or sharded."""
     shapes = set()
     for x in jax.tree.leaves(model):
         if x.ndim > 1 and x.shape[-1] > 8:
@@ -83,7 +83,7 @@ def test_no_weight_is_moved_that_was_not_before(name):
 
 @pytest.mark.heavy
 def test_what_data_parallel_training_exchanges():
-    """Adapter-sized gradients and the loss, in sums alone."""
+    """Only sums of adapter-sized gradients and of the loss."""
     way = WAYS["data"]
     mesh = meshes.make_mesh(way)
     model = meshes.adapted(meshes.on_mesh(meshes.make_llama(), mesh, way))
@@ -144,11 +144,11 @@ def _shardings(model):
 @pytest.mark.heavy
 @pytest.mark.processes
 def test_two_processes(single, tmp_path):
-    """Each with four devices: these ways of sharding give the numbers of one device;
-    adapters are written once and read by all."""
+    """With four devices each, these shardings give the same numbers as one device.
+    Adapters are written once and read by all."""
     script = Path(__file__).with_name("processes_script.py")
-    # Compiled as the tests are, since random numbers, and with them the base, are the
-    # same to the last bit only then. But not with their many devices.
+    # Compiled like the tests, since otherwise random numbers, and so the base, differ
+    # in the last bits. But without their many devices.
     flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
     environment = {
         **os.environ,
@@ -164,7 +164,7 @@ def test_two_processes(single, tmp_path):
         np.testing.assert_allclose(found["losses"], expected, rtol=1e-5)
         leaves = [found[f"x{i}"] for i in range(len(jax.tree.leaves(params)))]
         assert_close(leaves, jax.tree.leaves(params), 1e-4)
-    # What two processes have written together, one reads.
+    # One process reads a checkpoint that two have written together.
     read = lorax.load_adapter(tmp_path / "adapter.safetensors", meshes.make_llama())
     assert_close(lorax.partition(read)[0], params, 1e-4)
     merged = lorax.unloraify(read)

@@ -1,4 +1,4 @@
-"""What one sees of an adapted model."""
+"""How adapted models are printed."""
 
 import equinox as eqx
 import jax
@@ -61,7 +61,7 @@ def test_weights():
 
 
 def test_parts():
-    """What `partition` gives, and filter specs."""
+    """The parts from `partition`, and filter specs."""
     layer = lorax.loraify(eqx.nn.Linear(8, 4, key=KEY), rank=2, key=KEY)
     params, frozen = lorax.partition(layer)
     assert "weight=LoraWeight(None, rank=2, scale=1.0), bias=None" in repr(

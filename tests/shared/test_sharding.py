@@ -1,4 +1,4 @@
-"""Models that lie on several devices. `meshes.py` has the ways in which they do."""
+"""Models on several devices. `meshes.py` has the shardings."""
 
 import functools
 import warnings
@@ -42,7 +42,7 @@ def specs(weight):
     return [weight.b.sharding.spec, weight.a.sharding.spec]
 
 
-# Where factors lie
+# The sharding of factors
 
 
 @pytest.mark.eight_devices
@@ -62,7 +62,7 @@ def test_factors_follow_the_base(mesh, spec, b, a):
     adapted = lorax.loraify(model, rank=2, key=KEY)
     assert specs(adapted.weight) == [P(*b), P(*a)]
     assert adapted.weight.w is model.weight
-    # The numbers are those that a single device would have drawn.
+    # The numbers are those that a single device would draw.
     single = lorax.loraify(eqx.nn.Linear(8, 16, key=jr.key(0)), rank=2, key=KEY)
     assert_identical(np.asarray(adapted.weight.a), np.asarray(single.weight.a))
     params = lorax.init_lora({"w": model.weight}, 2, KEY)
@@ -149,7 +149,7 @@ def test_single_devices():
 
 @KINDS
 def test_abstract_models(kind):
-    """No device is needed, nor as many as there will be."""
+    """No device is needed, for a mesh of any size."""
     mesh = AbstractMesh((64, 8), ("data", "model"), axis_types=(kind, kind))
     shape = jax.ShapeDtypeStruct(
         (28672, 8192), jnp.bfloat16, sharding=NamedSharding(mesh, P("model", "data"))
@@ -189,7 +189,7 @@ def test_inside_jit(mesh):
 
 @pytest.mark.eight_devices
 def test_a_stack_gets_no_more_than_its_adapters():
-    """Nothing of the base's size is made, on the way either."""
+    """No array of the base's size is made, not even temporarily."""
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     base = put(np.zeros((16, 64, 64), np.float32), mesh, None, "data", "model")
     linear = eqx.nn.Linear(64, 64, use_bias=False, key=jr.key(0))
@@ -308,7 +308,7 @@ SPECS = [
 ]
 IMAGES = [(spec, (x[0],) if x else ()) for spec, x in SPECS]
 STACKS = [((None, *spec), x) for spec, x in SPECS] + [(("data",), ())]
-KEPT = [  # A model of weights, how it is called, the shape of its input
+KEPT = [  # A model of weights, the call, the shape of its input
     ("linear", eqx.nn.Linear(8, 16, key=KEY), jax.vmap, (8, 8), SPECS, None),
     ("stack", Stack(), jax.vmap, (8, 8), STACKS, None),
     (
@@ -370,7 +370,7 @@ def test_runs_wherever_the_plain_model_does(case, kind, mesh):
                 value, dense = eqx.filter_jit(eqx.filter_value_and_grad(loss))(
                     merged, placed
                 )
-            except Exception:  # Such as: a sum over a sharded axis must be told.
+            except Exception:  # Such as a missing `out_sharding`.
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("error", lorax.MaterialiseWarning)
@@ -384,7 +384,7 @@ def test_runs_wherever_the_plain_model_does(case, kind, mesh):
         b, a = np.asarray(weight.b), _matrix(weight.a)
         assert_close(got.b, dw @ np.swapaxes(a, -1, -2), 1e-4)
         assert_close(_matrix(got.a), np.swapaxes(b, -1, -2) @ dw, 1e-4)
-        # With automatic axes the compiler says where a gradient lies.
+        # With automatic axes the compiler chooses the sharding of a gradient.
         is_typed = kind == AxisType.Explicit
         assert not is_typed or got.b.sharding == weight.b.sharding
     assert bool(ran) == (kind == AxisType.Explicit or not needs_types)
@@ -395,7 +395,7 @@ def _weight_of(model):
 
 
 def _matrix(x):
-    """Of a kernel: its outputs, or the rank, by all else."""
+    """A kernel as a matrix: its outputs, or the rank, by all other axes."""
     x = np.asarray(x)
     is_kernel = x.ndim == 3 and x.shape[-1] == 3
     return x.reshape(len(x), -1) if is_kernel else x

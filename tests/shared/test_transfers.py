@@ -1,4 +1,4 @@
-"""Where only explicit transfers between host and devices are allowed."""
+"""With only explicit transfers between host and devices allowed."""
 
 from typing import Any
 

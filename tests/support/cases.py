@@ -1,4 +1,4 @@
-"""The table of layers: every property in `test_layers.py` holds for each."""
+"""The table of layers: `test_layers.py` checks every property for each of them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 
 class OwnLinear(eqx.Module):
-    """A linear layer as users write it: arrays of its own, multiplied with `@`."""
+    """A linear layer as users write it: its own arrays, multiplied with `@`."""
 
     kernel: Array
     offset: Array
@@ -35,8 +35,7 @@ class SubLinear(eqx.nn.Linear):
 
 
 class WideLinear(eqx.nn.Linear):
-    """A subclass that computes as its parent does, with fields and methods of its
-    own."""
+    """A subclass that inherits the forward pass, with additional fields and methods."""
 
     width: int
     extra: Array
@@ -59,7 +58,7 @@ class SubConv(eqx.nn.Conv2d):
 
 
 class TiedHead(eqx.Module):
-    """An embedding whose table also makes the logits."""
+    """An embedding whose table is also the head."""
 
     embedding: eqx.nn.Embedding
 
@@ -265,7 +264,7 @@ MODELS = [
     ),
     Case(
         "mlp",
-        # Not `tanh`, near whose poles in the complex plane all rounding is amplified.
+        # Not `tanh`: near its poles in the complex plane it amplifies rounding.
         lambda d, k: eqx.nn.MLP(5, 3, 11, 2, activation=softsign, dtype=d, key=k),
         ((5,),),
     ),
@@ -289,7 +288,7 @@ class _Lstm(eqx.Module):
 
 
 CONVOLUTIONS = ("Conv2d", "conv depthwise ×2", "transposed grouped dilated")
-# For properties that do not depend on how a convolution pads.
+# For properties that do not depend on the padding of a convolution.
 FEW = [
     case
     for case in [*LAYERS, *MODELS]

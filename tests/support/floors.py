@@ -1,5 +1,5 @@
-"""Which rules a package breaks whose folders are rooms on floors: reads the imports of
-all its files."""
+"""Finds violations of the rules for a package whose folders are rooms on floors, by
+reading the imports of all its files."""
 
 import ast
 import statistics
@@ -22,7 +22,8 @@ Edge = tuple[str, str]
 
 
 class Import(NamedTuple):
-    """One import of a file of the package by another, of paths below the package."""
+    """One import between two files of the package; paths are relative to the
+    package."""
 
     file: str
     line: int
@@ -78,7 +79,7 @@ def find_problems(package: Package, floors: Floors) -> list[str]:
 
 
 def _imports_of(file: str, files: Mapping[str, str], package: str) -> Iterator[Import]:
-    """Also those inside functions and below `TYPE_CHECKING`."""
+    """Also those inside functions and under `TYPE_CHECKING`."""
     folder = file.split("/")[:-1]
     for node in ast.walk(ast.parse(files[file])):
         if isinstance(node, ast.Import):
@@ -106,13 +107,14 @@ def _import_from(
         return Import(file, line, inner)
     own = file.split("/")[:-1]
     if parts == own[: len(parts)]:
-        # A folder around the file: its files are found there without its door.
+        # A folder around the file, whose files are found without its door.
         return Import(file, line, inner)
     return Import(file, line, _path(parts, files), name)
 
 
 def _path(parts: list[str], files: Mapping[str, str]) -> str:
-    """The file or folder of a module; of what is no module, that of what has it."""
+    """The file or folder of a module. For other names, that of the module that has
+    them."""
     for end in range(len(parts), 0, -1):
         path = "/".join(parts[:end])
         if f"{path}.py" in files:
@@ -179,7 +181,7 @@ def _check_floors(
 
 def _check_doors(files: Mapping[str, str], imports: list[Import]) -> Iterator[str]:
     for found in imports:
-        # The first step from the folder that has both in it to what is imported.
+        # The first step from the common folder to the imported file.
         steps = len(_common(found.file, found.imported)) + 1
         room = "/".join(found.imported.split("/")[:steps])
         is_past = found.imported != room
@@ -194,8 +196,8 @@ def _check_doors(files: Mapping[str, str], imports: list[Import]) -> Iterator[st
 
 
 def _check_circles(imports: list[Import]) -> Iterator[str]:
-    """Folder by folder, between what is right in it: a circle through files of several
-    folders is one between those folders."""
+    """Checks each folder separately: a circle through files of several folders is one
+    between these folders."""
     graphs: dict[str, dict[str, dict[str, Import]]] = {}
     for found in imports:
         common = _common(found.file, found.imported)
@@ -210,7 +212,7 @@ def _check_circles(imports: list[Import]) -> Iterator[str]:
                 f"A circle: {', '.join(map(str, steps))}. Move what both ends need to "
                 "a file below them, or hand it over as an argument."
             )
-            # What else is in a circle with these is seen when this one is gone.
+            # Other circles with these files are found once this one is fixed.
             for name in circle:
                 del graph[name]
 
@@ -245,8 +247,8 @@ def _top(path: str) -> str:
 
 
 def _common(file: str, imported: str) -> list[str]:
-    """The deepest folder that has both in it. The door of a folder is in it for the
-    files in there, and stands for the folder for all others."""
+    """The deepest folder that contains both. A door belongs to its folder for the files
+    inside, and stands for the folder for all others."""
     common = []
     for x, y in zip(file.split("/")[:-1], imported.split("/")):
         if x != y:
@@ -260,7 +262,7 @@ def _step(path: str, depth: int) -> str:
 
 
 def _bound(door: str) -> set[str]:
-    """The names that a door takes from the files behind it."""
+    """The names that a door re-exports from the files behind it."""
     return {
         alias.asname or alias.name
         for node in ast.walk(ast.parse(door))

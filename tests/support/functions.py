@@ -1,4 +1,4 @@
-"""Checks of `lorax.lora(fn)` against `fn` on the dense weights, for the tests."""
+"""Compares `lorax.lora(fn)` with `fn` on the dense weights, for the tests."""
 
 import dataclasses
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def trained_part(args):
 
 
 def scalar(outputs):
-    """A sum over all outputs in which every entry counts differently."""
+    """A sum over all outputs with a different coefficient for every entry."""
     total = 0.0
     for x in jax.tree.leaves(outputs):
         if eqx.is_inexact_array(x):
@@ -68,7 +68,8 @@ def scalar(outputs):
     return total
 
 
-# What may have the rows and the columns of a weight at once: the base itself, moved.
+# Operations whose result may have the rows and the columns of a weight: they only move
+# the base.
 MOVES = {
     "broadcast_in_dim", "checkpoint", "closed_call", "concatenate", "cond",
     "convert_element_type", "copy", "custom_jvp_call", "dynamic_slice", "gather",
@@ -79,7 +80,7 @@ MOVES = {
 
 
 def assert_nothing_dense(jaxpr, sides):
-    """Nothing but the base, moved, has the sizes of a row and of a column axis."""
+    """No array has both a row and a column axis, except for the base, moved."""
     for equation in equations(jaxpr.jaxpr):
         for out in equation.outvars:
             shape = set(getattr(out.aval, "shape", ()))
@@ -89,7 +90,7 @@ def assert_nothing_dense(jaxpr, sides):
 
 def check(fn, *args, sides=None, tolerance=1e-4, eagerly=True, forward=True):
     """Values and derivatives of `lora(fn)` are those on the dense weights in float64,
-    its outputs are of the type of `fn`'s, and nothing dense is computed."""
+    its outputs have the types of `fn`'s, and nothing dense is computed."""
     adapted = lorax.lora(fn, on_materialise="error")
     params, frozen = trained_part(args)
 
@@ -125,7 +126,7 @@ def check(fn, *args, sides=None, tolerance=1e-4, eagerly=True, forward=True):
         assert (x.shape, x.dtype, x.weak_type) == (y.shape, y.dtype, y.weak_type)
 
     if forward:
-        # Forward mode, along a direction in which every parameter moves.
+        # Forward mode, along a direction that changes every parameter.
         direction = jax.tree.map(lambda x: jnp.cos(x) + 0.3, params)
         pushed = jax.jit(lambda p, d: jax.jvp(loss_of(adapted), (p,), (d,))[1][0])
         tangent = pushed(params, direction)

@@ -1,4 +1,4 @@
-"""What the tests of all rooms share: references, comparisons, random numbers."""
+"""Helpers for the tests of all rooms: references, comparisons, random numbers."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def weights(model: Any) -> list[lorax.LoraWeight]:
 
 
 def filled(make, dtype, key) -> Any:
-    """`make(dtype, key)` with random numbers of NumPy's, for which nothing is
+    """`make(dtype, key)` with random numbers from NumPy, so that nothing is
     compiled."""
     random = np.random.default_rng(np.asarray(key).ravel().tolist())
     model = eqx.filter_eval_shape(make, dtype, key)
@@ -32,7 +32,7 @@ def filled(make, dtype, key) -> Any:
 
 
 def trained(model: Any) -> Any:
-    """The model with random factors in the place of `b = 0`, as after training."""
+    """The model with random factors instead of `b = 0`, as after training."""
     random = np.random.default_rng(0)
 
     def randomise(weight):
@@ -58,8 +58,8 @@ def wide(x: Any) -> np.ndarray:
 
 
 def dense_weight(weight: Any) -> np.ndarray:
-    """`w + scale * b a` in float64 by NumPy: matrices, stacks, and kernels whose rows
-    are one axis and whose columns are all that follow."""
+    """`w + scale * b a` in float64 with NumPy, for matrices, stacks, and kernels with
+    one row axis followed by the column axes."""
     if not is_weight(weight):
         return wide(weight)
     a, b = wide(weight.a), wide(weight.b)
@@ -69,7 +69,7 @@ def dense_weight(weight: Any) -> np.ndarray:
 
 
 def dense64(model: Any) -> Any:
-    """The plain model that `model` stands for, with NumPy arrays in float64."""
+    """The plain model that is equivalent to `model`, with NumPy arrays in float64."""
     plain = lorax.unloraify(model, merge=False)
     dense = iter([dense_weight(weight) for weight in weights(model)])
     bases = {id(base_of(weight)) for weight in weights(model)}
@@ -83,7 +83,7 @@ def dense64(model: Any) -> Any:
 
 
 def base_of(weight: Any) -> Any:
-    """The array beneath all adapters."""
+    """The array below all adapters."""
     while is_weight(weight):
         weight = weight.w
     return weight
@@ -146,13 +146,13 @@ def equations(jaxpr: Any):
 
 
 def assert_no_dense(fn, model: Any, *args: Any) -> None:
-    """Asserts that `fn(model, *args)` computes no array of a base's shape. The bases
-    themselves may be there, untouched or cast."""
+    """Asserts that `fn(model, *args)` computes no array with the shape of a base. The
+    bases themselves may occur, unchanged or cast."""
     shapes = {tuple(weight.w.shape) for weight in weights(model)}
     assert shapes
     jaxpr = eqx.filter_make_jaxpr(fn)(model, *args)[0]
     untouched = ("stop_gradient", "convert_element_type", "copy", "rev")
-    untouched += ("pjit", "jit", "custom_jvp_call")  # What is in them is looked at too.
+    untouched += ("pjit", "jit", "custom_jvp_call")  # Inner jaxprs are checked too.
     computed = [
         equation
         for equation in equations(jaxpr.jaxpr)

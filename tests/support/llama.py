@@ -1,5 +1,5 @@
-"""A Llama in Equinox with its layers stacked: a small causal model to hold against the
-one of `transformers`."""
+"""A Llama in Equinox with stacked layers: a small causal model to compare with that of
+`transformers`."""
 
 import equinox as eqx
 import jax
@@ -39,7 +39,7 @@ class Attention(eqx.Module):
 
 
 def rotated(x):
-    """Rotary positions as in `transformers`: entries of the two halves are pairs."""
+    """Rotary positions as in `transformers`, which pairs entries of the two halves."""
     size = x.shape[-1]
     frequency = 10_000.0 ** (-jnp.arange(0.0, size, 2.0) / size)
     angle = jnp.arange(0.0, len(x))[:, None, None] * frequency[None, None]
@@ -114,7 +114,7 @@ NAMES = {
 
 
 class Tied(eqx.Module):
-    """A Llama whose head is its table of words."""
+    """A Llama whose head is its embedding."""
 
     shared: eqx.nn.Shared
 

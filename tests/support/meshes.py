@@ -1,5 +1,5 @@
-"""A small Llama on meshes of eight devices, in all the ways in which models are
-sharded, for the tests of one process and of several."""
+"""A small Llama on meshes of eight devices, sharded in all ways, for the tests with one
+process and with several."""
 
 import re
 from typing import NamedTuple
@@ -19,7 +19,7 @@ import eqx_lorax as lorax
 
 DATA, MODEL = "data", "model"
 
-# For each layer, by its name, the mesh axes of its rows and columns, as in Megatron.
+# The mesh axes of rows and columns for each layer, by name, as in Megatron.
 _TENSOR = {
     **dict.fromkeys(["query", "key", "value", "gate", "up", "head"], (MODEL, None)),
     **dict.fromkeys(["output", "down", "words"], (None, MODEL)),
@@ -47,8 +47,8 @@ WAYS = {
 }
 
 
-# These are also trained by several processes. All of them would take too long, since
-# each process compiles anew.
+# Several processes train these too. All of them would take too long, since each process
+# compiles again.
 SOME_WAYS = {name: WAYS[name] for name in WAYS if name != "mixed and fully sharded"}
 
 
@@ -57,12 +57,12 @@ def make_mesh(way: Way, kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 
 def make_llama() -> Llama:
-    # Keys and values have a size that eight devices divide too.
+    # The size of keys and values is also divisible by eight.
     return Llama(64, 32, 64, 4, 8, 8, jr.key(0))
 
 
 def spec_for(way: Way, path: str, ndim: int) -> P:
-    """The specification of the weight at a path such as `blocks.attention.query`."""
+    """The `PartitionSpec` of the weight at a path such as `blocks.attention.query`."""
     is_matrix = path.endswith(".weight") and "norm" not in path
     if not is_matrix:
         return P()
@@ -76,7 +76,7 @@ def spec_for(way: Way, path: str, ndim: int) -> P:
 
 
 def on_mesh(model, mesh, way):
-    """`model` with each array put where `way` says."""
+    """`model` with each array sharded as in `way`."""
 
     def put(path, x):
         dotted = jax.tree_util.keystr(path, simple=True, separator=".")

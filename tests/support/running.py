@@ -28,7 +28,7 @@ RUNAWAY = 3600
 
 
 class Program:
-    """A program that is running, made by `running`."""
+    """A running program, made by `running`."""
 
     def __init__(self, process: psutil.Popen, folder: Path):
         self.process = process
@@ -36,12 +36,12 @@ class Program:
 
     @property
     def out(self) -> str:
-        """What it has printed."""
+        """Its standard output."""
         return (self._folder / "out").read_text()
 
     @property
     def err(self) -> str:
-        """What it has printed as errors."""
+        """Its standard error."""
         return (self._folder / "err").read_text()
 
     @property
@@ -63,7 +63,7 @@ class Program:
         return is_met
 
     def wait_until_nothing_is_left(self) -> None:
-        """Waits until all that it has started has ended, too."""
+        """Waits until all processes that it has started have ended, too."""
         _wait_until(lambda: not self.processes(), self)
 
     def finish(self, status: int = 0) -> None:
@@ -72,19 +72,20 @@ class Program:
         assert self.status == status, self.out + self.err
 
     def end(self) -> None:
-        """Kills it and all that it has started, and waits until they are gone."""
+        """Kills it and all processes that it has started, and waits until they have
+        ended."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.wait_until_nothing_is_left()
 
     def processes(self) -> list[psutil.Process]:
-        """What still runs of it and of all that it has started."""
+        """The processes that still run: the program and those that it has started."""
         return [x for x in psutil.process_iter() if _is_of(x, self.process.pid)]
 
 
-# Runs a program until it ends or the tests do, however they end: nothing then holds the
-# other end of its standard input. All that it has started ends with it.
+# Runs a program until it ends or the tests end for any reason, since then nothing holds
+# the other end of its standard input. All processes that it has started end with it.
 _WATCHED = """
 import os, runpy, signal, sys, threading
 
@@ -121,7 +122,7 @@ def running(
             file = Path(kept) / "program.py"
             file.write_text(textwrap.dedent(program))
             program = file
-        # Not pipes, which somebody would have to empty.
+        # Not pipes, which something would have to read.
         with open(f"{kept}/out", "w") as out, open(f"{kept}/err", "w") as err:
             process = psutil.Popen(
                 [sys.executable, "-c", _WATCHED, *map(str, (program, *arguments))],
@@ -130,7 +131,7 @@ def running(
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
-                # A group of its own, which can be ended as a whole.
+                # A separate process group, which can be ended as a whole.
                 start_new_session=True,
             )
         started = Program(process, Path(kept))
@@ -177,7 +178,7 @@ def _is_of(process: psutil.Process, group: int) -> bool:
 
 
 def _computed(process: psutil.Process) -> float:
-    """Seconds of computing."""
+    """The CPU time in seconds."""
     with contextlib.suppress(psutil.Error):
         times = process.cpu_times()
         return times.user + times.system

@@ -1,5 +1,5 @@
-"""The parameter interface: specs, adapters for trees, optimizers that know what is
-frozen."""
+"""The functions for trees of parameters: specs, adapters, optimizers that know which
+arrays are frozen."""
 
 import functools
 from typing import Any
@@ -51,7 +51,7 @@ def test_init_lora():
 
 
 def test_init_lora_draws():
-    """Normal with `stddev`; another target does not reshuffle the others; the dtype."""
+    """Normal with `stddev`; another target does not change the others; the dtype."""
     tree = {"a": jnp.zeros((400, 300)), "b": jnp.zeros((400, 300))}
     params = lorax.init_lora(tree, 50, jr.key(1), stddev=0.02, dtype=jnp.bfloat16)
     a = np.asarray(params["a"].a, np.float64)
@@ -142,14 +142,14 @@ def test_simple_spec():
 
 
 def test_weights_of_jax_lorax():
-    """`LoraWeight(w=, a=, b=, alpha=)` with the shapes that jax-lorax gives them."""
+    """`LoraWeight(w=, a=, b=, alpha=)` with the shapes of jax-lorax."""
     w, b, a = normal(5, 7), normal(5, 2), normal(2, 7, seed=2)
     weight = lorax.LoraWeight(w=w, a=a, b=b, alpha=4.0)
     assert_close(weight.materialise(), w + 2 * b @ a)
     w, b, a = normal(3, 3, 4, 5), normal(3, 3, 4, 2), normal(1, 1, 2, 5, seed=2)
     weight = lorax.LoraWeight(w=w, a=a, b=b, alpha=4.0)
     assert_close(weight.materialise(), w + 2 * b @ a)
-    # These are of three axes too, and none of its.
+    # These have three axes too, but not the layout of jax-lorax.
     w, b, a = normal(2, 1, 1), normal(1, 2, 1), normal(1, 1, 1, seed=2)
     weight = lorax.LoraWeight(w, b, a, rows=(0,), columns=(1,))
     assert (weight.rows, weight.columns, weight.a.shape) == ((-3,), (-2,), (1, 1, 1))
@@ -215,7 +215,7 @@ def test_merge_checks_first():
     assert not params["layers"]["kernel"].w.is_deleted()
 
 
-# Optimizers.
+# Optimizers
 
 
 def loss(params, x):
@@ -240,14 +240,14 @@ TREE_SPEC = {key: SPEC[key] for key in TREE} | {"head": [2, LORA_FULL]}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.filterwarnings("ignore")  # Optax has some of its own.
+@pytest.mark.filterwarnings("ignore")  # Optax has some constants of its own.
 def test_wrap_optimizer(name, as_for_users):
     optimizer = OPTIMIZERS[name]
     params = start = lorax.init_lora(TREE, TREE_SPEC, jr.key(0))
     wrapped = lorax.wrap_optimizer(optimizer, TREE_SPEC)
     state = jax.jit(wrapped.init)(params)
     trained_part = lorax.split_lora_params(params, TREE_SPEC)
-    # The very state of an optimizer of what is trained.
+    # The state equals that of an optimizer for the trained arrays only.
     alone = optax.with_extra_args_support(optimizer)
     assert_identical_shapes(state, jax.eval_shape(alone.init, trained_part))
     x = jnp.array([0, 4])
@@ -277,7 +277,7 @@ def assert_identical_shapes(x, y):
 
 @pytest.mark.heavy
 def test_wrap_optimizer_with_line_search(as_for_users):
-    """One that is given the gradient and the function too."""
+    """Such an optimizer gets the gradient and the function too."""
     params = lorax.init_lora(TREE, TREE_SPEC, jr.key(0))
     wrapped = lorax.wrap_optimizer(optax.lbfgs(), TREE_SPEC)
     adapted, x = lorax.lora(loss), jnp.array([0, 4])
@@ -303,10 +303,10 @@ SEARCHES = {
 }
 
 
-@pytest.mark.heavy  # Line searches compile for long.
+@pytest.mark.heavy  # Line searches take long to compile.
 @pytest.mark.parametrize("name", SEARCHES)
 def test_value_and_grad_from_state(name, as_for_users):
-    """The steps are those of what is trained alone, and of values computed anew."""
+    """The steps equal those for the trained arrays alone, with values computed anew."""
     tree, spec = TREE | {"steps": jnp.int32(3)}, TREE_SPEC | {"steps": LORA_FREEZE}
     params = trained(lorax.init_lora(tree, spec, jr.key(0)))
     part, x = lorax.split_lora_params(params, spec), jnp.array([0, 4])
@@ -355,7 +355,7 @@ def test_value_and_grad_from_state(name, as_for_users):
 
 
 def test_frozen_arrays_are_handed_through(as_for_users):
-    """An update leaves a frozen array the very same, also NumPy's."""
+    """An update returns frozen arrays as the same objects, also for NumPy."""
     wrapped = lorax.wrap_optimizer(optax.adam(1e-2), {"w": 2, "frozen": LORA_FREEZE})
     for kind in (jnp.asarray, np.asarray):
         tree = {"w": kind(normal(4, 4)), "frozen": kind(normal(3))}
@@ -395,8 +395,8 @@ def test_the_readme_of_jax_lorax(capsys, as_for_users):
 
 
 def test_no_step_forms_a_dense_gradient(as_for_users):
-    """The gradient of the whole tree has zeros for the frozen, which nothing computes
-    when the optimizer does not ask for them."""
+    """The gradient of the whole tree has zeros for frozen arrays. If the optimizer does
+    not use them, they are not computed."""
     w = {"w": factored((11, 13))}
     wrapped = lorax.wrap_optimizer(optax.adam(1e-2), {"w": 2})
 

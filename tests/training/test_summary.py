@@ -100,7 +100,8 @@ def _targets(text):
 
 
 def test_numbered_siblings_are_one_line(getkey):
-    """If they agree in all columns; the numbers are their sums."""
+    """Siblings share a line if they agree in all columns; the line has the sums of
+    their numbers."""
     blocks = [eqx.nn.MLP(4, 4, 4, 1, key=getkey()) for _ in range(4)]
     model = {"blocks": blocks, "head": eqx.nn.Linear(4, 4, key=getkey())}
     summary = lorax.summary(lorax.loraify(model, rank=2, key=getkey()))

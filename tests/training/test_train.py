@@ -1,4 +1,4 @@
-"""Frozen means: not in the tree that is differentiated."""
+"""Frozen means not in the tree that is differentiated."""
 
 import re
 
@@ -155,7 +155,7 @@ def test_exclude_that_excludes_nothing(model):
     ),
 )
 def test_also_that_names_an_adapted_layer(also, getkey):
-    """Of which only the bias would be trained."""
+    """Only its bias would be trained."""
     plain = Classifier(getkey())
     model = lorax.loraify(plain, exclude="body", rank=2, key=getkey())
     if callable(also) and not isinstance(also(model), bool):
@@ -163,15 +163,15 @@ def test_also_that_names_an_adapted_layer(also, getkey):
     with pytest.raises(ValueError, match="names head, which.*exclude='head'") as error:
         lorax.partition(model, also)
     assert "name ['head.bias']" in str(error.value)
-    # The fixes that it has.
+    # The fixes that the message suggests.
     assert len(paths(lorax.trainable(model, ["head.bias"]))) == 3
     model = lorax.loraify(plain, exclude="head", rank=2, key=getkey())
     assert len(paths(lorax.trainable(model, "head"))) == ADAPTERS + 2
 
 
 def test_also_around_adapted_layers(getkey):
-    """Goes on meaning the rest of what is in there, of a module too some of whose own
-    arrays are adapted."""
+    """It still means all other arrays in the container, also in a module with some
+    adapted arrays."""
 
     class Body(eqx.Module):
         gate: jax.Array
@@ -282,7 +282,7 @@ def test_any_optimizer_leaves_the_base_alone(name, model):
 
 
 def test_params_are_the_adapter(model, getkey):
-    """Switching adapters is combining others, and compiles nothing."""
+    """To switch adapters, combine another one; nothing is compiled."""
     params, frozen = lorax.partition(model)
     other, _ = lorax.partition(trained(model))
     traces = 0

@@ -1,4 +1,4 @@
-"""What each kind of filter selects, and what it says when it selects nothing."""
+"""What each kind of filter selects, and the errors when it selects nothing."""
 
 import re
 
@@ -106,7 +106,7 @@ FILTERS = {
         re.compile("(heads|own).*"),
         ["own.kernel", *HEADS],
     ),
-    # Containers match these too, and are not meant.
+    # Containers match these too, but are not selected.
     "regex but a container": (re.compile(r"(?!blocks\.0|cell|own|embed).+"), REST),
     "regex but layers": (
         re.compile(r"blocks\.(?!.*(attention|mlp\.0)).+"),
@@ -250,7 +250,7 @@ EXCLUDED = {
     ),
     "spec": (None, lambda m: _spec(m, lambda m: m.blocks), ["sub", *HEADS]),
     "of what no name covers": (["embed", "heads"], "embed", HEADS),
-    # Of a container, what could not be told apart.
+    # A container whose arrays were ambiguous.
     "the module whose arrays were not said": ([eqx.nn.GRUCell, "sub"], "cell", ["sub"]),
 }
 
@@ -292,7 +292,7 @@ def test_only_what_can_be_adapted_is_available(model):
 
 
 class Computed(eqx.Module):
-    """Stands for an array, which it makes when it is asked for."""
+    """Acts as an array, which it computes on request."""
 
     held: jax.Array
 
@@ -331,7 +331,7 @@ def test_passes_over_what_has_no_weight():
     assert caught[0].filename == __file__
     for message in UNFIT.values():
         assert re.search(message, str(caught[0].message))
-    # Said, it is not warned of.
+    # There is no warning for layers that are excluded explicitly.
     assert adapted(model, None, exclude=list(UNFIT)) == ["plain"]
 
 
