@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 import numpy as np
 
 from .._layers import is_layer
-from .._methods import AbstractLoraWeight, FactoredWeight, is_weight, unfused
+from .._methods import AbstractLoraWeight, FactoredWeight, is_weight, unfuse
 from .._shared import is_array, list_some
 from .._trees import join_path, Places
 from .fingerprint import fingerprint
@@ -60,7 +60,7 @@ def find_changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
 
 def _collect_static(weight: AbstractLoraWeight) -> dict[str, Any]:
     # What says how to multiply, and not with what, is left out.
-    weight = unfused(weight)
+    weight = unfuse(weight)
     holder = weight.form if isinstance(weight, FactoredWeight) else weight
     fields = {
         field.name: _to_plain(getattr(holder, field.name))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Num
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, FactoredWeight, is_weight, LoraWeight, unfused
+from .._methods import base_of, FactoredWeight, is_weight, LoraWeight, unfuse
 from .._shared import as_array, multiply
 from .._trees import flatten_one_level, Place, Places, rebuild
 
@@ -25,10 +25,10 @@ class Column:
     """What several adapters have at one place."""
 
     place: Place
-    """In the tree of all that any of them has."""
+    """In the tree that has everything that any of them has."""
 
     nodes: list[Any]
-    """A `LoraWeight` or an array of each, `None` where it has nothing here."""
+    """The weight or array of each, or `None`."""
 
     @property
     def is_factored(self) -> bool:
@@ -49,7 +49,7 @@ class Aligned:
     columns: list[Column]
 
     def filled(self, new: Sequence[Any]) -> Any:
-        """An adapter with other things in these places."""
+        """An adapter with these weights and arrays, one for each column."""
         edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
             column.place.indices: lambda _, value=value: value
             for column, value in zip(self.columns, new, strict=True)
@@ -67,28 +67,28 @@ def align(adapters: Sequence[Any], name: str) -> Aligned:
     an array of its own.
     """
     given = {i: adapter for i, adapter in enumerate(adapters) if adapter is not None}
-    union = united([*given.values()])
+    union = unite_trees([*given.values()])
     places = [place for place in Places(union).all if place.is_array]
     if not any(is_weight(place.node) for place in places):
         raise ValueError(
             f"There is no adapter in what was passed to `{name}`. Pass the `params` of "
             "`lorax.partition`."
         )
-    found = {i: _arrays_of(adapter) for i, adapter in given.items()}
+    found = {i: _find_arrays(adapter) for i, adapter in given.items()}
     columns = []
     for place in places:
         nodes = [found.get(i, {}).get(place.path) for i in range(len(adapters))]
         if is_weight(place.node):
-            nodes = [_as_update(place, node) for node in nodes]
+            nodes = [_find_update(place, node) for node in nodes]
         if any(node is not None for node in nodes):
             _check_alike(place, nodes)
             columns.append(Column(place, nodes))
     return Aligned(union, columns)
 
 
-def united(nodes: Sequence[Any], path: Path = ()) -> Any:
-    """A tree with all that any of the trees has: what is adapted in one of them is
-    adapted in it. Everything else is as in the first that has it."""
+def unite_trees(nodes: Sequence[Any], path: Path = ()) -> Any:
+    """A tree with everything that any of the trees has. An array that is adapted in one
+    of them is adapted in it; the rest is taken from the first tree that has it."""
     nodes = [node for node in nodes if node is not None]
     weights = [node for node in nodes if is_weight(node)]
     layers = [node for node in nodes if is_layer(node)]
@@ -96,7 +96,7 @@ def united(nodes: Sequence[Any], path: Path = ()) -> Any:
         return next(iter(weights or nodes), None)
     if layers:
         wrapped = [node.wrapped if is_layer(node) else node for node in nodes]
-        return replace_fields(layers[0], wrapped=united(wrapped, path))
+        return replace_fields(layers[0], wrapped=unite_trees(wrapped, path))
     levels = [level for level in map(flatten_one_level, nodes) if level is not None]
     if len(levels) < len(nodes):
         return nodes[0]
@@ -109,22 +109,22 @@ def united(nodes: Sequence[Any], path: Path = ()) -> Any:
                 f"another {', '.join(other)}."
             )
     below = [
-        united([named[i][1] for named, _ in levels], (*path, name))
+        unite_trees([named[i][1] for named, _ in levels], (*path, name))
         for i, name in enumerate(names[0])
     ]
     return levels[0][1].unflatten(below)
 
 
-def _arrays_of(adapter: Any) -> dict[Path, Any]:
+def _find_arrays(adapter: Any) -> dict[Path, Any]:
     return {p.path: p.node for p in Places(adapter).all if p.is_array}
 
 
-def base_arrays(base: Any) -> Mapping[Path, Any]:
-    """The arrays of a model, adapted or not, without adapters; none for `None`."""
-    return {path: base_of(node) for path, node in _arrays_of(base).items()}
+def find_base_arrays(base: Any) -> Mapping[Path, Any]:
+    """The arrays of a model by path, without adapters. `None` has none."""
+    return {path: base_of(node) for path, node in _find_arrays(base).items()}
 
 
-def base_of_column(column: Column, base: Mapping[Path, Any], name: str) -> Any:
+def find_base_array(column: Column, base: Mapping[Path, Any], name: str) -> Any:
     """The base's own array where an adapter has none.
 
     **Raises:**
@@ -147,16 +147,16 @@ def base_of_column(column: Column, base: Mapping[Path, Any], name: str) -> Any:
     return array
 
 
-def _as_update(place: Place, node: Any) -> Any:
+def _find_update(place: Place, node: Any) -> Any:
     if node is None:
         return None
     if not is_weight(node):
-        # Of a whole model, in which this is no target, it is the base.
+        # In a whole model where this is no target it is the base.
         return None if place.node.w is not None else node
     if not jax.tree.leaves(node):
-        # It was left out of the `params`.
+        # It is not in the `params`.
         return None
-    weight = unfused(node)
+    weight = unfuse(node)
     if isinstance(weight, LoraWeight):
         return weight
     if isinstance(weight, FactoredWeight):
@@ -170,7 +170,7 @@ def _check_alike(place: Place, nodes: Sequence[Any]) -> None:
     there = [(i, node) for i, node in enumerate(nodes) if node is not None]
     first, node = there[0]
     for i, other in there[1:]:
-        wrong = _mismatch(node, other)
+        wrong = _find_mismatch(node, other)
         if wrong:
             raise ValueError(
                 f"{place.dotted} differs in {wrong} between the adapters {first} and "
@@ -178,7 +178,7 @@ def _check_alike(place: Place, nodes: Sequence[Any]) -> None:
             )
 
 
-def _mismatch(x: Any, y: Any) -> str | None:
+def _find_mismatch(x: Any, y: Any) -> str | None:
     if is_weight(x) != is_weight(y):
         return "kind, factors and a whole array,"
     if not is_weight(x):
@@ -190,23 +190,23 @@ def _mismatch(x: Any, y: Any) -> str | None:
         return None if shapes[0] == shapes[1] else "shape or settings"
     if (x.rows, x.columns) != (y.rows, y.columns):
         return "rows and columns"
-    without_rank = [(z.b.shape[:-1], _without_rank(z)) for z in (x, y)]
+    without_rank = [(z.b.shape[:-1], _shape_without_rank(z)) for z in (x, y)]
     return None if without_rank[0] == without_rank[1] else "shape"
 
 
-def _without_rank(weight: LoraWeight) -> tuple[int, ...]:
-    axis = rank_axis(weight)
+def _shape_without_rank(weight: LoraWeight) -> tuple[int, ...]:
+    axis = find_rank_axis(weight)
     return (*weight.a.shape[:axis], *weight.a.shape[axis + 1 :])
 
 
-def rank_axis(weight: LoraWeight) -> int:
+def find_rank_axis(weight: LoraWeight) -> int:
     """The axis of `a` that is the rank."""
     return weight.a.ndim - 1 - len(weight.columns)
 
 
-def like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> LoraWeight:
-    """`scale * (b · a)` with the static fields of `first`, so that it goes with the
-    same frozen model. What its scale is not goes into `b`, which is rounded once."""
+def rescale_like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> LoraWeight:
+    """`scale * (b · a)` with the static fields of `first`, so that it fits the same
+    frozen model. The ratio of the scales goes into `b`, which is rounded once."""
     new = first.replace(b=weight.b, a=weight.a)
     factor = scale / new.scale
     if isinstance(factor, float) and factor == 1:
@@ -214,9 +214,9 @@ def like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> LoraWeight:
     return new.replace(b=multiply(weight.b, factor).astype(weight.b.dtype))
 
 
-def common(column: Column) -> list[LoraWeight | None]:
-    """The weights with the largest rank, and with the scale that the first one has at
-    that rank."""
+def share_rank(column: Column) -> list[LoraWeight | None]:
+    """The weights, padded to the largest rank, with the scale of the first one at that
+    rank."""
     weights = [weight for weight in column.nodes if weight is not None]
     rank = max(weight.rank for weight in weights)
     if len({(weight.b.dtype, weight.a.dtype) for weight in weights}) > 1:
@@ -226,20 +226,20 @@ def common(column: Column) -> list[LoraWeight | None]:
     return [
         None
         if weight is None
-        else like(weights[0], _padded(weight, rank), weight.scale)
+        else rescale_like(weights[0], _pad_rank(weight, rank), weight.scale)
         for weight in column.nodes
     ]
 
 
-def _padded(weight: LoraWeight, rank: int) -> LoraWeight:
+def _pad_rank(weight: LoraWeight, rank: int) -> LoraWeight:
     more = rank - weight.rank
     if not more:
         return weight
-    axis = rank_axis(weight)
+    axis = find_rank_axis(weight)
     b, a = weight.b, weight.a
-    return weight.replace(b=_extended(b, b.ndim - 1, more), a=_extended(a, axis, more))
+    return weight.replace(b=_pad_axis(b, b.ndim - 1, more), a=_pad_axis(a, axis, more))
 
 
-def _extended(x: Array, axis: int, more: int) -> Array:
+def _pad_axis(x: Array, axis: int, more: int) -> Array:
     padding = [(0, more if i == axis else 0, 0) for i in range(x.ndim)]
     return lax.pad(x, as_array(0, x.dtype), padding)

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, is_weight, lacks_arrays, misfits, unfused
+from .._methods import base_of, find_misfits, is_weight, list_missing, unfuse
 from .._shared import is_array, list_some
 from .._trees import Place, Places, rebuild
 
@@ -68,7 +68,7 @@ def attach(model: _Model, params: Any) -> _Model:
             if place.is_array:
                 problems.append(f"{place.dotted}: there is no such array in `model`")
             continue
-        made, wrong = _joined(target, place.node)
+        made, wrong = _make_edit(target, place.node)
         problems += [f"{place.dotted}: {line}" for line in wrong]
         edits[target.indices] = made
     if problems:
@@ -98,7 +98,7 @@ def _check_params(params: Any, places: list[Place]) -> None:
         )
     if not any(base_of(weight) is not None for weight in weights):
         return
-    if any(weight.w is not None and lacks_arrays(weight) for weight in weights):
+    if any(weight.w is not None and list_missing(weight) for weight in weights):
         raise ValueError(
             "`params` is a base without its adapters, the `frozen` of "
             "`lorax.partition`. Call `lorax.attach(model, params)` with the first "
@@ -118,14 +118,13 @@ def _without_adapter(node: Any) -> Any:
     return node.wrapped if is_layer(node) else base_of(node)
 
 
-def _joined(place: Place, new: Any) -> tuple[Callable[[Any], Any], list[str]]:
-    """What makes of the node of a model at `place` that with `new`, and why it cannot
-    be made."""
+def _make_edit(place: Place, new: Any) -> tuple[Callable[[Any], Any], list[str]]:
+    """An edit of the node at `place` that puts `new` there, and its problems."""
     if is_layer(new):
         types = [type(module) for module in (place.module, new.wrapped)]
         if types[0] is not types[1]:
             names = [cls.__name__ for cls in types]
-            return _same, [f"a {names[0]} in `model`, a {names[1]} in `params`"]
+            return _is_same, [f"a {names[0]} in `model`, a {names[1]} in `params`"]
         return lambda node: _layer(node, new), []
     if is_weight(new):
         weight, wrong = _weight(place.node, new)
@@ -135,7 +134,7 @@ def _joined(place: Place, new: Any) -> tuple[Callable[[Any], Any], list[str]]:
     return lambda _: new, wrong
 
 
-def _same(node: Any) -> Any:
+def _is_same(node: Any) -> Any:
     return node
 
 
@@ -143,8 +142,8 @@ def _layer(node: Any, new: Any) -> Any:
     """The layer `new`, around the module in a model."""
     is_adapted = is_layer(node)
     changes = {"wrapped": node.wrapped if is_adapted else node}
-    # Its numbers are not trained, and so not in `params`. That there is one remains,
-    # for the sake of the structure.
+    # The rate of dropout is not trained, and so not in `params`. A layer of dropout
+    # stays, so that the structure is the same.
     if new.has_dropout and new.dropout is not None and new.dropout.p is None:
         changes["dropout"] = eqx.nn.Dropout(0.0, inference=True)
         if is_adapted and node.has_dropout and node.dropout is not None:
@@ -153,8 +152,8 @@ def _layer(node: Any, new: Any) -> Any:
 
 
 def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:
-    """The weight `new` upon what `node` has beneath its own adapter."""
-    mine, theirs = _levels(node), _levels(new)
+    """The weight `new` on the base that `node` has, and the problems with it."""
+    mine, theirs = _list_levels(node), _list_levels(new)
     beneath = len(theirs) - 1
     if len(mine) < beneath:
         return new, [
@@ -163,14 +162,16 @@ def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:
         ]
     of_model = len(mine) - beneath
     base = mine[of_model] if of_model < len(mine) else base_of(node)
-    weight = new.on(base)
-    # What of a method is frozen is not in `params`.
+    weight = new.with_base(base)
+    # The frozen arrays of a method are not in `params`.
     there = mine[of_model - 1] if of_model else None
-    if type(unfused(there)) is type(unfused(weight)):
-        names = [x for x in lacks_arrays(weight) if getattr(there, x) is not None]
-        weight = weight.on(base, **{name: getattr(there, name) for name in names})
-    wrong = list(misfits(weight))
-    lacking = [] if wrong else lacks_arrays(weight)
+    if type(unfuse(there)) is type(unfuse(weight)):
+        names = [x for x in list_missing(weight) if getattr(there, x) is not None]
+        weight = weight.with_base(
+            base, **{name: getattr(there, name) for name in names}
+        )
+    wrong = list(find_misfits(weight))
+    lacking = [] if wrong else list_missing(weight)
     if lacking:
         listed = ", ".join(f"`{name}`" for name in lacking)
         wrong = [
@@ -180,13 +181,13 @@ def _weight(node: Any, new: Any) -> tuple[Any, list[str]]:
     return weight, wrong
 
 
-def _levels(node: Any) -> list[Any]:
-    """The adapters upon each other, the outermost first."""
-    return [node, *_levels(node.w)] if is_weight(node) else []
+def _list_levels(node: Any) -> list[Any]:
+    """The nested adapters, the outermost first."""
+    return [node, *_list_levels(node.w)] if is_weight(node) else []
 
 
 def _hint(model: Any, new: list[Place], arrays: dict[_Path, Place]) -> str:
-    if any(lacks_arrays(place.node) for place in _weights(arrays.values())):
+    if any(list_missing(place.node) for place in _weights(arrays.values())):
         return (
             "`model` is the `frozen` of `lorax.partition`. If they belong together, "
             "call `lorax.combine(params, frozen)`."
@@ -206,7 +207,7 @@ def _has_one_more(weight: Any, base: Any) -> bool:
         is_there = is_array(x) and x.ndim
         return jax.ShapeDtypeStruct(x.shape[1:], x.dtype) if is_there else x
 
-    return not list(misfits(jax.tree.map(first, weight).on(base)))
+    return not list(find_misfits(jax.tree.map(first, weight).with_base(base)))
 
 
 def _weights(places: Any) -> Iterator[Place]:

@@ -1,4 +1,4 @@
-"""Many adapters side by side, any mixture of which is one product away."""
+"""Many adapters side by side. Any mixture of them costs one product."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from .._factored import Factored
 from .._methods import FactoredWeight, is_weight, LoraWeight
 from .._shared import accumulation_dtype, as_array, check_real, multiply, promote
 from .._trees import Place, Places, rebuild
-from .aligned import base_arrays, rank_axis, Weights
+from .aligned import find_base_arrays, find_rank_axis, Weights
 from .many import stack
 
 
@@ -54,23 +54,23 @@ class AdapterBank(eqx.Module):
     def __init__(self, adapters: Sequence[PyTree | None], *, base: PyTree = None):
         """**Arguments:**
 
-        - `adapters`: As of `lorax.stack`: of any ranks and targets. `None` is the base
-            alone.
-        - `base`: As of `lorax.stack`.
+        - `adapters`: Adapters of one model, of any ranks and targets. `None` is the
+            base alone. See `lorax.stack`.
+        - `base`: The model, adapted or not. See `lorax.stack`.
 
         **Raises:**
 
         As `lorax.stack`.
         """
         self._size = len(adapters)
-        own = base_arrays(base)
+        own = find_base_arrays(base)
         stacked = stack(adapters, base=base)
 
         def laid_out(place: Place) -> Any:
             if isinstance(place.node, LoraWeight):
                 return _side_by_side(place.node)
             if is_weight(place.node):
-                return _and_none(place.node)
+                return _append_zeros(place.node)
             if place.path not in own:
                 return place.node
             last = as_array(own[place.path], place.node.dtype)
@@ -87,7 +87,8 @@ class AdapterBank(eqx.Module):
         return self._size
 
     def __getitem__(self, index: SupportsIndex | Int[Array, ""]) -> PyTree:
-        """The adapter number `index`, as `lorax.stack` says what that goes with.
+        """The adapter with this number. It fits the same frozen model as those of
+        `lorax.stack`.
 
         **Raises:**
 
@@ -97,20 +98,20 @@ class AdapterBank(eqx.Module):
         """
         if not isinstance(index, jax.Array):
             return self._slice_out(range(self._size)[operator.index(index)])
-        which, row = _located(as_array(index), self._size)
-        return self._mapped(which, lambda x: _picked(x, row))
+        which, row = _locate(as_array(index), self._size)
+        return self._mapped(which, lambda x: _pick_row(x, row))
 
     def _slice_out(self, index: int) -> PyTree:
-        """The factors of one alone."""
+        """One adapter, with its own factors alone."""
 
         def part(x: Any) -> LoraWeight:
-            rank, axis = x.rank // self._size, rank_axis(x)
+            rank, axis = x.rank // self._size, find_rank_axis(x)
             start = as_array(index * rank)
             b = _sliced(x.b, start, rank, x.b.ndim - 1)
             return x.replace(b=b, a=_sliced(x.a, start, rank, axis))
 
         return jax.tree.map(
-            lambda x: part(x) if _is_lora(x) else _picked(x, as_array(index)),
+            lambda x: part(x) if _is_lora(x) else _pick_row(x, as_array(index)),
             self._adapter,
             is_leaf=_is_lora,
         )
@@ -149,7 +150,7 @@ class AdapterBank(eqx.Module):
 
         def mixed(x: Any) -> FactoredWeight:
             check_real("weights", weights, "an adapter", x.b.dtype)
-            # In the scale alpha is divided by the rank of all of them.
+            # The scale divides alpha by the rank of all adapters together.
             of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
             kinds = accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
             dtype = promote(*kinds)
@@ -167,9 +168,9 @@ class AdapterBank(eqx.Module):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _located(index: Array, size: int) -> tuple[Array, Array]:
-    """Which of the adapters it is, and the row of a head. If it is none, that is the
-    one after the last: the base's own array is there, if it is known."""
+def _locate(index: Array, size: int) -> tuple[Array, Array]:
+    """A mask of the adapters, and the row of a head. For a number that is not there it
+    is the row after the last, which has the base's own array if that is known."""
     index = jnp.where(index < 0, index + size, index)
     is_there = (0 <= index) & (index < size)
     return jnp.arange(size) == index, jnp.where(is_there, index, size)
@@ -181,7 +182,7 @@ def _sliced(x: Array, start: Array, size: int, axis: int) -> Array:
 
 
 @jax.jit
-def _picked(x: Array, row: Array) -> Array:
+def _pick_row(x: Array, row: Array) -> Array:
     return x.at[row].get(mode="fill", fill_value=jnp.nan)
 
 
@@ -189,15 +190,15 @@ def _is_lora(x: Any) -> TypeGuard[LoraWeight]:
     return isinstance(x, LoraWeight)
 
 
-def _and_none(weight: Any) -> Any:
-    """A stacked weight of another method, and after the last one none at all."""
+def _append_zeros(weight: Any) -> Any:
+    """A stacked weight of another method, with a row of zeros after the last."""
     return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])]), weight)
 
 
 def _side_by_side(weight: Any) -> LoraWeight:
-    """From a leading axis of adapters to one rank for all of them."""
+    """The factors of all adapters along one rank, not along a leading axis."""
     b = jnp.moveaxis(weight.b, 0, -2)
-    axis = rank_axis(weight) - 1
+    axis = find_rank_axis(weight) - 1
     a = jnp.moveaxis(weight.a, 0, axis)
     return weight.replace(
         b=b.reshape(*b.shape[:-2], -1),

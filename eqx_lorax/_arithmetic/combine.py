@@ -12,10 +12,10 @@ from .._layers import is_layer
 from .._methods import (
     base_of,
     FactoredWeight,
+    find_misfits,
     is_weight,
-    lacks_arrays,
+    list_missing,
     LoraWeight,
-    misfits,
 )
 from .._shared import is_array, list_some
 from .._trees import flatten_one_level
@@ -29,7 +29,7 @@ _MEANT = (
 
 
 def combine(params: _Model, frozen: _Model) -> _Model:
-    """The model of which `lorax.partition` gave `(params, frozen)`.
+    """The model that `lorax.partition` split into `(params, frozen)`.
 
     This is `equinox.combine`, and says so if the two do not belong together.
 
@@ -81,7 +81,7 @@ def _match_kinds(params: Any, frozen: Any) -> Any:
             return y
         if x.w is not None or y.w is None or not _is_mixture(x, y):
             return y
-        return jax.tree.map(lambda _: None, x).on(y.w)
+        return jax.tree.map(lambda _: None, x).with_base(y.w)
 
     return structure.unflatten(list(map(match, new, old)))
 
@@ -124,8 +124,8 @@ def _message(what: str, problems: list[str]) -> str:
 
 
 def _check_weights(params: Any, model: Any) -> None:
-    """Of each weight of `model` all arrays are there and fit each other, and of each
-    layer there is any."""
+    """Raises `ValueError` if a weight of `model` lacks an array, or has arrays that do
+    not fit each other, or if a layer has no arrays."""
     nodes = jax.tree.leaves(model, is_leaf=_is_checked)
     if all(_is_whole(node) for node in nodes):
         parts = jax.tree.leaves(params, is_leaf=is_weight)
@@ -170,11 +170,11 @@ def _wrong(weight: Any) -> Iterator[str]:
     if base_of(weight) is None:
         yield "the base is in neither"
         return
-    lacking = lacks_arrays(weight)
+    lacking = list_missing(weight)
     if lacking:
         yield f"{', '.join(f'`{name}`' for name in lacking)} in neither"
     elif is_array(base_of(weight)):
-        yield from misfits(weight)
+        yield from find_misfits(weight)
     if is_weight(weight.w):
         yield from _wrong(weight.w)
 
@@ -225,7 +225,7 @@ def _differences(x: Any, y: Any, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def _has_structure(node: Any) -> bool:
-    """Whether it is more than a leaf, or than what is in the other part."""
+    """Whether it is neither a leaf nor `None`."""
     return is_weight(node) or node is not None and flatten_one_level(node) is not None
 
 

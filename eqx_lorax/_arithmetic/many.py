@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, PyTree
 
 from .._methods import AbstractLoraWeight, is_weight, LoraWeight
 from .._shared import as_array, check_real, create, known_sharding, zeros
-from .aligned import align, base_arrays, base_of_column, common
+from .aligned import align, find_base_array, find_base_arrays, share_rank
 
 
 _Adapter = TypeVar("_Adapter")
@@ -96,12 +96,12 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
     was trained in some of them only, and `base` does not say what it is in the others.
     """
     aligned = align(adapters, "stack")
-    own = base_arrays(base)
+    own = find_base_arrays(base)
     stacked: list[Any] = []
     for column in aligned.columns:
         if not column.is_factored:
             arrays = [
-                base_of_column(column, own, "stack") if array is None else array
+                find_base_array(column, own, "stack") if array is None else array
                 for array in column.nodes
             ]
             dtype = column.first.dtype
@@ -113,13 +113,13 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
                 "would not share. Pass the `params` of `lorax.partition`."
             )
         if isinstance(column.first, LoraWeight):
-            stacked.append(_stacked_weights(common(column)))
+            stacked.append(_stack_weights(share_rank(column)))
         else:
             stacked.append(type(column.first).stacked(column.nodes))
     return aligned.filled(stacked)
 
 
-def _stacked_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
+def _stack_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
     like = next(weight for weight in weights if weight is not None)
 
     def stacked(get: Callable[[LoraWeight], Array]) -> Array:

@@ -15,11 +15,11 @@ from .._methods import LoraWeight
 from .._shared import accumulation_dtype, check_real, multiply, promote, zeros
 from .aligned import (
     align,
-    base_arrays,
-    base_of_column,
     Column,
-    like,
-    rank_axis,
+    find_base_array,
+    find_base_arrays,
+    find_rank_axis,
+    rescale_like,
     Weights,
 )
 
@@ -104,12 +104,12 @@ def weighted_sum(
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} `weights` for {len(adapters)} `adapters`.")
     aligned = align(adapters, "weighted_sum")
-    own = base_arrays(base)
+    own = find_base_arrays(base)
     combined: list[Any] = []
     errors: dict[str, Array] = {}
     for column in aligned.columns:
         if not column.is_factored:
-            combined.append(_summed(column, weights, own))
+            combined.append(_sum_whole(column, weights, own))
             continue
         path = column.place.dotted
         parts, factors = zip(
@@ -125,21 +125,22 @@ def weighted_sum(
         if method == "svd":
             largest = max(part.rank for part in parts) if rank is None else rank
             with jax.default_matmul_precision("highest"):
-                total, errors[path] = _compressed(total, largest)
-        total = like(parts[0], total, 1.0)
+                total, errors[path] = _compress(total, largest)
+        total = rescale_like(parts[0], total, 1.0)
         dtype = promote(*(part.b.dtype for part in parts))
         combined.append(total.replace(b=total.b.astype(dtype)))
     adapter = aligned.filled(combined)
     if return_error:
         return adapter, errors
-    _warn_of(errors)
+    _warn_of_loss(errors)
     return adapter
 
 
-def _summed(column: Column, weights: Weights, base: Any) -> Array:
-    """What was trained as a whole, and so has an update only beside the base."""
+def _sum_whole(column: Column, weights: Weights, base: Any) -> Array:
+    """The weighted sum of arrays that were trained as they are, such as heads. Their
+    updates are the differences from the base."""
     first = column.first
-    if all(array is not None and _same(first, array) for array in column.nodes):
+    if all(array is not None and _is_same(first, array) for array in column.nodes):
         return first
     if not base and all(array is not None for array in column.nodes):
         raise ValueError(
@@ -147,7 +148,7 @@ def _summed(column: Column, weights: Weights, base: Any) -> Array:
             "Only updates add up: pass the model without adapters, `base=model`, or "
             "partition without `also`."
         )
-    start = base_of_column(column, base, "weighted_sum")
+    start = find_base_array(column, base, "weighted_sum")
     total = start.astype(accumulation_dtype(first.dtype))
     for array, factor in zip(column.nodes, weights):
         if array is not None:
@@ -169,13 +170,13 @@ def _side_by_side(weights: Sequence[LoraWeight], factors: Weights) -> LoraWeight
     ]
     a = [weight.a.astype(a_dtype) for weight in weights]
     return first.replace(
-        b=jnp.concatenate(b, axis=-1), a=jnp.concatenate(a, axis=rank_axis(first))
+        b=jnp.concatenate(b, axis=-1), a=jnp.concatenate(a, axis=find_rank_axis(first))
     )
 
 
-def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
+def _compress(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     """The nearest weight of this rank, and the relative error."""
-    axis = rank_axis(weight)
+    axis = find_rank_axis(weight)
     total = weight.rank
     batch = weight.a.shape[:axis]
     dtype = promote(
@@ -183,7 +184,7 @@ def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
     )
     b = weight.b.reshape(*batch, -1, total).astype(dtype)
     a = weight.a.reshape(*batch, total, -1).astype(dtype)
-    new_b, new_a, error = _nearest(b, a, rank)
+    new_b, new_a, error = _approximate(b, a, rank)
     columns = weight.a.shape[axis + 1 :]
     compressed = weight.replace(
         b=new_b.reshape(*weight.b.shape[:-1], -1).astype(weight.b.dtype),
@@ -193,7 +194,7 @@ def _compressed(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _nearest(b: Array, a: Array, rank: int) -> tuple[Array, Array, Array]:
+def _approximate(b: Array, a: Array, rank: int) -> tuple[Array, Array, Array]:
     left, upper = jnp.linalg.qr(b)
     right, lower = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
     core = upper @ jnp.swapaxes(lower, -1, -2)
@@ -207,13 +208,13 @@ def _nearest(b: Array, a: Array, rank: int) -> tuple[Array, Array, Array]:
     return new_b, new_a, error
 
 
-def _same(x: Any, y: Any) -> bool:
-    # What is traced has no value that could be compared.
+def _is_same(x: Any, y: Any) -> bool:
+    # Traced arrays have no values to compare.
     is_traced = isinstance(x, Tracer) or isinstance(y, Tracer)
     return x is y or not is_traced and bool(np.array_equal(*jax.device_get((x, y))))
 
 
-def _warn_of(errors: dict[str, Array]) -> None:
+def _warn_of_loss(errors: dict[str, Array]) -> None:
     if any(isinstance(error, Tracer) for error in errors.values()):
         return
     known = {path: float(jax.device_get(error)) for path, error in errors.items()}

@@ -34,7 +34,7 @@ from .products import Labels, multiply_arrays, NotFactored, scale_along
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def for_arrays(operation: Any) -> Callable[[_Function], _Function]:
+def register_arrays(operation: Any) -> Callable[[_Function], _Function]:
     """Registers a function with an operation, for arrays: JAX's, NumPy's, and those of
     which only shape and dtype are known."""
 
@@ -59,7 +59,7 @@ def dense(base: Base) -> Array:
     raise TypeError(f"A {type(base).__name__} cannot be the base of an adapter.")
 
 
-@for_arrays(dense)
+@register_arrays(dense)
 def _(base: Array) -> Array:
     return jnp.asarray(base, accumulation_dtype(base.dtype))
 
@@ -109,7 +109,7 @@ def find_explicit_sharding(base: Base) -> NamedSharding | None:
     return None
 
 
-@for_arrays(find_explicit_sharding)
+@register_arrays(find_explicit_sharding)
 def _(base: Array) -> NamedSharding | None:
     return sharding.explicit_sharding(base)
 
@@ -133,7 +133,7 @@ def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> 
     raise refuse(base, "map_arrays")
 
 
-@for_arrays(map_arrays)
+@register_arrays(map_arrays)
 def _(base: Array, fn: Callable[[Any, Labels], Any], labels: Labels) -> Array:
     return fn(base, labels)
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from .._shared import explicit_sharding, product_sharding, promote, relabel
-from .base import add, dense, for_arrays, refuse
+from .base import add, dense, refuse, register_arrays
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
 from .products import (
@@ -43,7 +43,7 @@ def contract(
     **Arguments:**
 
     - `x`: The other operand, of the dtype that the result is to have.
-    - `low_rank_x`: What the factors see in the place of `x`. Dropout is applied there.
+    - `low_rank_x`: The operand for the factors, if it is not `x`: after dropout.
     - `x_labels`: A label for each axis of `x`.
     - `labels`: A label for each axis of `weight`. One that is also a label of `x` is
         summed over unless it is among `out_labels`.
@@ -83,7 +83,7 @@ def _(base: Factored, x: Array, **arguments: Any) -> Array:
     return contract(base, x, **arguments)
 
 
-@for_arrays(contract_base)
+@register_arrays(contract_base)
 def _(
     base: Array,
     x: Array,

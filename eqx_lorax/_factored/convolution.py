@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._shared import axes_from_end, promote
-from .base import add, dense, for_arrays, refuse
+from .base import add, dense, refuse, register_arrays
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
 from .products import (
@@ -56,9 +56,9 @@ def convolve(
     - `feature_group_count`: The number of groups. Every group has outputs of its own in
         the factor that owns them, and shares the factor that owns the inputs, so the
         update has the kernel's own shape.
-    - `low_rank_x`: What the low-rank branch sees in the place of `x`.
+    - `low_rank_x`: The images for the factors, if they are not `x`.
     - `is_frozen`: Whether the factors are frozen too, as below another adapter.
-    - `conv`: `window_strides`, `padding`, `lhs_dilation`, `rhs_dilation`, as of
+    - `conv`: `window_strides`, `padding`, `lhs_dilation`, `rhs_dilation`. See
         `jax.lax.conv_general_dilated`.
 
     **Returns:**
@@ -97,7 +97,7 @@ def _(base: Factored, x: Array, **arguments: Any) -> Array:
     return convolve(base, x, **arguments)
 
 
-@for_arrays(convolve_base)
+@register_arrays(convolve_base)
 def _(base: Array, x: Array, *, is_frozen: bool = False, **arguments: Any) -> Array:
     return convolve_arrays(
         x, jnp.asarray(base), x.dtype, kernel_is_frozen=is_frozen, **arguments

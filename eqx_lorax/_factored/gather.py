@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from .._shared import axes_from_end
-from .base import add, dense, for_arrays, multiply_factors, refuse
+from .base import add, dense, multiply_factors, refuse, register_arrays
 from .form import Base, Factored
 from .products import Label, Labels, NotFactored, scale_along
 from .views import renumber
@@ -29,7 +29,7 @@ def gather(
     raise refuse(x, "gather")
 
 
-@for_arrays(gather)
+@register_arrays(gather)
 def _(
     x: Array,
     indices: Array,

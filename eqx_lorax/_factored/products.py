@@ -39,13 +39,13 @@ RANK = "rank"
 
 
 class NotFactored(Exception):
-    """What is asked of a weight has no form that keeps base and factors apart. The
-    message says why, as the end of a sentence."""
+    """An operation that cannot be done to base and factors separately. The message says
+    why, as the end of a sentence."""
 
 
 def precision_for_any_dtype(precision: Precision) -> Precision:
-    """`precision`, or `None` if it is one that only operands of some dtype can have,
-    such as the algorithm for a narrow base, which its wide factors are not."""
+    """`precision`, or `None` if only operands of some dtypes can have it. An algorithm
+    that fits a narrow base, for example, does not fit its wide factors."""
     parts = precision if isinstance(precision, tuple) else (precision,)
     return precision if all(isinstance(p, lax.Precision) for p in parts) else None
 
@@ -83,10 +83,10 @@ def _multiply(
     are: differentiating through `preferred_element_type` would make them products of
     wide arrays (and for a convolution, whose operands must agree, an error).
 
-    Where `jax.lax.stop_gradient(y)` would be a new array, of which `scan` keeps a copy
-    for each layer, here the backward pass uses `y` itself. It is a JVP with symbolic
-    zeros, not a VJP, because a VJP below the `vmap` around every Equinox layer forms
-    one gradient per example.
+    The backward pass uses `y` itself. `jax.lax.stop_gradient(y)` would be a new array,
+    and `scan` would keep a copy for each layer. It is a JVP with symbolic zeros, not a
+    VJP, because a VJP below the `vmap` around every Equinox layer forms one gradient
+    per example.
     """
     is_wide = is_tangent or accumulation_dtype(x.dtype) == x.dtype
     preferred = None if is_wide else accumulation_dtype(x.dtype)
@@ -130,7 +130,7 @@ def multiply_arrays(
     """The sum over every label of `x` and `y` that is not among `out_labels`.
 
     A label that only one operand has must be among `out_labels`. If `y` is frozen, no
-    derivative is taken in it. `out_sharding` is as of `jax.lax.dot_general`.
+    derivative is taken in it. For `out_sharding` see `jax.lax.dot_general`.
 
     **Returns:**
 

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from .._shared import axes_from_end, promote
-from .base import for_arrays, map_arrays, refuse
+from .base import map_arrays, refuse, register_arrays
 from .form import Base, Factored
 from .products import Label, Labels, NotFactored, RANK
 
@@ -27,7 +27,7 @@ def transpose(x: Base, permutation: Sequence[int]) -> Base:
     raise refuse(x, "transpose")
 
 
-@for_arrays(transpose)
+@register_arrays(transpose)
 def _(x: Array, permutation: Sequence[int]) -> Array:
     if isinstance(x, np.ndarray):
         # Not by JAX, which would round numbers of 64 bits.
@@ -47,7 +47,7 @@ def convert(x: Base, dtype: DTypeLike) -> Base:
     raise refuse(x, "convert")
 
 
-@for_arrays(convert)
+@register_arrays(convert)
 def _(x: Array, dtype: DTypeLike) -> Array:
     return lax.convert_element_type(x, dtype)
 
@@ -135,7 +135,7 @@ def squeeze(x: Base, dimensions: Iterable[int]) -> Base:
     raise refuse(x, "squeeze")
 
 
-@for_arrays(squeeze)
+@register_arrays(squeeze)
 def _(x: Array, dimensions: Iterable[int]) -> Array:
     return lax.squeeze(x, tuple(dimensions))
 
@@ -176,7 +176,7 @@ def _expand(x: Base, sizes: Sequence[int], dimensions: Sequence[int]) -> Base:
     raise refuse(x, "expand")
 
 
-@for_arrays(_expand)
+@register_arrays(_expand)
 def _(x: Array, sizes: Sequence[int], dimensions: Sequence[int]) -> Array:
     ndim = x.ndim + len(sizes)
     leading = lax.broadcast_in_dim(x, [*sizes, *x.shape], range(len(sizes), ndim))
@@ -216,7 +216,7 @@ def reshape(x: Base, shape: Sequence[int]) -> Base:
     raise refuse(x, "reshape")
 
 
-@for_arrays(reshape)
+@register_arrays(reshape)
 def _(x: Array, shape: Sequence[int]) -> Array:
     return lax.reshape(x, shape)
 

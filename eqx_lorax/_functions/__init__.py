@@ -8,8 +8,8 @@ the weights of models, and nothing knows modules.
 from . import rules as rules
 from .function import (
     AbstractOpaque as AbstractOpaque,
-    call as call,
-    Door as Door,
+    call_with_weights as call_with_weights,
+    CallOptions as CallOptions,
     lora as lora,
 )
 from .report import (

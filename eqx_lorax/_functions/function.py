@@ -77,10 +77,10 @@ def lora(
             "gives a function, which is then called with the parameters."
         )
 
-    door = Door(on_materialise, _ADVICE, _TRACED)
+    options = CallOptions(on_materialise, _ADVICE, _TRACED)
 
     def with_weights(*args: Any, **kwargs: Any) -> Any:
-        return call(fn, args, kwargs, door)
+        return call_with_weights(fn, args, kwargs, options)
 
     try:
         return functools.wraps(fn)(with_weights)
@@ -89,12 +89,12 @@ def lora(
 
 
 class AbstractOpaque(eqx.Module):
-    """A module that may have to be left alone, with the weights it holds."""
+    """A module that may compute with its weights itself, so that they stay weights."""
 
     @property
     @abc.abstractmethod
     def is_opaque(self) -> bool:
-        """Whether it computes with its weights itself."""
+        """Whether it does so now."""
 
 
 def _is_opaque(node: Any) -> bool:
@@ -102,27 +102,27 @@ def _is_opaque(node: Any) -> bool:
 
 
 class _Placeholder:
-    """A weight in whose place the function is to see an array."""
+    """Stands for a weight where the function is going to see an array."""
 
     def __init__(self, weight: AbstractLoraWeight):
         self.weight = weight
 
 
 @dataclasses.dataclass(frozen=True)
-class Door:
-    """By whom a function is called with weights, and what a user is told there."""
+class CallOptions:
+    """How a function is called with weights, and what users are told."""
 
     on_materialise: OnMaterialise
     advice: str
-    """What to do where a weight was materialised."""
+    """How to avoid that a weight is materialised, or the warning."""
     traced: str
-    """What to do where code needs the values of arrays."""
+    """What to do if code needs the values of arrays."""
     keeps_weights: bool = False
-    """Whether a weight that is returned as it came in is no array for the caller."""
+    """Whether a weight that is returned unchanged is returned as a weight."""
 
 
-def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
-    """`fn(*args, **kwargs)`, in which weights are arrays."""
+def call_with_weights(fn: Any, args: Any, kwargs: Any, options: CallOptions) -> Any:
+    """Calls `fn`, which sees an array in the place of each weight."""
     unbound, held = _hoist_state(fn)
     marked = jax.tree.map(
         lambda x: _Placeholder(x) if is_weight(x) else x,
@@ -136,7 +136,7 @@ def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
         i for i, x in enumerate(leaves) if isinstance(x, _Placeholder | jax.Array)
     ]
     given = [_value(leaves[i]) for i in dynamic]
-    values = _stop_bases([x.factored() if is_weight(x) else x for x in given])
+    values = _stop_base_gradients([x.factored() if is_weight(x) else x for x in given])
     for value in values:
         if is_factored(value):
             value.check_shapes()
@@ -152,16 +152,16 @@ def call(fn: Any, args: Any, kwargs: Any, door: Door) -> Any:
         return [leaf for leaf in returned[0] if isinstance(leaf, jax.Array)]
 
     try:
-        jaxpr = jax.make_jaxpr(flat)(*map(_shaped, values))
+        jaxpr = jax.make_jaxpr(flat)(*map(_to_shape, values))
     except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
-        error.add_note(door.traced)
+        error.add_note(options.traced)
         raise
-    report = Report(door.on_materialise, door.advice)
+    report = Report(options.on_materialise, options.advice)
     outputs = evaluate(jaxpr, values, report)
     came_in = {id(x): value for value, x in zip(given, values)}
-    kept = came_in if door.keeps_weights else {}
+    kept = came_in if options.keeps_weights else {}
     outputs = iter(
-        [kept[id(x)] if id(x) in kept else _returned(x, report) for x in outputs]
+        [kept[id(x)] if id(x) in kept else _to_output(x, report) for x in outputs]
     )
     leaves_out, structure = returned
     return structure.unflatten(
@@ -182,13 +182,13 @@ def _value(leaf: Any) -> Any:
     return leaf.weight if isinstance(leaf, _Placeholder) else leaf
 
 
-def _stop_bases(values: list[Any]) -> list[Any]:
+def _stop_base_gradients(values: list[Any]) -> list[Any]:
     """`values`, with no derivative of any order in their bases.
 
-    Products see to the first order themselves. Stopping the gradient here too would
-    make a new array of each base, and a `scan` around it all would keep copies of
-    these. So it is done only where a derivative is being taken at this very moment,
-    which the rule of a custom derivative notices.
+    Products stop the first derivative themselves. Stopping it here too would make a new
+    array of each base, and a `scan` around it all would keep copies of these. So it is
+    done only while a derivative is being taken, which the rule of a custom derivative
+    notices.
     """
     bases = [value.base for value in values if is_factored(value)]
     is_differentiated = False
@@ -213,14 +213,14 @@ def _stop_bases(values: list[Any]) -> list[Any]:
     ]
 
 
-def _shaped(value: Any) -> Any:
+def _to_shape(value: Any) -> Any:
     if is_factored(value):
         sharding = find_explicit_sharding(value)
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     return value
 
 
-def _returned(value: Any, report: Report) -> Array:
+def _to_output(value: Any, report: Report) -> Array:
     if not is_factored(value):
         return value
     reason, at = "the function returns it", compat.calling_line()
@@ -229,8 +229,8 @@ def _returned(value: Any, report: Report) -> Array:
 
 
 def _hoist_state(fn: Any) -> tuple[Callable[..., Any], Any]:
-    """A function `call` and a pytree `held` such that `call(held, ...)` is `fn(...)`,
-    and that all arrays that `fn` can be seen to hold are in `held`."""
+    """A function `call` and a pytree `held` such that `call(held, ...)` is `fn(...)`.
+    The arrays in a module, a bound method or a `functools.partial` are in `held`."""
     if isinstance(fn, types.MethodType):
         return lambda held, *args, **kwargs: fn.__func__(held, *args, **kwargs), (
             fn.__self__

@@ -1,8 +1,8 @@
 """Evaluating a traced program over factored weights.
 
-What has no weight among its operands is left exactly as JAX traced it, so that every
-custom derivative, name scope and effect in it is as it was. Of the rest, an equation
-is evaluated by the rule of its primitive, or else with the dense weights.
+Equations without a weight are run exactly as JAX traced them, with their custom
+derivatives, name scopes and effects. An equation with a weight is evaluated by the rule
+of its primitive, or with the dense weight if there is none.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from .report import Materialised, Report
 
 
 class Equation:
-    """An equation some of whose operands are weights, as a rule sees it."""
+    """An equation with weights among its operands, as a rule sees it."""
 
     def __init__(self, equation: Any, jaxpr: Jaxpr, report: Report):
         self.primitive: Any = equation.primitive
@@ -36,22 +36,22 @@ class Equation:
         self._bodies: list[Body] = []
 
     def bind(self, *values: Any) -> Sequence[Array]:
-        """The outputs for arrays and literals, as JAX has them."""
+        """The outputs for arrays and literals, as JAX computes them."""
         return jec.jaxpr_as_fun(self._alone())(*self._arguments(values))
 
     def _arguments(self, values: Sequence[Any]) -> list[Any]:
-        """What of the operands `values` is no literal."""
+        """The operands that are no literals, each once."""
         pairs = zip(self._equation.invars, values, strict=True)
         return list({var: x for var, x in pairs if not _is_literal(var)}.values())
 
     def _alone(self) -> Jaxpr:
-        """The equation as a program of its own, which takes its `_arguments`."""
+        """The equation alone, as a program of its `_arguments`."""
         inputs = list(dict.fromkeys(_read_by(self._equation)))
         return _part(self._jaxpr, [self._equation], inputs, self._equation.outvars)
 
     @functools.cached_property
     def _key(self) -> tuple[Any, ...]:
-        """What makes this equation the same as another one."""
+        """Equal for two equations that compute the same."""
         literals = [
             (i, x.aval, np.asarray(x.val).tobytes())
             for i, x in enumerate(self._equation.invars)
@@ -67,17 +67,17 @@ class Equation:
 
     def body(self, jaxpr: Jaxpr, *values: Any) -> "Body":
         """A jaxpr within this equation as a function of arrays and weights like
-        `values`, which is going to be run."""
+        `values`. The caller runs it."""
         body = _body(jaxpr, jax.tree.structure(values))
         self._bodies.append(body)
         return body
 
     def output_shapes(self, jaxpr: Jaxpr, *values: Any) -> list[Any]:
-        """What kinds of arrays and weights `body(jaxpr, *values)` would return."""
+        """The shapes of the arrays or weights that `body(jaxpr, *values)` returns."""
         return jax.eval_shape(_body(jaxpr, jax.tree.structure(values)), *values)
 
     def dense(self, value: Any, reason: str) -> Any:
-        """The array that `value` stands for. If it is a weight, that is reported."""
+        """The array that `value` stands for. Reports it if `value` is a weight."""
         if not is_factored(value):
             return value
         name = self.primitive.name
@@ -85,7 +85,7 @@ class Equation:
         return materialise(value)
 
     def evaluate(self, *values: Any) -> Sequence[Any]:
-        """The outputs for operands at least one of which is a weight."""
+        """The outputs; at least one operand is a weight."""
         with _name_scope(self._equation), self._equation.ctx.manager:
             try:
                 outputs = self._by_rule(values)
@@ -95,8 +95,8 @@ class Equation:
         return outputs
 
     def run(self, run: Callable[..., Any], *values: Any) -> Any:
-        """`run(*values)`, which compiles some of the bodies. If something is
-        materialised in them and that is an error, it is raised before."""
+        """`run(*values)`, which compiles some of the bodies. If materialising is an
+        error, it is raised before anything is compiled."""
         if self._report.raises:
             jax.eval_shape(run, *values)
             self._report_bodies()
@@ -129,14 +129,14 @@ class Equation:
 class Body:
     """A jaxpr as a function of arrays and weights.
 
-    There is one for each jaxpr and each structure of its arguments, so that JAX, which
-    goes by the function, traces and compiles it once.
+    There is one for each jaxpr and each structure of its arguments. JAX caches by the
+    function, so it traces and compiles each of them once.
     """
 
     def __init__(self, jaxpr: Jaxpr):
         self._jaxpr = compat.close(jaxpr)
         self.is_library_code = compat.is_library_code(self._jaxpr)
-        # What was found while it was traced, for every caller to report as its own.
+        # Filled when it is traced. Every caller reports it as its own.
         self.report = Report("allow")
 
     def __call__(self, *values: Any) -> list[Any]:

@@ -42,5 +42,5 @@ def find_rule(primitive: str) -> Rule | None:
 
 
 def makes_functions(rule: Rule) -> bool:
-    """Whether the rule was registered so."""
+    """Whether the rule was registered with `makes_functions`."""
     return rule in _MAKING_FUNCTIONS

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 
-from .._functions import call, Door
+from .._functions import call_with_weights, CallOptions
 from .._methods import is_weight
 
 
@@ -31,7 +31,7 @@ def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any)
     """`fn(module, *args, **kwargs)` for the module that `layer` stands for. To `fn`,
     its factored weights are arrays."""
     module = layer.wrapped
-    result = call(
+    result = call_with_weights(
         _encode_result(fn), (module, *args), kwargs, _interpreter_options(module)
     )
     match result:
@@ -210,9 +210,9 @@ def _is_function(x: Any) -> bool:
     return inner is not x and _is_function(inner)
 
 
-def _interpreter_options(module: Any) -> Door:
+def _interpreter_options(module: Any) -> CallOptions:
     name = type(module).__name__
-    return Door(
+    return CallOptions(
         on_materialise="allow" if isinstance(module, NORMS) else "warn",
         advice=f"It is done by a {name}, which `lorax.loraify` adapted: leave that "
         "array out with `exclude`, or, if it is meant, ignore the warning: "

@@ -6,7 +6,7 @@ How weights get into models, and what files and optimizers do with them, is not 
 """
 
 from .fresh import Fresh as Fresh
-from .fused_weight import FusedWeight as FusedWeight, unfused as unfused
+from .fused_weight import FusedWeight as FusedWeight, unfuse as unfuse
 from .initialisers import (
     check_key as check_key,
     Init as Init,
@@ -19,8 +19,8 @@ from .lora import LoraWeight as LoraWeight
 from .parts import (
     check_frozen as check_frozen,
     check_whole as check_whole,
-    lacks_arrays as lacks_arrays,
-    misfits as misfits,
+    find_misfits as find_misfits,
+    list_missing as list_missing,
 )
 from .registry import find_method as find_method, list_methods as list_methods
 from .weight import (
@@ -28,5 +28,5 @@ from .weight import (
     base_of as base_of,
     FactoredWeight as FactoredWeight,
     is_weight as is_weight,
-    without_base as without_base,
+    missing_base as missing_base,
 )

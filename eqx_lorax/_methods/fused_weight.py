@@ -39,8 +39,8 @@ class FusedWeight(AbstractLoraWeight):
     def scaled(self, factor: ArrayLike) -> "FusedWeight":
         return FusedWeight(self.weight.scaled(factor))
 
-    def on(self, base: Any, **changes: Any) -> "FusedWeight":
-        return FusedWeight(self.weight.on(base, **changes))
+    def with_base(self, base: Any, **changes: Any) -> "FusedWeight":
+        return FusedWeight(self.weight.with_base(base, **changes))
 
     def trainable(self) -> "FusedWeight":
         return FusedWeight(self.weight.trainable())
@@ -55,11 +55,11 @@ class FusedWeight(AbstractLoraWeight):
         return getattr(self.weight, name)
 
 
-def unfused(weight: Any) -> Any:
+def unfuse(weight: Any) -> Any:
     """The weight inside a `FusedWeight`; anything else as it is."""
     if isinstance(weight, FusedWeight):
         weight = weight.weight
     base = weight.w if is_weight(weight) else None
-    if is_weight(base) and (inner := unfused(base)) is not base:
-        weight = weight.on(inner)
+    if is_weight(base) and (inner := unfuse(base)) is not base:
+        weight = weight.with_base(inner)
     return weight

@@ -1,5 +1,5 @@
 """How the factors of a fresh adapter start. `b` is always zero, so that a fresh adapter
-adds exactly nothing; what is chosen here is `a`."""
+adds exactly nothing. The choice here is for `a`."""
 
 import hashlib
 import math
@@ -80,7 +80,7 @@ def key_for(key: PRNGKeyArray, path: str) -> PRNGKeyArray:
 
 
 def key_for_words(key: PRNGKeyArray, words: Sequence[Any] | Array) -> PRNGKeyArray:
-    """As `key_for`, by the two `words_of` a path."""
+    """As `key_for`, given the two `words_of` a path."""
     return jr.fold_in(jr.fold_in(key, words[0]), words[1])
 
 

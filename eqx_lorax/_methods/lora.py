@@ -159,7 +159,7 @@ class LoraWeight(AbstractLoraWeight):
 
     def replace(self, **changes: Any) -> "LoraWeight":
         """This weight with other values in some fields, unchecked."""
-        return self.on(changes.pop("w", self.w), **changes)
+        return self.with_base(changes.pop("w", self.w), **changes)
 
     def scaled(self, factor: ArrayLike) -> "LoraWeight":
         # `b` is rounded once, to the dtype that it had.
@@ -187,7 +187,7 @@ class LoraWeight(AbstractLoraWeight):
         )
 
     def get_scale(self) -> float:
-        """As `scale`, by the name that it has in jax-lorax."""
+        """The same as `scale`. This is its name in jax-lorax."""
         return self.scale
 
     def __pdoc__(self, **options: Any) -> Any:
@@ -205,7 +205,7 @@ class LoraWeight(AbstractLoraWeight):
 
 
 def _alpha_of(scale: float, rank: int) -> float:
-    """The `alpha` that gives this scale, without the error of a division undone."""
+    """The `alpha` that gives exactly this scale. `scale * rank` may be off by a bit."""
     short = float(f"{scale * rank:.12g}")
     return short if short / rank == scale else scale * rank
 

@@ -29,7 +29,7 @@ def _matmul(form: Factored, x: ArrayLike, *, contract: int) -> Array:
     *batch, _, _ = shape
     x_batch = x_shape[:-2]
     depth = max(len(batch), len(x_batch))
-    # One label a pair of batch axes, two where either is to be broadcast.
+    # One label for a pair of batch axes, two if either is broadcast.
     paired = [
         i < len(batch) and i < len(x_batch) and batch[-1 - i] == x_batch[-1 - i]
         for i in range(depth)
@@ -105,7 +105,7 @@ def _slice_axis(form: Factored, position: int, one: slice) -> Factored:
 
 
 def _full_index(item: Any, ndim: int) -> list[Any]:
-    """One entry an axis: `...` spelled out."""
+    """One entry for each axis, without `...`."""
     items = list(item) if isinstance(item, tuple) else [item]
     given = sum(not isinstance(i, EllipsisType) for i in items)
     if any(i is None or isinstance(i, bool) for i in items):

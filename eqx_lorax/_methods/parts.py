@@ -26,7 +26,7 @@ def check_whole(
         if or_params:
             return
         what = "an adapter without its base, the `params`"
-    elif any(lacks_arrays(weight) for weight in weights):
+    elif any(list_missing(weight) for weight in weights):
         what = "a base without its adapters, the `frozen`"
     else:
         return
@@ -47,14 +47,14 @@ def check_frozen(frozen: Any, call: str) -> None:
         )
 
 
-def lacks_arrays(weight: Any) -> list[str]:
-    """The arrays, by name, that a weight upon its base does not have."""
+def list_missing(weight: Any) -> list[str]:
+    """The names of the arrays that a weight lacks, apart from its base."""
     names = weight.array_axes()
     return [name for name in names if getattr(weight, name) is None]
 
 
-def misfits(weight: Any) -> Iterator[str]:
-    """What of the arrays of a weight does not fit its base, or the others."""
+def find_misfits(weight: Any) -> Iterator[str]:
+    """A line for each array of a weight that does not fit its base or the others."""
     base = tuple(weight.w.shape)
     try:
         axes = weight.array_axes()
@@ -68,7 +68,7 @@ def misfits(weight: Any) -> Iterator[str]:
             continue
         shape = tuple(array.shape)
         if len(shape) == len(labels):
-            # The first array that has an axis of the rank says how large that is.
+            # The first array with an axis of the rank gives its size.
             new = {x: size for x, size in zip(labels, shape) if x not in sizes}
             sizes |= new
         wanted = tuple(sizes.get(label, "any") for label in labels)

@@ -39,7 +39,7 @@ from .fresh import Fresh
 # NumPy arrays, as models just read from a file hold them, serve as bases too, and so
 # do mere shapes.
 Weight: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"]
-# An array to whoever computes with it; abstract models have shapes here too.
+# Type checkers are told that it is an array. Abstract models have shapes here.
 if TYPE_CHECKING:
     Factor: TypeAlias = Array
 else:
@@ -51,7 +51,7 @@ class AbstractLoraWeight(eqx.Module):
     """An array-like that stands for a frozen base plus a trainable update.
 
     It has an array's `shape`, `dtype`, `ndim`, `size`, `@` on both sides, `.T`, `.mT`,
-    `.astype` and indexing, none of which forms the array it stands for. For anything
+    `.astype` and indexing. None of these forms the array it stands for. For anything
     else there is `materialise()`. There is deliberately no `__jax_array__`: with it
     `x @ weight` would quietly form the dense array.
 
@@ -126,11 +126,11 @@ class AbstractLoraWeight(eqx.Module):
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *filled)
 
     def view(self, form: Factored) -> "AbstractLoraWeight":
-        """A weight with the normal form `form`, to which that of this weight was
-        turned by indexing or by moving axes."""
+        """The weight for `form`, which indexing or moving axes made of the normal form
+        of this one."""
         return FactoredWeight(form)
 
-    def on(self: _Self, base: Any, **changes: Any) -> _Self:
+    def with_base(self: _Self, base: Any, **changes: Any) -> _Self:
         """The same on another base, with these fields changed too, unchecked."""
         new = object.__new__(type(self))
         for field in dataclasses.fields(self):
@@ -146,7 +146,7 @@ class AbstractLoraWeight(eqx.Module):
         """
         self.check_base()
         if any(getattr(self, name) is None for name in self.array_axes()):
-            raise without_factors(self)
+            raise missing_factors(self)
 
     def check_base(self) -> None:
         """**Raises:**
@@ -154,7 +154,7 @@ class AbstractLoraWeight(eqx.Module):
         `ValueError` if the base is missing.
         """
         if self.w is None:
-            raise without_base(self)
+            raise missing_base(self)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -194,7 +194,7 @@ class AbstractLoraWeight(eqx.Module):
         return dense(self.factored()).astype(self.dtype)
 
     def materialize(self) -> Array:
-        """As `materialise`, by the name that it has in jax-lorax."""
+        """The same as `materialise`. This is its name in jax-lorax."""
         return self.materialise()
 
     def trainable(self: _Self) -> _Self:
@@ -233,7 +233,7 @@ class AbstractLoraWeight(eqx.Module):
         return self.view(views.convert(self.factored(), dtype))
 
     def __getitem__(self, item: Any) -> "AbstractLoraWeight | Array":
-        """Indexing, as of an array, by integers, integer arrays and slices.
+        """Indexing by integers, integer arrays and slices, as in `jax.numpy`.
 
         Slices, and anything along a batch axis, give a weight that is still factored.
         An integer or an integer array along a row or column axis is a lookup (what an
@@ -261,7 +261,7 @@ class AbstractLoraWeight(eqx.Module):
         - `x_labels`: A label for each axis of `x`.
         - `labels`: A label for each axis of this weight.
         - `out_labels`: The labels of the axes of the result.
-        - `low_rank_x`: What the factors see in the place of `x`, as with dropout.
+        - `low_rank_x`: The operand for the factors, if it is not `x`: after dropout.
         - `precision`: As in `jax.lax.dot_general`.
 
         **Returns:**
@@ -280,7 +280,7 @@ class AbstractLoraWeight(eqx.Module):
 
 
 class FactoredWeight(AbstractLoraWeight):
-    """What is left of a weight after indexing, moving axes or mixing: its normal form.
+    """A weight that is only its normal form, after indexing, moving axes or mixing.
 
     Models may hold one. In files and partitions it becomes a `lorax.LoraWeight` where
     it can: see `lorax.LoraWeight.from_factored`.
@@ -351,7 +351,7 @@ class FactoredWeight(AbstractLoraWeight):
         b = self.form.b
         return FactoredWeight(self.form.replace(b=multiply(b, factor).astype(b.dtype)))
 
-    def on(self, base: Any, **changes: Any) -> "FactoredWeight":
+    def with_base(self, base: Any, **changes: Any) -> "FactoredWeight":
         return FactoredWeight(self.form.replace(base=as_base(base), **changes))
 
     def trainable(self) -> "FactoredWeight":
@@ -379,7 +379,7 @@ def as_base(w: Any) -> Base:
     return w.factored() if is_weight(w) else w
 
 
-def without_base(weight: Any) -> ValueError:
+def missing_base(weight: Any) -> ValueError:
     """The error where the base of a weight is needed and missing."""
     return ValueError(
         f"This {type(weight).__name__} has no base: it is of an adapter alone, the "
@@ -388,7 +388,7 @@ def without_base(weight: Any) -> ValueError:
     )
 
 
-def without_factors(weight: Any) -> ValueError:
+def missing_factors(weight: Any) -> ValueError:
     """The error where the factors of a weight are needed and missing."""
     return ValueError(
         f"This {type(weight).__name__} has no factors: it is of the `frozen` part of "

@@ -2,7 +2,7 @@
 
 from typing import Any, TypeVar
 
-from .._methods import check_whole, FusedWeight, is_weight, unfused
+from .._methods import check_whole, FusedWeight, is_weight, unfuse
 from .._shared import accumulation_dtype
 from .._trees import (
     exclude_places,
@@ -86,7 +86,7 @@ def merged_forward(
         )
     return rebuild(
         model,
-        {place.indices: _fuse if enabled else unfused for place in weights},
+        {place.indices: _fuse if enabled else unfuse for place in weights},
     )
 
 

@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array
 
 from .._factored import dense, scale_along, views
-from .._methods import FactoredWeight, FusedWeight, is_weight, LoraWeight, unfused
+from .._methods import FactoredWeight, FusedWeight, is_weight, LoraWeight, unfuse
 from .._shared import axes_from_end
 from .._trees import Place, Places, rebuild
 
@@ -96,7 +96,7 @@ def _check_unscaled(places: Sequence[Place]) -> None:
 
 
 def _without_view(weight: Any) -> Any:
-    weight = unfused(weight)
+    weight = unfuse(weight)
     # A part of a partition has the base without factors, or the factors without it.
     if not is_weight(weight) or weight.w is None:
         return weight
@@ -105,7 +105,7 @@ def _without_view(weight: Any) -> Any:
             return _when_abstract(LoraWeight.from_factored, weight.form)
         return FactoredWeight(_when_abstract(views.store_in_order, weight.form))
     base = _without_view(weight.w)
-    return weight if base is weight.w else weight.on(base)
+    return weight if base is weight.w else weight.with_base(base)
 
 
 def _without_gate(weight: Any) -> Any:

@@ -17,7 +17,7 @@ from .._methods import (
     FactoredWeight,
     is_weight,
     LoraWeight,
-    unfused,
+    unfuse,
 )
 from .._modules import remove_keys
 from .._shared import (
@@ -197,7 +197,7 @@ def _is_target(node: Any) -> bool:
 
 
 def _summarise_weight(place: Place, params: Any) -> TargetSummary:
-    weight = unfused(place.node)
+    weight = unfuse(place.node)
     is_known = weight.w is not None
     # The other methods have their factors only together with their frozen part.
     has_factors = isinstance(weight, LoraWeight | FactoredWeight)

@@ -131,7 +131,7 @@ def _words(source):
     return "".join(x if x.isalnum() else " " for x in source).split()
 
 
-def _joined(r):
+def _make_edit(r):
     first = r.value()
     axis = r.axis(first)
     parts = [first, *(r.value(r.known[first].ndim) for _ in range(r.number(1, 2)))]
@@ -158,7 +158,7 @@ def _rolled(r):
     return f"jnp.roll({x}, {r.number(-2, 3)}, {r.axis(x)})"
 
 
-def _padded(r):
+def _pad_rank(r):
     x = r.value()
     widths = [(r.number(0, 2), r.number(0, 2)) for _ in r.shape(x)]
     modes = ["edge", "reflect", "symmetric", "wrap", "constant", "linear_ramp"]
@@ -320,9 +320,9 @@ def _meeting(r, x):
 
 
 MOVES = (
-    *(_joined,) * 6,
+    *(_make_edit,) * 6,
     *(_rolled,) * 2,
-    *(_padded,) * 2,
+    *(_pad_rank,) * 2,
     *(_sliced,) * 3,
     _turned,
     _reshaped,

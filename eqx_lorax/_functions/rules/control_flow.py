@@ -99,8 +99,8 @@ def _fix_carry(
     carry: Sequence[Any],
     outputs: Callable[[Sequence[Any]], Sequence[Any]],
 ) -> list[Any]:
-    """`carry` with those of its weights as arrays that the loop does not hand on as
-    weights of the same kind; `outputs` gives the shapes of what it hands on."""
+    """`carry`, in which each weight that the loop does not return as a weight of the
+    same kind is an array; `outputs` gives the shapes of what it returns."""
     reason = "the loop does not hand it on as the same kind of weight"
     carry = list(carry)
     while any(map(is_factored, carry)):
@@ -206,7 +206,7 @@ def _shard_map(equation: Equation, *values: Any) -> Sequence[Any]:
 
 
 def _spec(x: Any, spec: PartitionSpec) -> Any:
-    """The specs of the leaves of a weight, of which `spec` is that of the array."""
+    """The specs of the leaves of a weight, given that of the array it stands for."""
     if not is_factored(x):
         return spec
     entries = [*spec, *(None,) * x.ndim]

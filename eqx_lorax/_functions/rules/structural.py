@@ -52,8 +52,8 @@ def _on_leaves(equation: Equation, *values: Any) -> Sequence[Any]:
 def _stop_gradient(equation: Equation, x: Any) -> Sequence[Any]:
     if not x.has_frozen_base:
         return [jax.tree.map(lax.stop_gradient, x)]
-    # This base has no gradient to stop, and stopping it would be a new array of its
-    # size, of which `scan` keeps a copy for each layer.
+    # This base has no gradient to stop. Stopping it would make a new array of its size,
+    # and `scan` would keep a copy for each layer.
     stopped = jax.tree.map(lax.stop_gradient, x.replace(base=None))
     return [stopped.replace(base=x.base)]
 
