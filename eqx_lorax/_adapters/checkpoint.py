@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import jax.tree_util as jtu
+import jax
 import numpy as np
 
 from .._methods import check_frozen
@@ -29,7 +29,7 @@ from .state import (
     from_raw,
     is_packed,
     make_raw_struct,
-    name_leaf,
+    name_leaves,
     split_state,
     to_json,
     to_raw,
@@ -275,9 +275,9 @@ class Checkpoints:
         found |= {
             name: from_json(about["values"][name], like=x) for name, x in values.items()
         }
-        return step, jtu.tree_map_with_path(
-            lambda path, leaf: found.get(name_leaf(path), leaf), state
-        )
+        leaves, treedef = jax.tree.flatten(state)
+        pairs = zip(name_leaves(state), leaves, strict=True)
+        return step, treedef.unflatten([found.get(name, x) for name, x in pairs])
 
     def _about(self, step: int) -> dict[str, Any]:
         args = self._orbax.args

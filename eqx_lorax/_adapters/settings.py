@@ -61,14 +61,30 @@ def find_changes(written: Mapping[str, Any], found: Mapping[str, Any]) -> Iterat
 def _collect_static(weight: AbstractLoraWeight) -> dict[str, Any]:
     # What says how to multiply, and not with what, is left out.
     weight = unfuse(weight)
-    holder = weight.form if isinstance(weight, FactoredWeight) else weight
+    if isinstance(weight, FactoredWeight):
+        return _collect_form(weight)
     fields = {
-        field.name: _to_plain(getattr(holder, field.name))
-        for field in dataclasses.fields(holder)
+        field.name: _to_plain(getattr(weight, field.name))
+        for field in dataclasses.fields(weight)
         if field.metadata.get("static", False)
     }
     below = {"below": _collect_static(weight.w)} if is_weight(weight.w) else {}
     return {"kind": type(weight).__name__, **fields, **below}
+
+
+def _collect_form(weight: FactoredWeight) -> dict[str, Any]:
+    """As of a `LoraWeight` with these settings, where there are any of that name."""
+    form = weight.form
+    fields = {name: _to_plain(getattr(form, name)) for name in ("rows", "columns")}
+    order = _to_plain(form.permutation)
+    below = {"below": _collect_static(weight.w)} if is_weight(weight.w) else {}
+    return {
+        "kind": "LoraWeight",
+        "scale": form.scale,
+        "order": order,
+        **fields,
+        **below,
+    }
 
 
 def _to_plain(x: Any) -> Any:

@@ -4,6 +4,7 @@ hold, and back."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -11,6 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from .._methods import FactoredWeight, is_weight, unfuse
 from .._shared import as_array, committed_sharding, count_bits, is_array, list_some
 from .fingerprint import from_bits, hash_content, to_bits
 
@@ -22,16 +24,41 @@ def split_state(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arrays of a tree, and its other numbers and strings, by name."""
     arrays: dict[str, Any] = {}
     values: dict[str, Any] = {}
-    for path, leaf in jtu.tree_leaves_with_path(state):
+    for name, leaf in zip(name_leaves(state), jax.tree.leaves(state), strict=True):
         if is_array(leaf) or isinstance(leaf, np.generic):
-            arrays[name_leaf(path)] = leaf
+            arrays[name] = leaf
         elif isinstance(leaf, bool | int | float | complex | str):
-            values[name_leaf(path)] = leaf
+            values[name] = leaf
     return arrays, values
 
 
-def name_leaf(path: Any) -> str:
-    return f"state{jtu.keystr(path)}"
+def name_leaves(state: Any) -> list[str]:
+    """A name for each leaf of a tree, its path. Views of weights, and weights under
+    `lorax.merged_forward`, have the names of the plain ones."""
+    names: list[str] = []
+    for path, node in jtu.tree_leaves_with_path(state, is_leaf=is_weight):
+        prefix = f"state{jtu.keystr(path)}"
+        named = jtu.tree_leaves_with_path(_as_named(node))
+        names += [f"{prefix}{jtu.keystr(below)}" for below, _ in named]
+    return names
+
+
+def _as_named(node: Any) -> Any:
+    """A tree with the leaves of `node`, in this order, by the paths that name them."""
+    node = unfuse(node)
+    if not isinstance(node, FactoredWeight):
+        return node
+    form = node.form
+    leaves = (_as_named(node.w), form.b, form.a, form.gain, form.gate)
+    return _Named(*leaves)
+
+
+class _Named(eqx.Module):
+    w: Any
+    b: Any
+    a: Any
+    gain: Any
+    gate: Any
 
 
 def find_misfits(

@@ -31,6 +31,7 @@ from .form import (
     factor_shapes as factor_shapes,
     Factored as Factored,
     is_factored as is_factored,
+    not_of_one_weight as not_of_one_weight,
 )
 from .gather import gather as gather, take as take
 from .products import (

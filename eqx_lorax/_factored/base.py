@@ -1,17 +1,17 @@
 """The protocol of bases: what can be asked of the array beneath an adapter.
 
-A base has `shape`, `dtype` and `ndim`, and answers to these functions, each of which is
-open by dispatch on its type (`functools.singledispatch`):
+A base has `shape`, `dtype` and `ndim`. Its type is registered with these functions, by
+`functools.singledispatch`:
 
-- `dense`, `find_explicit_sharding` and `map_arrays`, below;
+- `dense` (needed always), `find_explicit_sharding` and `map_arrays`, below;
 - `contraction.contract_base`, a product with an activation;
 - `convolution.convolve_base`, the same for a kernel;
 - `gather.gather`, a lookup;
-- `views.transpose`, `views.convert`, `views.squeeze`, `views.expand`.
+- `views.transpose`, `views.convert`, `views.squeeze`, `views.expand`, `views.reshape`.
 
-Arrays and `Factored`, which may itself be a base, are registered there. Another kind of
-base registers what it can do. What it cannot do raises `NotFactored`, and is done with
-the dense array.
+Arrays and `Factored`, which may itself be a base, are registered where each function is
+defined. Another kind of base registers what it can do. The others then raise
+`NotFactored`, and `lora(fn)` goes on with the dense array.
 """
 
 import functools
@@ -35,8 +35,8 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def register_arrays(operation: Any) -> Callable[[_Function], _Function]:
-    """Registers a function with an operation, for arrays: JAX's, NumPy's, and those of
-    which only shape and dtype are known."""
+    """Registers a function with an operation, for arrays: JAX's, NumPy's, and
+    `jax.ShapeDtypeStruct`."""
 
     def register(function: _Function) -> _Function:
         # A tracer is an instance of `jax.Array`, but its class is no subclass.
@@ -54,8 +54,8 @@ def refuse(base: Base, operation: str) -> NotFactored:
 
 @functools.singledispatch
 def dense(base: Base) -> Array:
-    """The array that `base` stands for, in the accumulation dtype, differentiable where
-    that is not frozen."""
+    """The array that `base` stands for, in the accumulation dtype. What is frozen has
+    no derivative."""
     raise TypeError(f"A {type(base).__name__} cannot be the base of an adapter.")
 
 
@@ -126,9 +126,12 @@ def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> 
 
     **Arguments:**
 
-    - `labels`: One for each axis of `base`. The array is given those of its own axes;
-        `RANK` stands for the rank, and `None` for an axis of size one along which it is
-        the same for the whole base.
+    - `fn`: Is applied to base, factors, gain and gate separately. That has to be the
+        same as applying it to the array they stand for: it may move and pick entries,
+        but not add them up.
+    - `labels`: One for each axis of `base`. `fn` gets those of the array's own axes,
+        with `RANK` for the rank and `None` for an axis of size one along which the
+        array is broadcast.
     """
     raise refuse(base, "map_arrays")
 

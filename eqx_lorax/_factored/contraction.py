@@ -1,4 +1,4 @@
-"""How a factored weight meets an activation: `W x + scale * B (A x)`."""
+"""The product of a factored weight and an activation: `W x + scale * B (A x)`."""
 
 import functools
 import math
@@ -42,7 +42,8 @@ def contract(
 
     **Arguments:**
 
-    - `x`: The other operand, of the dtype that the result is to have.
+    - `weight`: The weight.
+    - `x`: The other operand. The caller rounds the result to its dtype.
     - `low_rank_x`: The operand for the factors, if it is not `x`: after dropout.
     - `x_labels`: A label for each axis of `x`.
     - `labels`: A label for each axis of `weight`. One that is also a label of `x` is
@@ -73,8 +74,8 @@ def contract(
 
 @functools.singledispatch
 def contract_base(base: Base, x: Array, **arguments: Any) -> Array:
-    """As `contract`, for a base of any kind, which is frozen if `is_frozen`; without
-    `low_rank_x`."""
+    """`contract` for a base of any kind, without `low_rank_x`. If `is_frozen`, no
+    derivative is taken in the base."""
     raise refuse(base, "contract_base")
 
 
@@ -114,10 +115,11 @@ def _order_axes(
     labels: tuple[Label, ...],
     out_labels: tuple[Label, ...],
 ) -> tuple[tuple[Label, ...], tuple[Label, ...]]:
-    """The orders of the axes of `x` and of the result in which products are fast: first
-    those that `x` and the weight both keep, then those of `x` alone.
+    """The orders of the axes of `x` and of the result in which products are fast:
+    shared batch axes, axes of `x` alone, and then the summed axes of `x`, or the axes
+    of the weight alone in the result.
 
-    Code with `w @ x` below `vmap` has all its activations the other way round. The
+    In code with `w @ x` below `vmap` every activation has the reverse order. The
     transposes before and after a layer cancel each other, and XLA finds the products in
     the fast order, also in the backward pass.
     """
@@ -134,7 +136,7 @@ def _transpose(x: Array, labels: Labels, wanted: Labels) -> Array:
     return lax.transpose(x, [labels.index(label) for label in wanted])
 
 
-# Compiled as one: each kind of product is then traced once and not in each layer.
+# One jitted function: layers with the same shapes and labels share one trace.
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -154,9 +156,9 @@ def _contract_in_order(
     precision: Precision,
     out_sharding: NamedSharding | None,
 ) -> Array:
-    """As `contract`, with labels of the stored axes of `weight`, and axes in the order
-    of the products themselves."""
-    meet = functools.partial(
+    """As `contract`, with labels of the stored axes of `weight`, and axes in the orders
+    of `_order_axes`."""
+    multiply = functools.partial(
         _contract_separately if weight.gain is None else _contract_scaled,
         x_labels=x_labels,
         stored=stored,
@@ -166,7 +168,7 @@ def _contract_in_order(
         out_sharding=out_sharding,
     )
     if low_rank_x is not None or not can_fuse(weight, x):
-        return meet(weight, x, low_rank_x)
+        return multiply(weight, x, low_rank_x)
 
     def multiply_fused(weight: Factored, x: Array) -> Array:
         return contract_base(
@@ -179,7 +181,7 @@ def _contract_in_order(
             out_sharding=out_sharding,
         )
 
-    return fuse_forward(meet, multiply_fused, weight, x)
+    return fuse_forward(multiply, multiply_fused, weight, x)
 
 
 def _contract_separately(
@@ -194,7 +196,8 @@ def _contract_separately(
     precision: Precision,
     out_sharding: NamedSharding | None,
 ) -> Array:
-    """`W x`, then `A x`, then `B (A x)`, and their sum."""
+    """`W x`, then `A x`, then `B (A x)`; the result is `W x + scale * B (A x)`."""
+    # W x
     base = contract_base(
         weight.base,
         x,
@@ -209,6 +212,7 @@ def _contract_separately(
         x if low_rank_x is None else low_rank_x,
         precision_for_any_dtype(precision),
     )
+    # A x, or B x where `x` is on the side of the rows.
     (first, first_labels), (second, second_labels) = order_factors(
         weight, stored, x_labels, out_labels
     )
@@ -234,6 +238,7 @@ def _contract_separately(
     if weight.gate is not None:
         gate_labels = weight.gate_labels(stored)
         hidden = scale_along(hidden, hidden_labels, weight.gate, gate_labels)
+    # B (A x)
     update = multiply_arrays(
         hidden,
         hidden_labels,
@@ -251,8 +256,8 @@ def _contract_separately(
 def order_factors(
     weight: Factored, stored: Labels, x_labels: Labels, out_labels: Labels
 ) -> list[tuple[Array, Labels]]:
-    """The two factors and their labels. The one that owns more of what is summed over
-    comes first: it makes `x` smallest."""
+    """The two factors and their labels. First comes the one that owns more of what is
+    summed over, which makes the intermediate result smallest."""
     summed = [
         math.prod(
             weight.base.shape[axis]
@@ -290,7 +295,7 @@ def _contract_scaled(
     """As `_contract_separately`, for a weight with a gain."""
     assert weight.gain is not None
     gain, labels = drop_constant_axes(weight.gain, stored)
-    meet = functools.partial(
+    multiply = functools.partial(
         _contract_separately,
         weight.replace(gain=None),
         stored=stored,
@@ -298,10 +303,10 @@ def _contract_scaled(
         **arguments,
     )
     if set(labels) <= set(out_labels):
-        y = meet(x, low_rank_x, x_labels=x_labels)
+        y = multiply(x, low_rank_x, x_labels=x_labels)
         return scale_along(y, out_labels, gain, labels)
 
-    # What is summed over is scaled before.
+    # The gain varies along a summed axis: `x` is scaled before the product.
     missing = [label for label in labels if label not in x_labels]
     sizes = [gain.shape[labels.index(label)] for label in missing]
     all_labels = [*x_labels, *missing]
@@ -311,4 +316,4 @@ def _contract_scaled(
         return scale_along(x, all_labels, gain, labels)
 
     low_rank_x = None if low_rank_x is None else scaled(low_rank_x)
-    return meet(scaled(x), low_rank_x, x_labels=all_labels)
+    return multiply(scaled(x), low_rank_x, x_labels=all_labels)

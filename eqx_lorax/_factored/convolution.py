@@ -75,20 +75,22 @@ def convolve(
         precision=precision,
         **conv,
     )
-    meet = functools.partial(_convolve_separately, is_frozen=is_frozen, **arguments)
+    convolve_apart = functools.partial(
+        _convolve_separately, is_frozen=is_frozen, **arguments
+    )
     if low_rank_x is not None or not can_fuse(kernel, x):
-        return meet(kernel, x, low_rank_x)
+        return convolve_apart(kernel, x, low_rank_x)
 
     def convolve_fused(kernel: Factored, x: Array) -> Array:
         return convolve_arrays(x, dense(kernel), x.dtype, **arguments)
 
-    return fuse_forward(meet, convolve_fused, kernel, x)
+    return fuse_forward(convolve_apart, convolve_fused, kernel, x)
 
 
 @functools.singledispatch
 def convolve_base(base: Base, x: Array, **arguments: Any) -> Array:
-    """As `convolve`, for a base of any kind, which is frozen if `is_frozen`; without
-    `low_rank_x`."""
+    """`convolve` for a base of any kind, without `low_rank_x`. If `is_frozen`, no
+    derivative is taken in the base."""
     raise refuse(base, "convolve_base")
 
 

@@ -18,7 +18,8 @@ Base: TypeAlias = Any
 
 
 class Factored(eqx.Module):
-    """`gain * (base + scale * (b · a))`, the product of two factors never formed.
+    """`gain * (base + scale * (b · gate · a))`; the product of the factors is never
+    formed.
 
     This is what a `lorax.AbstractLoraWeight` computes with. Each axis of the base is a
     *row* axis (owned by `b`), a *column* axis (owned by `a`) or else a *batch* axis,
@@ -26,7 +27,8 @@ class Factored(eqx.Module):
     """
 
     base: Base
-    """What is adapted: an array, a quantised array or another `Factored`."""
+    """What is adapted: an array, another `Factored`, or anything that is registered
+    with the functions of `base`."""
 
     b: Array
     """The row factor, of shape `(*batch, *rows, rank)`."""
@@ -45,23 +47,23 @@ class Factored(eqx.Module):
     """The axes of the base that `a` owns, counted from the end."""
 
     permutation: tuple[int, ...] | None = eqx.field(static=True, default=None)
-    """The stored axes of the base, counted from its end, in the order of `shape`;
-    `None` if that is the same order."""
+    """For each axis of `shape` the stored axis of the base, counted from its end;
+    `None` if the orders are the same."""
 
     gain: Array | None = None
-    """A scale of all of it, with all the stored axes of the base: of their size along
-    batch axes, of their size or one along others."""
+    """Multiplies base and update. It has all stored axes of the base: of full size
+    along batch axes, of full size or one along rows and columns."""
 
     gate: Array | None = None
-    """A scale of each component of the rank, of shape `(*batch, rank)`."""
+    """Multiplies each component of the rank, of shape `(*batch, rank)`."""
 
     fuses_forward: bool = eqx.field(static=True, default=False)
-    """Whether products form the sum once instead of multiplying twice. See
-    `lorax.merged_forward`."""
+    """Whether a product forms base + update and multiplies once, in the place of three
+    times. See `lorax.merged_forward`."""
 
     has_frozen_base: bool = eqx.field(static=True, default=True)
-    """Whether no derivative is taken in the base. A base that was joined with a trained
-    array has that array's derivatives."""
+    """Whether no derivative is taken in the base. `False` once a trained array was
+    concatenated to it."""
 
     @property
     def rank(self) -> int:
@@ -84,7 +86,7 @@ class Factored(eqx.Module):
         return self.base.dtype
 
     def replace(self, **changes: Any) -> "Factored":
-        """The same with other values in some fields, unchecked."""
+        """A copy with some fields replaced, unchecked."""
         new = object.__new__(Factored)
         for field in dataclasses.fields(self):
             value = changes.get(field.name, getattr(self, field.name))
@@ -94,8 +96,8 @@ class Factored(eqx.Module):
     def check_shapes(self) -> None:
         """**Raises:**
 
-        `ValueError` if base and factors do not fit each other. Slicing along an axis
-        that is no batch axis gives such ones.
+        `ValueError` if base and factors do not fit each other, as after `vmap` or
+        `scan` over an axis that is no batch axis.
         """
         ndim = self.base.ndim
         shapes = None
@@ -103,21 +105,15 @@ class Factored(eqx.Module):
         if has_axes and len(self.a.shape) > len(self.columns):
             shapes = factor_shapes(self.base.shape, self.rows, self.columns, self.rank)
         if shapes != (tuple(self.b.shape), tuple(self.a.shape)):
-            raise ValueError(
-                f"A weight has the base {tuple(self.base.shape)} and the factors "
-                f"{tuple(self.b.shape)} and {tuple(self.a.shape)}, which do not belong "
-                "together. Was it sliced, by `vmap` or `scan`, along an axis that its "
-                "factors do not share? For layers that are stacked along the first "
-                "axis adapt with `lorax.LoraSpec(rank, batch=(0,))`."
-            )
+            raise not_of_one_weight(self.base, self.b, self.a)
 
     def differentiable_base(self) -> Base:
-        """The base with the derivatives that it is to have."""
+        """The base, with its gradient stopped if it is frozen."""
         return lax.stop_gradient(self.base) if self.has_frozen_base else self.base
 
     def without_gate(self) -> "Factored":
-        """The same with the gate multiplied into the smaller factor, which is not
-        rounded again to a narrow dtype."""
+        """The same without a gate, which is multiplied into the smaller factor. That is
+        not rounded to a narrow dtype."""
         gate = self.gate
         if gate is None:
             return self
@@ -144,12 +140,12 @@ class Factored(eqx.Module):
         return self.with_axes([logical[axis] for axis in axes])
 
     def with_axes(self, logical: Sequence[int]) -> "Factored":
-        """The same with its stored axes in this order."""
+        """A view that shows the stored axes in this order."""
         is_stored = tuple(logical) == tuple(axes_from_end(len(logical)))
         return self.replace(permutation=None if is_stored else tuple(logical))
 
     def stored_labels(self, labels: Labels) -> tuple[Label, ...]:
-        """The labels of the axes of `shape`, in the order of the stored axes."""
+        """`labels`, one for each axis of `shape`, in the order of the stored axes."""
         if self.permutation is None:
             return tuple(labels)
         by_axis = dict(zip(self.logical_axes(), labels, strict=True))
@@ -170,8 +166,8 @@ class Factored(eqx.Module):
         return [*batch, RANK, *(stored[axis] for axis in self.columns)]
 
     def gain_labels(self, stored: Labels) -> list[Label]:
-        """The labels of the axes of the gain; `None` for an axis along which it has one
-        entry for the whole base."""
+        """The labels of the axes of the gain; `None` where it has size one and the base
+        has not."""
         assert self.gain is not None
         is_full = [x == y for x, y in zip(self.gain.shape, self.base.shape)]
         return [x if full else None for x, full in zip(stored, is_full)]
@@ -183,8 +179,8 @@ class Factored(eqx.Module):
     def map_factors(
         self, fn: Callable[[Any, Labels], Any], labels: Labels
     ) -> "Factored":
-        """The same with `fn(array, labels)` in the place of every array but the base;
-        `labels` are those of the stored axes."""
+        """A copy in which every array but the base is `fn(array, its labels)`. The
+        argument `labels` has one for each stored axis."""
         gain, gate = self.gain, self.gate
         return self.replace(
             b=fn(self.b, self.b_labels(labels)),
@@ -197,6 +193,16 @@ class Factored(eqx.Module):
 def is_factored(x: Any) -> TypeGuard[Factored]:
     """Whether `x` is in normal form, rather than an array."""
     return isinstance(x, Factored)
+
+
+def not_of_one_weight(base: Any, b: Any, a: Any) -> ValueError:
+    """The error for a base and factors that do not fit each other."""
+    return ValueError(
+        f"A weight has the base {tuple(base.shape)} and the factors {tuple(b.shape)} "
+        f"and {tuple(a.shape)}, which do not belong together. Was it sliced, by `vmap` "
+        "or `scan`, along an axis that its factors do not share? For layers that are "
+        "stacked along the first axis adapt with `lorax.LoraSpec(rank, batch=(0,))`."
+    )
 
 
 def factor_shapes(

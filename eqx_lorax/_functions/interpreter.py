@@ -67,7 +67,7 @@ class Equation:
 
     def body(self, jaxpr: Jaxpr, *values: Any) -> "Body":
         """A jaxpr within this equation as a function of arrays and weights like
-        `values`. The caller runs it."""
+        `values`. It has to be run: what it materialises is reported."""
         body = _body(jaxpr, jax.tree.structure(values))
         self._bodies.append(body)
         return body
@@ -95,8 +95,8 @@ class Equation:
         return outputs
 
     def run(self, run: Callable[..., Any], *values: Any) -> Any:
-        """`run(*values)`, which compiles some of the bodies. If materialising is an
-        error, it is raised before anything is compiled."""
+        """`run(*values)`, which may compile bodies. If materialising is an error, they
+        are traced first, so that it is raised before anything is compiled."""
         if self._report.raises:
             jax.eval_shape(run, *values)
             self._report_bodies()

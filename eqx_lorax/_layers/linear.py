@@ -79,7 +79,12 @@ class LoraLinear(AbstractLoraLayer):
 
 def _check_input(linear: eqx.nn.Linear, weight: Factored, x: Array) -> None:
     size = weight.shape[-1]
-    if x.ndim == 0 or x.shape[-2:][0] != size:
+    if x.ndim < 2 and x.shape != (size,):
+        raise ValueError(
+            f"Cannot multiply shapes {weight.shape} @ {x.shape}: a "
+            f"{type(linear).__name__} takes a vector, here of shape ({size},)."
+        )
+    if x.ndim > 1 and x.shape[-2] != size:
         raise ValueError(
             f"`x` has shape {x.shape}, but a {type(linear).__name__} takes one vector "
             f"at a time, here of shape ({size},). For a batch use `jax.vmap`."

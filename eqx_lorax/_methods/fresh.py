@@ -1,8 +1,8 @@
-"""What a fresh adapter of an array is to be like, and drawing its arrays."""
+"""The specification of a fresh adapter, and functions that make its arrays."""
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -54,16 +54,13 @@ class Fresh:
     """How the column factor starts, as in `lorax.loraify`."""
 
     rank_stabilised: bool = False
-    """Whether the scale is divided by the square root of the rank."""
+    """Whether the scale is `alpha / sqrt(rank)` and not `alpha / rank`."""
 
     is_lookup: bool = False
-    """Whether the base is looked up in, as in an embedding."""
+    """Whether the base is a table that is indexed, as in an embedding."""
 
     placement: Placement = None
     """Where the factors are to be placed: as `sharding` in `lorax.loraify`."""
-
-    sizes: Mapping[Label, int] = dataclasses.field(default_factory=dict)
-    """The sizes of further axes, by label."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,11 +68,18 @@ class Fresh:
         return tuple(self.w.shape)
 
     @property
+    def scale(self) -> float:
+        """`alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised."""
+        return self.alpha / (
+            math.sqrt(self.rank) if self.rank_stabilised else self.rank
+        )
+
+    @property
     def factor_placements(self) -> tuple[Any, Any]:
-        """Where the row factor and the column factor are to be placed; `None` for where
-        their base says."""
+        """Where the row factor and the column factor are to be placed; `None` is for
+        the sharding of their base."""
         placement = self.placement
-        # A specification is a tuple too, in some versions of JAX.
+        # In some versions of JAX a `PartitionSpec` is a tuple.
         if not isinstance(placement, tuple) or isinstance(placement, PartitionSpec):
             placement = (placement, placement)
         row, column = placement
@@ -97,7 +101,7 @@ class Fresh:
         **Arguments:**
 
         - `axes`: For each axis of the array an axis of the base, counted from its end,
-            `"rank"`, or a label of `sizes`.
+            or `"rank"`.
         - `placement`: A sharding. By default the array is sharded as the base is along
             the axes that they share.
         """
@@ -118,8 +122,9 @@ class Fresh:
         **Arguments:**
 
         - `axes`, `placement`: As in `zeros`.
-        - `init`: How; by default as `Fresh.init` says.
-        - `name`: Arrays of other names get other numbers.
+        - `init`: The initialiser, by default `Fresh.init`.
+        - `name`: Draws with the same name, or with none, use the same key. A method
+            that draws several arrays gives each a name.
         """
         shape = self._shape_of(axes)
         sharding = self._sharding_of(axes, shape, placement)
@@ -141,7 +146,7 @@ class Fresh:
         def size(axis: Any) -> int:
             if axis == RANK:
                 return self.rank
-            return self.sizes[axis] if axis in self.sizes else self.shape[axis]
+            return self.shape[axis]
 
         return tuple(map(size, axes))
 

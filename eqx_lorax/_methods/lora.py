@@ -7,7 +7,14 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import ArrayLike
 
-from .._factored import factor_axes, factor_shapes, Factored, Labels, views
+from .._factored import (
+    factor_axes,
+    factor_shapes,
+    Factored,
+    Labels,
+    not_of_one_weight,
+    views,
+)
 from .._shared import axes_from_end, multiply, weight_document
 from .fresh import Fresh
 from .weight import AbstractLoraWeight, Factor, is_weight, Weight
@@ -118,11 +125,16 @@ class LoraWeight(AbstractLoraWeight):
 
     @classmethod
     def from_factored(cls, form: Factored) -> "LoraWeight":
-        """The weight with this normal form, which has no gain. Gates are multiplied
-        into a factor, and the base is moved if its axes are in another order."""
+        """The weight with this normal form. A gate is multiplied into a factor, and the
+        base is transposed if its axes are permuted.
+
+        **Raises:**
+
+        `ValueError` if the form has a gain.
+        """
         if form.gain is not None:
             raise ValueError(
-                "A weight that is scaled along its rows or columns is no `LoraWeight`."
+                "A weight that is scaled along rows or columns cannot be a `LoraWeight`."
             )
         form = form.without_gate()
         if form.permutation is not None:
@@ -145,12 +157,14 @@ class LoraWeight(AbstractLoraWeight):
     def factored(self) -> Factored:
         if self.w is None or self.b is None or self.a is None:
             self.check_whole()
+        if len(self.a.shape) == len(self.columns):
+            raise not_of_one_weight(self.w, self.b, self.a)
         base = self.w.factored() if is_weight(self.w) else self.w
         return Factored(base, self.b, self.a, self.scale, self.rows, self.columns)
 
     def view(self, form: Factored) -> AbstractLoraWeight:
-        is_whole = form.permutation is None and form.gate is None and form.gain is None
-        if not is_whole or form.scale != self.scale:
+        is_plain = form.permutation is None and form.gate is None and form.gain is None
+        if not is_plain or form.scale != self.scale:
             return super().view(form)
         w = self.w.view(form.base) if is_weight(self.w) else form.base
         return self.replace(
@@ -194,7 +208,7 @@ class LoraWeight(AbstractLoraWeight):
         return weight_document(self, **options)
 
     def shape_by_factors(self) -> tuple[int, ...]:
-        """The shape of the base, where only the factors are there."""
+        """The shape of the base, computed from the factors alone."""
         batch = len(self.batch_shape)
         ndim = batch + len(self.rows) + len(self.columns)
         owned = dict(zip(self.rows, self.b.shape[batch:-1]))
@@ -211,6 +225,8 @@ def _alpha_of(scale: float, rank: int) -> float:
 
 
 def _is_kernel_of_jax_lorax(w: Weight, b: Factor, a: Factor) -> bool:
+    """Whether `a` has the shape `(1, ..., 1, rank, out)` that jax-lorax gives it for
+    the kernel of a convolution."""
     if not w.ndim == a.ndim > 2:
         return False
     *ones, rank, outputs = a.shape

@@ -7,15 +7,32 @@ from .weight import AbstractLoraWeight
 
 def list_methods() -> dict[str, type[AbstractLoraWeight]]:
     """The classes of weights that have a `method`, by its name: all that there are,
-    those of other packages too."""
+    those of other packages too.
+
+    **Raises:**
+
+    `ValueError` if two classes have the same name. One that was defined again, as in a
+    notebook, counts once, as it was defined last.
+    """
     found: dict[str, type[AbstractLoraWeight]] = {}
     left = [AbstractLoraWeight]
     while left:
-        kind = left.pop()
+        kind = left.pop(0)
         left += kind.__subclasses__()
-        if "method" in vars(kind):
-            found[kind.method] = kind
+        if "method" not in vars(kind):
+            continue
+        other = found.setdefault(kind.method, kind)
+        if _full_name(other) != _full_name(kind):
+            raise ValueError(
+                f"Two classes have the method {kind.method!r}: {_full_name(other)} and "
+                f"{_full_name(kind)}. Give one of them another name."
+            )
+        found[kind.method] = kind
     return found
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def find_method(method: str | type[AbstractLoraWeight]) -> type[AbstractLoraWeight]:

@@ -1,4 +1,4 @@
-"""The atom: an array-like weight that is a frozen base plus a trainable update."""
+"""The base class of adapted weights, and the weight that is only a normal form."""
 
 import abc
 import dataclasses
@@ -36,8 +36,7 @@ from . import operators
 from .fresh import Fresh
 
 
-# NumPy arrays, as models just read from a file hold them, serve as bases too, and so
-# do mere shapes.
+# NumPy arrays are for models just read from a file, shapes for abstract models.
 Weight: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"]
 # Type checkers are told that it is an array. Abstract models have shapes here.
 if TYPE_CHECKING:
@@ -55,23 +54,24 @@ class AbstractLoraWeight(eqx.Module):
     else there is `materialise()`. There is deliberately no `__jax_array__`: with it
     `x @ weight` would quietly form the dense array.
 
-    A method (LoRA, VeRA, LoHa, ...) is a final subclass that says itself as a
-    `lorax.Factored`, its *normal form*. Everything else is written once, against that.
+    A method, such as LoRA, is a final subclass that can be written as a
+    `lorax.Factored`, its *normal form*. Everything else is written once, for that.
     """
 
     w: eqx.AbstractVar[Weight]
-    """The frozen base: an array, or another weight (adapters stack by nesting)."""
+    """The frozen base: an array, or another weight, where adapters are nested."""
 
     frozen: ClassVar[tuple[str, ...]]
     """The names of the fields that are never trained."""
 
     method: ClassVar[str]
-    """Its name: in files, which hold the other arguments of the class beside `w`
-    (arrays, and what JSON has), and for `method=` of `lorax.loraify`."""
+    """The name for `method=` of `lorax.loraify`, and in files. A file has every
+    argument of `__init__` but `w`, from the field of the same name: arrays, numbers,
+    strings, `None`, or tuples of these. They have to make an equal weight."""
 
     is_plain_lora: ClassVar[bool] = False
     """Whether its normal form is what PEFT calls LoRA, so that `lorax.peft.save` may
-    write that. Otherwise the method is refused there by its name."""
+    write that. Otherwise it raises an error that names the method."""
 
     # NumPy on the left of `@` then leaves the product to `__rmatmul__`.
     __array_ufunc__ = None
@@ -88,9 +88,9 @@ class AbstractLoraWeight(eqx.Module):
 
     @abc.abstractmethod
     def array_axes(self) -> dict[str, Labels]:
-        """For each array that is trained or saved with it, by field, its axes: those of
-        the base, counted from its end, or anything else for an axis that the base has
-        not. By them the arrays are sharded as the base is."""
+        """For each array beside the base, by field, one entry for each of its axes: the
+        axis of the base that it corresponds to, counted from the end, or another label
+        such as `"rank"`. Sharding and the checks of shapes go by it."""
 
     @classmethod
     def create(cls: type[_Self], fresh: Fresh) -> _Self:
@@ -99,8 +99,8 @@ class AbstractLoraWeight(eqx.Module):
 
         **Arguments:**
 
-        - `fresh`: The base, the axes, the rank and so on, and what draws arrays where
-            they belong.
+        - `fresh`: The base, the axes, the rank and so on, with functions that make
+            arrays on the right devices.
         """
         raise TypeError(
             f"{cls.__name__} does not say how it starts: it has no `create(fresh)`. "
@@ -108,8 +108,8 @@ class AbstractLoraWeight(eqx.Module):
         )
 
     def scaled(self: _Self, factor: ArrayLike) -> _Self:
-        """The same method, with an update `factor` times as large. Its base, and what
-        else is frozen of it, may be missing."""
+        """The same method, with an update `factor` times as large. This has to work
+        when the base and other frozen fields are `None` too."""
         raise TypeError(
             f"A {type(self).__name__} does not say how it is scaled: it has no "
             "`scaled(factor)`."
@@ -117,21 +117,21 @@ class AbstractLoraWeight(eqx.Module):
 
     @classmethod
     def stacked(cls: type[_Self], weights: Sequence[_Self | None]) -> _Self:
-        """Several weights without their bases as one, with an axis more in front of
-        each array, for `lorax.stack`. `None` stands for the base alone: for zeros, with
-        which a method adds nothing, or it says otherwise here."""
+        """Several weights without their bases as one, with a new leading axis in each
+        array, for `lorax.stack`. `None` is no update, and has zeros. A method for which
+        zeros do add something has to override this."""
         like = next(weight for weight in weights if weight is not None)
         zeros = jax.tree.map(jnp.zeros_like, like)
         filled = [zeros if weight is None else weight for weight in weights]
         return jax.tree.map(lambda *arrays: jnp.stack(arrays), *filled)
 
     def view(self, form: Factored) -> "AbstractLoraWeight":
-        """The weight for `form`, which indexing or moving axes made of the normal form
-        of this one."""
+        """A weight for `form`, which came from this weight's normal form by indexing or
+        by moving axes."""
         return FactoredWeight(form)
 
     def with_base(self: _Self, base: Any, **changes: Any) -> _Self:
-        """The same on another base, with these fields changed too, unchecked."""
+        """A copy on another base, with these fields changed too, unchecked."""
         new = object.__new__(type(self))
         for field in dataclasses.fields(self):
             value = base if field.name == "w" else getattr(self, field.name)
@@ -257,7 +257,7 @@ class AbstractLoraWeight(eqx.Module):
 
         **Arguments:**
 
-        - `x`: The other operand, of the dtype that the result is to have.
+        - `x`: The other operand. The caller rounds the result to its dtype.
         - `x_labels`: A label for each axis of `x`.
         - `labels`: A label for each axis of this weight.
         - `out_labels`: The labels of the axes of the result.

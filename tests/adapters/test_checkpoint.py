@@ -320,7 +320,6 @@ def test_killed_at_any_moment(tmp_path):
         import jax
         import jax.numpy as jnp
         import eqx_lorax as lorax
-from eqx_lorax._methods import FactoredWeight
 
         state = {"x": jnp.arange(4000.0), "y": jnp.ones((50, 50))}
         with lorax.Checkpoints(sys.argv[1], state, keep=2) as checkpoints:
@@ -372,7 +371,6 @@ def test_on_another_number_of_processes(tmp_path):
         import numpy as np
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         import eqx_lorax as lorax
-from eqx_lorax._methods import FactoredWeight
 
         parser = argparse.ArgumentParser()
         parser.add_argument("folder")

@@ -42,7 +42,7 @@ class VeraWeight(lorax.AbstractLoraWeight):
     gain: jax.Array
 
     frozen = ("w", "b", "a")
-    method = "vera of these tests"
+    method = "vera of adapters to attach"
 
     def factored(self):
         b = self.gain[:, None] * self.b

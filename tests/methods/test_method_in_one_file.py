@@ -10,6 +10,7 @@ from helpers import assert_close, assert_identical, assert_no_dense, is_weight, 
 from vera import VeraWeight
 
 import eqx_lorax as lorax
+from eqx_lorax._methods import find_method
 
 
 METHOD = VeraWeight.method
@@ -98,6 +99,21 @@ def test_is_selected_by_name(model):
         lorax.loraify(model, method="lorra", key=jr.key(1))
     with pytest.raises(TypeError, match="must be the name of a method"):
         lorax.loraify(model, method=3, key=jr.key(1))
+
+
+def test_names_are_unique():
+    name = "a name for two"
+    made = [type("First", (lorax.AbstractLoraWeight,), {"method": name})]
+    try:
+        # Defined again, as in a notebook.
+        made += [type("First", (lorax.AbstractLoraWeight,), {"method": name})]
+        assert find_method(name) is made[1]
+        made += [type("Second", (lorax.AbstractLoraWeight,), {"method": name})]
+        with pytest.raises(ValueError, match="Two classes have.*First and .*Second"):
+            find_method(name)
+    finally:
+        for i, kind in enumerate(made):
+            kind.method = f"no longer {name} {i}"
 
 
 def test_trees_of_parameters():

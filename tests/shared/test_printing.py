@@ -50,7 +50,9 @@ def test_weights():
     w, b, a = jnp.ones((4, 8), jnp.bfloat16), jnp.ones((4, 2)), jnp.ones((2, 8))
     weight = lorax.LoraWeight(w, b, a, alpha=4)
     assert repr(weight) == "LoraWeight(bf16[4,8], rank=2, scale=2.0)"
-    assert repr(weight.T) == "LoraWeight(bf16[4,8], rank=2, scale=2.0, order=(-1, -2))"
+    assert repr(weight.T) == (
+        "FactoredWeight(bf16[4,8], rank=2, scale=2.0, permutation=(-1, -2))"
+    )
     nested = lorax.LoraWeight(weight, b, a, alpha=2)
     assert repr(nested) == f"LoraWeight({weight!r}, rank=2, scale=1.0)"
     numpy = lorax.LoraWeight(np.ones((4, 8), np.float32), b, a)

@@ -67,7 +67,7 @@ CALLS = {
     "init_lora": lambda _: lorax.init_lora(TREE, {"w": 2, "bias": 0}, KEY),
     "partition": lambda _: lorax.partition(ADAPTED),
     "partition of a mixture": lambda _: lorax.partition(
-        eqx.combine(MIXTURE, FROZEN), also="layers.1.bias"
+        lorax.combine(MIXTURE, FROZEN), also="layers.1.bias"
     ),
     "summary": lambda _: str(lorax.summary(ADAPTED)) and None,
     "scale": lambda _: lorax.scale(PARAMS, 0.5),
