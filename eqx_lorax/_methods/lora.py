@@ -134,7 +134,7 @@ class LoraWeight(AbstractLoraWeight):
         """
         if form.gain is not None:
             raise ValueError(
-                "A weight that is scaled along rows or columns cannot be a `LoraWeight`."
+                "A weight scaled along rows or columns cannot be a `LoraWeight`."
             )
         form = form.without_gate()
         if form.permutation is not None:

@@ -207,7 +207,8 @@ def _summarise_weight(place: Place, params: Any) -> TargetSummary:
         kind=_name_module(place),
         shape=tuple(weight.shape) if is_known else lora.shape_by_factors(),
         dtype=jnp.dtype(weight.dtype).name if is_known else "",
-        rank=lora.rank,
+        # The rank of a method may be another one than that of its normal form.
+        rank=getattr(weight, "rank", lora.rank),
         scale=lora.scale,
         trained=_count_elements(params),
         frozen=_count_elements(base_of(weight)),

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from helpers import assert_close, trained, weights
+from helpers import assert_close, is_weight, trained, weights
 
 import eqx_lorax as lorax
 from eqx_lorax._layers import register
@@ -44,20 +44,19 @@ class LoraGated(lorax.AbstractLoraLayer):
     has_dropout = True
     is_lookup = False
 
-    def __call__(self, x):
+    def __call__(self, x, *, key=None):
         kernel, gate = self.wrapped.kernel, self.wrapped.gate
-        if isinstance(kernel, lorax.LoraWeight):
-            kernel = kernel.materialise()
-        if isinstance(gate, lorax.LoraWeight):
-            gate = gate.materialise()
-        arrays = lambda module: (module.kernel, module.gate)  # noqa: E731
-        dense = eqx.tree_at(
-            arrays,
-            self.wrapped,
-            (kernel, gate),
-            is_leaf=lambda x: isinstance(x, lorax.LoraWeight),
-        )
-        return dense(x)
+        if not (is_weight(kernel) and is_weight(gate)):
+            # One of them may be plain. Then the module's own code does it.
+            return lorax.lora(Gated.__call__)(self.wrapped, x)
+        low_rank_x = x
+        if self.dropout is not None:
+            low_rank_x = self.dropout(x, key=self.key if key is None else key)
+        options = dict(low_rank_x=low_rank_x)
+        labels = ("in", "head", "out")
+        out = kernel.contract(x, ("in",), labels, ("head", "out"), **options)
+        scale = gate.contract(x, ("in",), ("out", "in"), ("out",), **options)
+        return out * jnp.tanh(scale)[None]
 
 
 class Model(eqx.Module):

@@ -173,7 +173,7 @@ def test_summary_and_plan(trained):
         x.size for x in jax.tree.leaves(lorax.partition(trained)[0])
     )
     plan = lorax.plan(lambda model, x: jnp.sum(jax.vmap(model)(x)), trained, X[None])
-    assert plan.adapter_bytes == found.trained_bytes
+    assert plan.adapters == found.trained_bytes
 
 
 def test_scales(trained):
