@@ -26,7 +26,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .._shared import accumulation_dtype, axes_from_end, promote, relabel, sharding
+from .._shared import (
+    accumulation_dtype,
+    AnyArray,
+    axes_from_end,
+    promote,
+    relabel,
+    sharding,
+)
 from .form import Base, Factored
 from .products import Labels, multiply_arrays, NotFactored, scale_along
 
@@ -60,7 +67,7 @@ def dense(base: Base) -> Array:
 
 
 @register_arrays(dense)
-def _(base: Array) -> Array:
+def _(base: AnyArray) -> Array:
     return jnp.asarray(base, accumulation_dtype(base.dtype))
 
 
@@ -110,7 +117,7 @@ def find_explicit_sharding(base: Base) -> NamedSharding | None:
 
 
 @register_arrays(find_explicit_sharding)
-def _(base: Array) -> NamedSharding | None:
+def _(base: AnyArray) -> NamedSharding | None:
     return sharding.explicit_sharding(base)
 
 
@@ -137,7 +144,7 @@ def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> 
 
 
 @register_arrays(map_arrays)
-def _(base: Array, fn: Callable[[Any, Labels], Any], labels: Labels) -> Array:
+def _(base: AnyArray, fn: Callable[[Any, Labels], Any], labels: Labels) -> Array:
     return fn(base, labels)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .._shared import explicit_sharding, product_sharding, promote, relabel
+from .._shared import AnyArray, explicit_sharding, product_sharding, promote, relabel
 from .base import add, dense, refuse, register_arrays
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
@@ -86,7 +86,7 @@ def _(base: Factored, x: Array, **arguments: Any) -> Array:
 
 @register_arrays(contract_base)
 def _(
-    base: Array,
+    base: AnyArray,
     x: Array,
     *,
     x_labels: Labels,

@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._shared import axes_from_end, promote
+from .._shared import AnyArray, axes_from_end, promote
 from .base import add, dense, refuse, register_arrays
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
@@ -100,7 +100,7 @@ def _(base: Factored, x: Array, **arguments: Any) -> Array:
 
 
 @register_arrays(convolve_base)
-def _(base: Array, x: Array, *, is_frozen: bool = False, **arguments: Any) -> Array:
+def _(base: AnyArray, x: Array, *, is_frozen: bool = False, **arguments: Any) -> Array:
     return convolve_arrays(
         x, jnp.asarray(base), x.dtype, kernel_is_frozen=is_frozen, **arguments
     )

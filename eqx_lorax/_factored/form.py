@@ -7,9 +7,8 @@ from typing import Any, TypeAlias, TypeGuard
 import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array
 
-from .._shared import axes_from_end, multiply
+from .._shared import AnyArray, axes_from_end, multiply
 from .products import Label, Labels, RANK
 
 
@@ -30,10 +29,10 @@ class Factored(eqx.Module):
     """What is adapted: an array, another `Factored`, or anything that is registered
     with the functions of `base`."""
 
-    b: Array
+    b: AnyArray
     """The row factor, of shape `(*batch, *rows, rank)`."""
 
-    a: Array
+    a: AnyArray
     """The column factor, of shape `(*batch, rank, *columns)`."""
 
     scale: float = eqx.field(static=True, default=1.0)
@@ -50,11 +49,11 @@ class Factored(eqx.Module):
     """For each axis of `shape` the stored axis of the base, counted from its end;
     `None` if the orders are the same."""
 
-    gain: Array | None = None
+    gain: AnyArray | None = None
     """Multiplies base and update. It has all stored axes of the base: of full size
     along batch axes, of full size or one along rows and columns."""
 
-    gate: Array | None = None
+    gate: AnyArray | None = None
     """Multiplies each component of the rank, of shape `(*batch, rank)`."""
 
     fuses_forward: bool = eqx.field(static=True, default=False)

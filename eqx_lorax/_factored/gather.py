@@ -8,7 +8,7 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from .._shared import axes_from_end
+from .._shared import AnyArray, axes_from_end
 from .base import add, dense, multiply_factors, refuse, register_arrays
 from .form import Base, Factored
 from .products import Label, Labels, NotFactored, scale_along
@@ -31,7 +31,7 @@ def gather(
 
 @register_arrays(gather)
 def _(
-    x: Array,
+    x: AnyArray,
     indices: Array,
     dimension_numbers: lax.GatherDimensionNumbers,
     slice_sizes: Sequence[int],

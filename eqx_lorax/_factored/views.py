@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from .._shared import axes_from_end, promote
+from .._shared import AnyArray, axes_from_end, promote
 from .base import map_arrays, refuse, register_arrays
 from .form import Base, Factored
 from .products import Label, Labels, NotFactored, RANK
@@ -28,7 +28,7 @@ def transpose(x: Base, permutation: Sequence[int]) -> Base:
 
 
 @register_arrays(transpose)
-def _(x: Array, permutation: Sequence[int]) -> Array:
+def _(x: AnyArray, permutation: Sequence[int]) -> Array:
     if isinstance(x, np.ndarray):
         # Not by JAX, which would round numbers of 64 bits.
         return x.transpose(permutation)
@@ -48,7 +48,7 @@ def convert(x: Base, dtype: DTypeLike) -> Base:
 
 
 @register_arrays(convert)
-def _(x: Array, dtype: DTypeLike) -> Array:
+def _(x: AnyArray, dtype: DTypeLike) -> Array:
     return lax.convert_element_type(x, dtype)
 
 
@@ -136,7 +136,7 @@ def squeeze(x: Base, dimensions: Iterable[int]) -> Base:
 
 
 @register_arrays(squeeze)
-def _(x: Array, dimensions: Iterable[int]) -> Array:
+def _(x: AnyArray, dimensions: Iterable[int]) -> Array:
     return lax.squeeze(x, tuple(dimensions))
 
 
@@ -177,7 +177,7 @@ def _expand(x: Base, sizes: Sequence[int], dimensions: Sequence[int]) -> Base:
 
 
 @register_arrays(_expand)
-def _(x: Array, sizes: Sequence[int], dimensions: Sequence[int]) -> Array:
+def _(x: AnyArray, sizes: Sequence[int], dimensions: Sequence[int]) -> Array:
     ndim = x.ndim + len(sizes)
     leading = lax.broadcast_in_dim(x, [*sizes, *x.shape], range(len(sizes), ndim))
     order = [*dimensions, *(i for i in range(ndim) if i not in dimensions)]
@@ -217,7 +217,7 @@ def reshape(x: Base, shape: Sequence[int]) -> Base:
 
 
 @register_arrays(reshape)
-def _(x: Array, shape: Sequence[int]) -> Array:
+def _(x: AnyArray, shape: Sequence[int]) -> Array:
     return lax.reshape(x, shape)
 
 

@@ -15,9 +15,9 @@ from .._factored import (
     not_of_one_weight,
     views,
 )
-from .._shared import axes_from_end, multiply, weight_document
+from .._shared import AnyArray, axes_from_end, multiply, weight_document
 from .fresh import Fresh
-from .weight import AbstractLoraWeight, Factor, is_weight, Weight
+from .weight import AbstractLoraWeight, is_weight, Weight
 
 
 class LoraWeight(AbstractLoraWeight):
@@ -37,13 +37,13 @@ class LoraWeight(AbstractLoraWeight):
     ??? cite
 
         [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685),
-        section 4.1; [A Rank Stabilization Scaling Factor for Fine-Tuning with
+        section 4.1; [A Rank Stabilization Scaling AnyArray for Fine-Tuning with
         LoRA](https://arxiv.org/abs/2312.03732).
     """
 
     w: Weight
-    b: Factor
-    a: Factor
+    b: AnyArray
+    a: AnyArray
     # Static on purpose: as a scalar array `alpha` would be trained by `jax.grad` over
     # the tree, and could not be sliced by a `scan` over stacked layers.
     alpha: float = eqx.field(static=True, default=1.0)
@@ -59,8 +59,8 @@ class LoraWeight(AbstractLoraWeight):
     def __init__(
         self,
         w: Weight,
-        b: Factor,
-        a: Factor,
+        b: AnyArray,
+        a: AnyArray,
         alpha: int | float = 1.0,
         rows: Sequence[int] = (-2,),
         columns: Sequence[int] = (-1,),
@@ -224,7 +224,7 @@ def _alpha_of(scale: float, rank: int) -> float:
     return short if short / rank == scale else scale * rank
 
 
-def _is_kernel_of_jax_lorax(w: Weight, b: Factor, a: Factor) -> bool:
+def _is_kernel_of_jax_lorax(w: Weight, b: AnyArray, a: AnyArray) -> bool:
     """Whether `a` has the shape `(1, ..., 1, rank, out)` that jax-lorax gives it for
     the kernel of a convolution."""
     if not w.ndim == a.ndim > 2:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import (
     Any,
     ClassVar,
-    TYPE_CHECKING,
     TypeAlias,
     TypeGuard,
     TypeVar,
@@ -38,11 +37,6 @@ from .fresh import Fresh
 
 # NumPy arrays are for models just read from a file, shapes for abstract models.
 Weight: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"]
-# Type checkers are told that it is an array. Abstract models have shapes here.
-if TYPE_CHECKING:
-    Factor: TypeAlias = Array
-else:
-    Factor: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 

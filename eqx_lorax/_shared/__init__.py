@@ -6,6 +6,7 @@ here knows of adapters, weights or models. What only one room needs lives in tha
 from . import compat as compat, sharding as sharding
 from .arrays import (
     accumulation_dtype as accumulation_dtype,
+    AnyArray as AnyArray,
     as_array as as_array,
     axes_from_end as axes_from_end,
     check_real as check_real,

@@ -1,12 +1,20 @@
 """Kinds of arrays, and the dtypes in which products are computed."""
 
-from typing import Any, TypeGuard
+from typing import Any, TYPE_CHECKING, TypeAlias, TypeGuard
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
+
+
+# An array to type checkers. At run time it may also be NumPy's, as in models just read
+# from a file, or only its shape and dtype, as in abstract models.
+if TYPE_CHECKING:
+    AnyArray: TypeAlias = Array
+else:
+    AnyArray: TypeAlias = Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 def is_array(x: Any) -> TypeGuard[Array]:
