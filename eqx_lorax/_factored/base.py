@@ -144,7 +144,7 @@ def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> 
 
 
 @register_arrays(map_arrays)
-def _(base: AnyArray, fn: Callable[[Any, Labels], Any], labels: Labels) -> Array:
+def _(base: AnyArray, fn: Callable[[Any, Labels], Any], labels: Labels) -> Any:
     return fn(base, labels)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec, Sharding
 from jax.typing import DTypeLike
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from .._factored import factor_axes, Label, RANK
 from .._shared import (
+    AnyArray,
     create,
     inherit_sharding,
     known_sharding,
@@ -95,7 +96,7 @@ class Fresh:
         """The axes of a column factor: `(*batch, "rank", *columns)`."""
         return factor_axes(len(self.shape), self.rows, self.columns)[1]
 
-    def zeros(self, axes: Sequence[Label], placement: Any = None) -> Array:
+    def zeros(self, axes: Sequence[Label], placement: Any = None) -> AnyArray:
         """An array of zeros.
 
         **Arguments:**
@@ -116,7 +117,7 @@ class Fresh:
         *,
         init: Init | None = None,
         name: str = "",
-    ) -> Array:
+    ) -> AnyArray:
         """A random array, drawn on the devices where it is placed.
 
         **Arguments:**

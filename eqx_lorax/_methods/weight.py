@@ -298,12 +298,12 @@ class FactoredWeight(AbstractLoraWeight):
         return FactoredWeight(base) if isinstance(base, Factored) else base
 
     @property
-    def b(self) -> Array:
+    def b(self) -> Any:
         """The row factor."""
         return self.form.b
 
     @property
-    def a(self) -> Array:
+    def a(self) -> Any:
         """The column factor."""
         return self.form.a
 
@@ -313,12 +313,12 @@ class FactoredWeight(AbstractLoraWeight):
         return self.form.permutation
 
     @property
-    def gain(self) -> Array | None:
+    def gain(self) -> Any:
         """A scale along rows or columns, if there is one."""
         return self.form.gain
 
     @property
-    def gate(self) -> Array | None:
+    def gate(self) -> Any:
         """A scale of each component of the rank, if there is one."""
         return self.form.gate
 

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array
 
 from .._adapters import Adapter
 from .._methods import is_weight
@@ -71,7 +70,7 @@ def read_biases(
     config: Mapping[str, Any],
     places: Places,
     names: Names,
-    remaining: dict[str, Array],
+    remaining: dict[str, Any],
     *,
     adapted: Mapping[str, Factors],
     whole: Collection[str],
@@ -129,9 +128,7 @@ def _join_parts(place: Place, parts: Mapping[Index, np.ndarray]) -> np.ndarray:
     return joined
 
 
-def _find_tensors(
-    remaining: dict[str, Array], option: str
-) -> Iterator[tuple[str, str]]:
+def _find_tensors(remaining: dict[str, Any], option: str) -> Iterator[tuple[str, str]]:
     """The names of the tensors of biases, by the paths of their modules. A module that
     is saved whole has two more copies of its bias, which are dropped."""
     if option == "none":

@@ -160,7 +160,7 @@ def _list_problems(problems: list[str]) -> str:
 def _find_parameter_prefixes(
     config: Mapping[str, Any],
     counterparts: Mapping[str, Counterpart],
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Any],
     order: Sequence[str] | None,
 ) -> dict[str, str]:
     found: dict[str, str] = {}
@@ -264,7 +264,7 @@ def _match_scale(
 
 
 def _read_whole_arrays(
-    places: Places, names: Names, remaining: dict[str, Array]
+    places: Places, names: Names, remaining: dict[str, Any]
 ) -> Iterator[tuple[tuple[str, ...], Any]]:
     """The paths here and the arrays of modules that were saved whole. Their tensors are
     taken out of `remaining`."""

@@ -97,7 +97,7 @@ def init_lora(
                 spec.rank,
                 rows,
                 columns,
-                alpha if spec.alpha is None else spec.alpha,
+                float(alpha if spec.alpha is None else spec.alpha),
                 dtype,
                 key_for(rng, path),
                 init=_Normal(stddev),

@@ -97,6 +97,10 @@ def test_is_selected_by_name(model):
     assert kinds == [VeraWeight, lorax.LoraWeight]
     with pytest.raises(ValueError, match="`method='lorra'` is unknown.*'lora'"):
         lorax.loraify(model, method="lorra", key=jr.key(1))
+
+
+@pytest.mark.own_errors
+def test_what_is_no_method(model):
     with pytest.raises(TypeError, match="must be the name of a method"):
         lorax.loraify(model, method=3, key=jr.key(1))
 

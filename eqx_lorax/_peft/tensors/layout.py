@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -206,7 +207,7 @@ def choose_layout(
 
 
 def choose_part_layout(
-    place: Place, torch: str, batch: list[int], is_in_out: bool
+    place: Place, torch: str, batch: Sequence[int], is_in_out: bool
 ) -> Layout:
     """The layout of each part of the weight at `place` that is a module, or a
     parameter, of its own in PyTorch.
