@@ -65,6 +65,7 @@ class LoraLinear(AbstractLoraLayer):
             x = x.astype(dtype)
             batch = range(x.ndim - 2)
             x_labels, out_labels = _LABELS[min(x.ndim, 2)]
+            # W x + scale * B (A x)
             y = contract(
                 weight,
                 x,

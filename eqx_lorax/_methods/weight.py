@@ -36,7 +36,10 @@ from .fresh import Fresh
 
 
 # NumPy arrays are for models just read from a file, shapes for abstract models.
-Weight: TypeAlias = Union[Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight"]
+# Other kinds of base register themselves, see `_factored.base`.
+Weight: TypeAlias = Union[
+    Array, np.ndarray, jax.ShapeDtypeStruct, "AbstractLoraWeight", Any
+]
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 
