@@ -1,5 +1,6 @@
 import os
 import sys
+import zlib
 
 
 # Before JAX is imported: tests of sharded models need several devices.
@@ -47,9 +48,18 @@ def _bounded_memory():
 
 
 @pytest.fixture
-def getkey():
-    """A function that returns a new key in each call. A failing test shows the seed."""
-    return GetKey()
+def getkey(request):
+    """A function that returns a new key in each call.
+
+    A test has the same keys in each run, so that one draw in thousands whose rounding
+    is amplified, by a sum that cancels, say, does not stop a run at random. With
+    `LORAX_SEED=random`, and in the nightly tests, they are others each time, and a
+    failing test shows the seed.
+    """
+    is_random = os.environ.get("LORAX_SEED") == "random"
+    if is_random or request.node.get_closest_marker("nightly"):
+        return GetKey(None)
+    return GetKey(zlib.crc32(request.node.nodeid.encode()) >> 1)
 
 
 @pytest.fixture
