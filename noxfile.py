@@ -9,6 +9,9 @@ import nox
 
 nox.options.default_venv_backend = "venv"
 WHOLE = ("-m", "not interop and not nightly")
+# As users compile. Without optimisation XLA of JAX 0.12 has derivatives of `tanh` near
+# its limits that are off by more than some tests allow.
+OPTIMISED = {"LORAX_OPTIMISED": "1"}
 PROJECT = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())
 
 
@@ -16,7 +19,7 @@ PROJECT = tomllib.loads(Path(__file__).with_name("pyproject.toml").read_text())
 def newest(session: nox.Session) -> None:
     """The newest release of JAX for that Python, and of everything else."""
     session.install("--upgrade", "-e", ".[test]")
-    session.run("python", "-m", "pytest", *WHOLE, *session.posargs)
+    session.run("python", "-m", "pytest", *WHOLE, *session.posargs, env=OPTIMISED)
 
 
 @nox.session(python="3.11")
@@ -29,4 +32,5 @@ def lowest(session: nox.Session) -> None:
     session.install("-e", ".[test]", *pins)
     # Equinox of that time uses what JAX of that time deprecates.
     ignored = ("-W", "ignore::DeprecationWarning")
-    session.run("python", "-m", "pytest", *WHOLE, *ignored, *session.posargs)
+    command = ("python", "-m", "pytest", *WHOLE, *ignored, *session.posargs)
+    session.run(*command, env=OPTIMISED)
