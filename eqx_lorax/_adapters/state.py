@@ -4,7 +4,6 @@ hold, and back."""
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -38,27 +37,13 @@ def name_leaves(state: Any) -> list[str]:
     names: list[str] = []
     for path, node in jtu.tree_leaves_with_path(state, is_leaf=is_weight):
         prefix = f"state{jtu.keystr(path)}"
-        named = jtu.tree_leaves_with_path(_as_named(node))
-        names += [f"{prefix}{jtu.keystr(below)}" for below, _ in named]
+        node = unfuse(node)
+        for below, _ in jtu.tree_leaves_with_path(node):
+            name = jtu.keystr(below)
+            if isinstance(node, FactoredWeight):
+                name = name.removeprefix(".form").replace(".base", ".w")
+            names.append(prefix + name)
     return names
-
-
-def _as_named(node: Any) -> Any:
-    """A tree with the leaves of `node`, in this order, by the paths that name them."""
-    node = unfuse(node)
-    if not isinstance(node, FactoredWeight):
-        return node
-    form = node.form
-    leaves = (_as_named(node.w), form.b, form.a, form.gain, form.gate)
-    return _Named(*leaves)
-
-
-class _Named(eqx.Module):
-    w: Any
-    b: Any
-    a: Any
-    gain: Any
-    gate: Any
 
 
 def find_misfits(

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Num
 
 from .._layers import is_layer, replace_fields
 from .._methods import base_of, FactoredWeight, is_weight, LoraWeight, unfuse
-from .._shared import as_array, multiply
+from .._shared import as_array
 from .._trees import flatten_one_level, Place, Places, rebuild
 
 
@@ -211,7 +211,7 @@ def rescale_like(first: LoraWeight, weight: LoraWeight, scale: ArrayLike) -> Lor
     factor = scale / new.scale
     if isinstance(factor, float) and factor == 1:
         return new
-    return new.replace(b=multiply(weight.b, factor).astype(weight.b.dtype))
+    return new.scaled(factor)
 
 
 def share_rank(column: Column) -> list[LoraWeight | None]:

@@ -124,7 +124,7 @@ def _make_edit(place: Place, new: Any) -> tuple[Callable[[Any], Any], list[str]]
         types = [type(module) for module in (place.module, new.wrapped)]
         if types[0] is not types[1]:
             names = [cls.__name__ for cls in types]
-            return _is_same, [f"a {names[0]} in `model`, a {names[1]} in `params`"]
+            return _keep, [f"a {names[0]} in `model`, a {names[1]} in `params`"]
         return lambda node: _layer(node, new), []
     if is_weight(new):
         weight, wrong = _weight(place.node, new)
@@ -134,7 +134,7 @@ def _make_edit(place: Place, new: Any) -> tuple[Callable[[Any], Any], list[str]]
     return lambda _: new, wrong
 
 
-def _is_same(node: Any) -> Any:
+def _keep(node: Any) -> Any:
     return node
 
 

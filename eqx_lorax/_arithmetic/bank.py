@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from .._factored import Factored
-from .._methods import FactoredWeight, is_weight, LoraWeight
+from .._methods import FactoredWeight, is_weight, list_weights, LoraWeight
 from .._shared import accumulation_dtype, as_array, check_real, multiply, promote
 from .._trees import Place, Places, rebuild
 from .aligned import find_base_arrays, find_rank_axis, Weights
@@ -99,22 +99,18 @@ class AdapterBank(eqx.Module):
         if not isinstance(index, jax.Array):
             return self._slice_out(range(self._size)[operator.index(index)])
         which, row = _locate(as_array(index), self._size)
-        return self._mapped(which, lambda x: _pick_row(x, row))
+        return self._map(lambda x: self._mix(x, which), lambda x: _pick_row(x, row))
 
     def _slice_out(self, index: int) -> PyTree:
         """One adapter, with its own factors alone."""
 
-        def part(x: Any) -> LoraWeight:
+        def part(x: LoraWeight) -> LoraWeight:
             rank, axis = x.rank // self._size, find_rank_axis(x)
             start = as_array(index * rank)
             b = _sliced(x.b, start, rank, x.b.ndim - 1)
             return x.replace(b=b, a=_sliced(x.a, start, rank, axis))
 
-        return jax.tree.map(
-            lambda x: part(x) if _is_lora(x) else _pick_row(x, as_array(index)),
-            self._adapter,
-            is_leaf=_is_lora,
-        )
+        return self._map(part, lambda x: _pick_row(x, as_array(index)))
 
     def mix(self, weights: Weights) -> PyTree:
         """The adapter whose update is the sum of all of them with these weights, which
@@ -134,34 +130,35 @@ class AdapterBank(eqx.Module):
             x = lax.slice_in_dim(x, 0, self._size)
             return multiply(x, each).sum(0).astype(x.dtype)
 
-        return self._mapped(weights, summed)
+        return self._map(lambda x: self._mix(x, weights), summed)
 
     def _check_mixable(self) -> None:
-        for x in jax.tree.leaves(self._adapter, is_leaf=is_weight):
-            if is_weight(x) and not _is_lora(x):
+        for x in list_weights(self._adapter):
+            if not _is_lora(x):
                 raise TypeError(
                     f"A {type(x).__name__} cannot be mixed: its update is no sum of "
                     "those of several. Take one, `bank[index]`."
                 )
 
-    def _mapped(self, weights: Array, head: Callable[[Array], Array]) -> PyTree:
-        """The adapter with these weights of the factors, and with `head` of the
-        rest."""
+    def _mix(self, x: LoraWeight, weights: Array) -> FactoredWeight:
+        """The factors of all adapters, with these weights."""
+        check_real("weights", weights, "an adapter", x.b.dtype)
+        # The scale divides alpha by the rank of all adapters together.
+        of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
+        kinds = accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
+        dtype = promote(*kinds)
+        each = multiply(weights.astype(dtype), of_all).astype(dtype)
+        gate = jnp.repeat(each, x.rank // self._size)
+        gate = jnp.broadcast_to(gate, (*x.batch_shape, x.rank))
+        form = Factored(None, x.b, x.a, x.scale, x.rows, x.columns, gate=gate)
+        return FactoredWeight(form)
 
-        def mixed(x: Any) -> FactoredWeight:
-            check_real("weights", weights, "an adapter", x.b.dtype)
-            # The scale divides alpha by the rank of all adapters together.
-            of_all = math.sqrt(self._size) if x.rank_stabilised else self._size
-            kinds = accumulation_dtype(x.b.dtype), accumulation_dtype(x.a.dtype)
-            dtype = promote(*kinds)
-            each = multiply(weights.astype(dtype), of_all).astype(dtype)
-            gate = jnp.repeat(each, x.rank // self._size)
-            gate = jnp.broadcast_to(gate, (*x.batch_shape, x.rank))
-            form = Factored(None, x.b, x.a, x.scale, x.rows, x.columns, gate=gate)
-            return FactoredWeight(form)
-
+    def _map(
+        self, of_weight: Callable[[LoraWeight], Any], of_rest: Callable[[Array], Array]
+    ) -> PyTree:
+        """One adapter out of all of them."""
         return jax.tree.map(
-            lambda x: mixed(x) if _is_lora(x) else head(x),
+            lambda x: of_weight(x) if _is_lora(x) else of_rest(x),
             self._adapter,
             is_leaf=_is_lora,
         )

@@ -158,28 +158,24 @@ def _contract_in_order(
 ) -> Array:
     """As `contract`, with labels of the stored axes of `weight`, and axes in the orders
     of `_order_axes`."""
-    multiply = functools.partial(
-        _contract_separately if weight.gain is None else _contract_scaled,
+    arguments: dict[str, Any] = dict(
         x_labels=x_labels,
-        stored=stored,
         out_labels=out_labels,
-        is_frozen=is_frozen,
         precision=precision,
         out_sharding=out_sharding,
+    )
+    multiply = functools.partial(
+        _contract_separately if weight.gain is None else _contract_scaled,
+        stored=stored,
+        is_frozen=is_frozen,
+        **arguments,
     )
     if low_rank_x is not None or not can_fuse(weight, x):
         return multiply(weight, x, low_rank_x)
 
     def multiply_fused(weight: Factored, x: Array) -> Array:
-        return contract_base(
-            dense(weight.replace(permutation=None)),
-            x,
-            x_labels=x_labels,
-            labels=stored,
-            out_labels=out_labels,
-            precision=precision,
-            out_sharding=out_sharding,
-        )
+        whole = dense(weight.replace(permutation=None))
+        return contract_base(whole, x, labels=stored, **arguments)
 
     return fuse_forward(multiply, multiply_fused, weight, x)
 
@@ -208,10 +204,8 @@ def _contract_separately(
         precision=precision,
         out_sharding=out_sharding,
     )
-    x, precision = (
-        x if low_rank_x is None else low_rank_x,
-        precision_for_any_dtype(precision),
-    )
+    x = x if low_rank_x is None else low_rank_x
+    precision = precision_for_any_dtype(precision)
     # A x, or B x where `x` is on the side of the rows.
     (first, first_labels), (second, second_labels) = order_factors(
         weight, stored, x_labels, out_labels

@@ -1,6 +1,5 @@
 """The normal form of every adapted weight: a base plus a product of two factors."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeGuard
 
@@ -8,7 +7,7 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 
-from .._shared import AnyArray, axes_from_end, multiply
+from .._shared import AnyArray, axes_from_end, multiply, replace_unchecked
 from .products import Label, Labels, RANK
 
 
@@ -86,11 +85,7 @@ class Factored(eqx.Module):
 
     def replace(self, **changes: Any) -> "Factored":
         """A copy with some fields replaced, unchecked."""
-        new = object.__new__(Factored)
-        for field in dataclasses.fields(self):
-            value = changes.get(field.name, getattr(self, field.name))
-            object.__setattr__(new, field.name, value)
-        return new
+        return replace_unchecked(self, **changes)
 
     def check_shapes(self) -> None:
         """**Raises:**

@@ -165,31 +165,31 @@ def renumber(x: Factored, stored: Labels, logical: Labels) -> Factored:
     return x.with_axes([new[axis] for axis in logical])
 
 
+@functools.singledispatch
 def expand(x: Base, sizes: Sequence[int], dimensions: Sequence[int]) -> Base:
     """`x` repeated along new axes of these sizes, which are the `dimensions` of the
     result. In a `Factored` they are batch axes."""
-    return _expand(x, sizes, dimensions) if sizes else x
-
-
-@functools.singledispatch
-def _expand(x: Base, sizes: Sequence[int], dimensions: Sequence[int]) -> Base:
     raise refuse(x, "expand")
 
 
-@register_arrays(_expand)
+@register_arrays(expand)
 def _(x: AnyArray, sizes: Sequence[int], dimensions: Sequence[int]) -> Array:
+    if not sizes:
+        return x
     ndim = x.ndim + len(sizes)
     leading = lax.broadcast_in_dim(x, [*sizes, *x.shape], range(len(sizes), ndim))
     order = [*dimensions, *(i for i in range(ndim) if i not in dimensions)]
     return lax.transpose(leading, [order.index(i) for i in range(ndim)])
 
 
-@_expand.register
+@expand.register
 def _(x: Factored, sizes: Sequence[int], dimensions: Sequence[int]) -> Factored:
+    if not sizes:
+        return x
     ndim = x.ndim + len(sizes)
 
     def expanded(array: Base, labels: Labels) -> Base:
-        return _expand(array, sizes, range(len(sizes)))
+        return expand(array, sizes, range(len(sizes)))
 
     logical = iter(x.logical_axes())
     new = dict(zip(dimensions, range(-ndim, -x.ndim)))

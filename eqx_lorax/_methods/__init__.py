@@ -20,7 +20,7 @@ from .parts import (
     check_frozen as check_frozen,
     check_whole as check_whole,
     find_misfits as find_misfits,
-    list_missing as list_missing,
+    list_weights as list_weights,
 )
 from .registry import find_method as find_method, list_methods as list_methods
 from .weight import (
@@ -28,5 +28,5 @@ from .weight import (
     base_of as base_of,
     FactoredWeight as FactoredWeight,
     is_weight as is_weight,
-    missing_base as missing_base,
+    list_missing as list_missing,
 )

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
@@ -32,6 +31,9 @@ class Fresh:
 
     w: Any
     """The base: an array, its shape and dtype alone, or a weight."""
+
+    base: Any
+    """The array beneath all adapters: `w`, where that is no weight."""
 
     rank: int
     """The rank of the update."""
@@ -71,9 +73,7 @@ class Fresh:
     @property
     def scale(self) -> float:
         """`alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised."""
-        return self.alpha / (
-            math.sqrt(self.rank) if self.rank_stabilised else self.rank
-        )
+        return compute_scale(self.alpha, self.rank, self.rank_stabilised)
 
     @property
     def factor_placements(self) -> tuple[Any, Any]:
@@ -108,7 +108,7 @@ class Fresh:
         """
         shape = self._shape_of(axes)
         sharding = self._sharding_of(axes, shape, placement)
-        return create(zeros, (shape, self.dtype), self._base, sharding)
+        return create(zeros, (shape, self.dtype), self.base, sharding)
 
     def draw(
         self,
@@ -133,27 +133,19 @@ class Fresh:
         key = key_for(self.key, name) if name else self.key
         init = self.init if init is None else init
         arguments = (key, init, shape, self.dtype, self.rank, fan_in, self.is_lookup)
-        return create(initial_factor, arguments, self._base, sharding)
+        return create(initial_factor, arguments, self.base, sharding)
 
-    @property
-    def _base(self) -> Any:
-        """The array beneath all adapters."""
-        base = self.w
-        while not isinstance(base, jax.ShapeDtypeStruct) and hasattr(base, "w"):
-            base = base.w
-        return base
-
-    def _shape_of(self, axes: Sequence[Label]) -> tuple[int, ...]:
-        def size(axis: Any) -> int:
-            if axis == RANK:
-                return self.rank
-            return self.shape[axis]
-
-        return tuple(map(size, axes))
+    def _shape_of(self, axes: Sequence[Any]) -> tuple[int, ...]:
+        return tuple(self.rank if axis == RANK else self.shape[axis] for axis in axes)
 
     def _sharding_of(
         self, axes: Sequence[Label], shape: tuple[int, ...], placement: Any
     ) -> Sharding | None:
-        base = known_sharding(self._base)
+        base = known_sharding(self.base)
         inherited = inherit_sharding(base, len(self.shape), axes)
         return resolve_sharding(self.name, shape, placement, base, inherited)
+
+
+def compute_scale(alpha: float, rank: int, rank_stabilised: bool) -> float:
+    """`alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised."""
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)

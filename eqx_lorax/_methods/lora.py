@@ -1,6 +1,5 @@
 """LoRA itself: the weight `w + scale * (b · a)`."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from .._factored import (
     not_of_one_weight,
     views,
 )
-from .._shared import AnyArray, axes_from_end, multiply, weight_document
-from .fresh import Fresh
+from .._shared import AnyArray, axes_from_end, make_unchecked, multiply, weight_document
+from .fresh import compute_scale, Fresh
 from .weight import AbstractLoraWeight, is_weight, Weight
 
 
@@ -37,7 +36,7 @@ class LoraWeight(AbstractLoraWeight):
     ??? cite
 
         [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685),
-        section 4.1; [A Rank Stabilization Scaling AnyArray for Fine-Tuning with
+        section 4.1; [A Rank Stabilization Scaling Factor for Fine-Tuning with
         LoRA](https://arxiv.org/abs/2312.03732).
     """
 
@@ -140,8 +139,8 @@ class LoraWeight(AbstractLoraWeight):
         if form.permutation is not None:
             form = views.store_in_order(form)
         w, rank = form.base, form.rank
-        new = LoraWeight.__new__(LoraWeight)
-        values = dict(
+        return make_unchecked(
+            LoraWeight,
             w=LoraWeight.from_factored(w) if isinstance(w, Factored) else w,
             b=form.b,
             a=form.a,
@@ -150,16 +149,13 @@ class LoraWeight(AbstractLoraWeight):
             columns=form.columns,
             rank_stabilised=False,
         )
-        for name, value in values.items():
-            object.__setattr__(new, name, value)
-        return new
 
     def factored(self) -> Factored:
         if self.w is None or self.b is None or self.a is None:
             self.check_whole()
         if len(self.a.shape) == len(self.columns):
             raise not_of_one_weight(self.w, self.b, self.a)
-        base = self.w.factored() if is_weight(self.w) else self.w
+        base = self.base_form()
         return Factored(base, self.b, self.a, self.scale, self.rows, self.columns)
 
     def view(self, form: Factored) -> AbstractLoraWeight:
@@ -196,9 +192,7 @@ class LoraWeight(AbstractLoraWeight):
     @property
     def scale(self) -> float:
         """What multiplies `b · a`."""
-        return self.alpha / (
-            math.sqrt(self.rank) if self.rank_stabilised else self.rank
-        )
+        return compute_scale(self.alpha, self.rank, self.rank_stabilised)
 
     def get_scale(self) -> float:
         """The same as `scale`. This is its name in jax-lorax."""

@@ -5,8 +5,13 @@ from typing import Any
 
 import jax
 
-from .._shared import is_array
-from .weight import base_of, is_weight
+from .._shared import axes_from_end, is_array
+from .weight import AbstractLoraWeight, base_of, is_weight, list_missing
+
+
+def list_weights(tree: Any) -> list[AbstractLoraWeight]:
+    """The weights in a tree."""
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_weight) if is_weight(x)]
 
 
 def check_whole(
@@ -21,7 +26,7 @@ def check_whole(
 
     `ValueError` if `model` is only what `lorax.partition` called `params` or `frozen`.
     """
-    weights = [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
+    weights = list_weights(model)
     if any(base_of(weight) is None for weight in weights):
         if or_params:
             return
@@ -39,18 +44,11 @@ def check_frozen(frozen: Any, call: str) -> None:
 
     `ValueError` if `frozen` is what `lorax.partition` called `params`.
     """
-    weights = [x for x in jax.tree.leaves(frozen, is_leaf=is_weight) if is_weight(x)]
-    if any(base_of(weight) is None for weight in weights):
+    if any(base_of(weight) is None for weight in list_weights(frozen)):
         raise ValueError(
             "`frozen` is an adapter without its base, the `params` of "
             f"`lorax.partition`. Call `{call.format('frozen')}` with its second result."
         )
-
-
-def list_missing(weight: Any) -> list[str]:
-    """The names of the arrays that a weight lacks, apart from its base."""
-    names = weight.array_axes()
-    return [name for name in names if getattr(weight, name) is None]
 
 
 def find_misfits(weight: Any) -> Iterator[str]:
@@ -61,7 +59,7 @@ def find_misfits(weight: Any) -> Iterator[str]:
     except IndexError:
         yield f"is for more axes than a base of shape {base} has"
         return
-    sizes: dict[Any, int] = dict(zip(range(-len(base), 0), base))
+    sizes: dict[Any, int] = dict(zip(axes_from_end(len(base)), base))
     for name, labels in axes.items():
         array = getattr(weight, name)
         if not is_array(array):

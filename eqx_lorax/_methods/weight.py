@@ -1,7 +1,6 @@
 """The base class of adapted weights, and the weight that is only a normal form."""
 
 import abc
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import (
@@ -30,7 +29,7 @@ from .._factored import (
     Precision,
     views,
 )
-from .._shared import is_inexact, multiply, weight_document
+from .._shared import is_inexact, multiply, replace_unchecked, weight_document
 from . import operators
 from .fresh import Fresh
 
@@ -129,11 +128,7 @@ class AbstractLoraWeight(eqx.Module):
 
     def with_base(self: _Self, base: Any, **changes: Any) -> _Self:
         """A copy on another base, with these fields changed too, unchecked."""
-        new = object.__new__(type(self))
-        for field in dataclasses.fields(self):
-            value = base if field.name == "w" else getattr(self, field.name)
-            object.__setattr__(new, field.name, changes.get(field.name, value))
-        return new
+        return replace_unchecked(self, w=base, **changes)
 
     def check_whole(self) -> None:
         """**Raises:**
@@ -142,8 +137,13 @@ class AbstractLoraWeight(eqx.Module):
         `lorax.partition`.
         """
         self.check_base()
-        if any(getattr(self, name) is None for name in self.array_axes()):
+        if list_missing(self):
             raise missing_factors(self)
+
+    def base_form(self) -> Base:
+        """The base of the normal form: `w`, or the normal form of `w` where that is a
+        weight."""
+        return as_base(self.w)
 
     def check_base(self) -> None:
         """**Raises:**
@@ -369,6 +369,12 @@ def base_of(weight: Any) -> Any:
     while is_weight(weight):
         weight = weight.w
     return weight
+
+
+def list_missing(weight: Any) -> list[str]:
+    """The names of the arrays that a weight lacks, apart from its base."""
+    names = weight.array_axes()
+    return [name for name in names if getattr(weight, name) is None]
 
 
 def as_base(w: Any) -> Base:

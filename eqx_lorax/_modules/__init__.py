@@ -7,7 +7,11 @@ planned is decided in the rooms above.
 from .dropout import dropout_key as dropout_key, remove_keys as remove_keys
 from .form import infer_axes as infer_axes
 from .forward import merged_forward as merged_forward
-from .held import without_gates as without_gates, without_views as without_views
+from .held import (
+    has_gate as has_gate,
+    without_gates as without_gates,
+    without_views as without_views,
+)
 from .options import PerTarget as PerTarget
 from .surgery import (
     loraify as loraify,

@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import PRNGKeyArray
 
-from .._methods import AbstractLoraWeight, Fresh, Init, is_weight
+from .._methods import AbstractLoraWeight, base_of, Fresh, Init, is_weight
 from .._shared import accumulation_dtype
 from .._trees import Place
 from .form import Form
@@ -29,6 +29,7 @@ def make_adapter(
     fresh = Fresh(
         array.dotted,
         array.node,
+        base_of(array.node),
         form.rank,
         form.rows,
         form.columns,

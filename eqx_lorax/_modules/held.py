@@ -13,7 +13,14 @@ import jax
 from jaxtyping import Array
 
 from .._factored import dense, scale_along, views
-from .._methods import FactoredWeight, FusedWeight, is_weight, LoraWeight, unfuse
+from .._methods import (
+    FactoredWeight,
+    FusedWeight,
+    is_weight,
+    list_weights,
+    LoraWeight,
+    unfuse,
+)
 from .._shared import axes_from_end
 from .._trees import Place, Places, rebuild
 
@@ -30,7 +37,7 @@ def without_views(model: _Model, *, allow_scaled: bool = False) -> _Model:
     `ValueError` if a weight is scaled, for which there is no such form, unless that is
     allowed.
     """
-    if not any(_is_view(x) for x in _weights(model)):
+    if not any(_is_view(x) for x in list_weights(model)):
         return model
     places = [place for place in Places(model).all if is_weight(place.node)]
     if not allow_scaled:
@@ -47,7 +54,7 @@ def without_gates(model: _Model) -> _Model:
 
     `ValueError` if a weight is scaled.
     """
-    if not any(_has_gate(x) for x in _weights(model)):
+    if not any(has_gate(x) for x in list_weights(model)):
         return model
     places = [place for place in Places(model).all if is_weight(place.node)]
     _check_unscaled(places)
@@ -65,19 +72,16 @@ def strip_adapters(weight: Any) -> Array:
     return scale_along(dense(base), stored, weight.gain, stored).astype(base.dtype)
 
 
-def _weights(model: Any) -> list[Any]:
-    return [x for x in jax.tree.leaves(model, is_leaf=is_weight) if is_weight(x)]
-
-
 def _is_view(weight: Any) -> bool:
     if not is_weight(weight):
         return False
     return isinstance(weight, FactoredWeight | FusedWeight) or _is_view(weight.w)
 
 
-def _has_gate(weight: Any) -> bool:
+def has_gate(weight: Any) -> bool:
+    """Whether `weight` has a gate or a gain, which are no factors."""
     if isinstance(weight, FusedWeight):
-        return _has_gate(weight.weight)
+        return has_gate(weight.weight)
     is_form = isinstance(weight, FactoredWeight)
     return is_form and not (weight.gate is None and weight.gain is None)
 

@@ -23,6 +23,10 @@ from .compat import (
     manual_axes as manual_axes,
     scan_counts as scan_counts,
 )
+from .copying import (
+    make_unchecked as make_unchecked,
+    replace_unchecked as replace_unchecked,
+)
 from .devices import (
     count_bytes as count_bytes,
     count_device_bytes as count_device_bytes,

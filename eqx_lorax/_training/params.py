@@ -22,7 +22,7 @@ from .._methods import (
     is_weight,
     key_for,
 )
-from .._modules import unloraify
+from .._modules import has_gate, unloraify
 from .._shared import as_array, is_array, is_inexact, Placement
 from .._trees import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
 
@@ -94,6 +94,7 @@ def init_lora(
             Fresh(
                 path,
                 x,
+                x,
                 spec.rank,
                 rows,
                 columns,
@@ -159,7 +160,7 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
 
     def keep(path: str, x: Any, spec: SpecValue) -> Any:
         if is_weight(x):
-            if isinstance(x, FactoredWeight) and not (x.gate is x.gain is None):
+            if has_gate(x):
                 raise ValueError(
                     f"{path} is a mixture of adapters, or is scaled, and only its "
                     "factors would be left. Take `params, frozen = "

@@ -16,6 +16,7 @@ from .._methods import (
     check_whole,
     FactoredWeight,
     is_weight,
+    list_weights,
     LoraWeight,
     unfuse,
 )
@@ -161,10 +162,7 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
     trained = {place.indices: place.node for place in Places(params).all}
     places = Places(model).all
     base = jax.tree.map(base_of, model, is_leaf=is_weight)
-    is_alone = any(
-        is_weight(x) and base_of(x) is None
-        for x in jax.tree.leaves(model, is_leaf=is_weight)
-    )
+    is_alone = any(base_of(x) is None for x in list_weights(model))
     adam = _plan_adam(params)
     return Summary(
         targets=tuple(

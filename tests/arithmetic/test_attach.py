@@ -51,14 +51,6 @@ class VeraWeight(lorax.AbstractLoraWeight):
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1), "gain": (-2,)}
 
-    @property
-    def shape(self):
-        return self.w.shape
-
-    @property
-    def dtype(self):
-        return self.w.dtype
-
 
 KEY = jax.random.key(0)
 MODEL = Net(jax.random.key(1))

@@ -45,8 +45,7 @@ class VeraWeight(lorax.AbstractLoraWeight):
             (*self.rank_gain.shape, *(1 for _ in self.columns))
         )
         b, a = self.row_gain[..., None] * self.b, rank_gain * self.a
-        base = self.w.factored() if hasattr(self.w, "factored") else self.w
-        return lorax.Factored(base, b, a, 1.0, self.rows, self.columns)
+        return lorax.Factored(self.base_form(), b, a, 1.0, self.rows, self.columns)
 
     def scaled(self, factor: ArrayLike) -> "VeraWeight":
         return eqx.tree_at(lambda x: x.row_gain, self, self.row_gain * factor)

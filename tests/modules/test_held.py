@@ -360,14 +360,6 @@ class Remembering(lorax.AbstractLoraWeight):
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1)}
 
-    @property
-    def shape(self):
-        return self.w.shape
-
-    @property
-    def dtype(self):
-        return self.w.dtype
-
 
 def test_what_a_class_holds_beyond_its_arguments(tmp_path):
     plain = weight(4, 4)

@@ -25,11 +25,3 @@ class Doubled(lorax.AbstractLoraWeight):
 
     def array_axes(self):
         return {"b": (-2, "rank"), "a": ("rank", -1)}
-
-    @property
-    def shape(self):
-        return self.w.shape
-
-    @property
-    def dtype(self):
-        return self.w.dtype

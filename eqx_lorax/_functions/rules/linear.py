@@ -54,12 +54,12 @@ def _dot_general(equation: Equation, x: Any, y: Any) -> Sequence[Any]:
     # Of two weights, one that is neither scaled nor nested is taken apart.
     if is_factored(x) and (not is_factored(y) or _can_be_taken_apart(y)):
         x, x_labels, y, y_labels = y, y_labels, x, x_labels
-    meet: Any = _contract_weights if is_factored(x) else _contract
+    multiply: Any = _contract_weights if is_factored(x) else _contract
     options = dict(
         precision=equation.params["precision"],
         out_sharding=equation.params.get("out_sharding"),
     )
-    result = meet(x, x_labels, y, y_labels, out_labels, dtype, **options)
+    result = multiply(x, x_labels, y, y_labels, out_labels, dtype, **options)
     return [result.astype(out.dtype)]
 
 
