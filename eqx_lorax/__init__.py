@@ -33,9 +33,27 @@ from ._layers import (
 )
 from ._methods import (
     AbstractLoraWeight as AbstractLoraWeight,
+    AbstractSidedWeight as AbstractSidedWeight,
+    AbstractStart as AbstractStart,
+    AdaLoraWeight as AdaLoraWeight,
+    DoraWeight as DoraWeight,
     Fresh as Fresh,
+    FullWeight as FullWeight,
+    Ia3Weight as Ia3Weight,
     Init as Init,
+    LohaWeight as LohaWeight,
+    LokrWeight as LokrWeight,
+    LoraFaWeight as LoraFaWeight,
     LoraWeight as LoraWeight,
+    LoraXsWeight as LoraXsWeight,
+    Milora as Milora,
+    Olora as Olora,
+    Orthogonal as Orthogonal,
+    Pissa as Pissa,
+    RelativeLoraWeight as RelativeLoraWeight,
+    SegmentsWeight as SegmentsWeight,
+    TokensWeight as TokensWeight,
+    VeraWeight as VeraWeight,
 )
 from ._modules import (
     dropout_key as dropout_key,

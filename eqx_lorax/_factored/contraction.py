@@ -286,8 +286,17 @@ def _contract_scaled(
     out_labels: Labels,
     **arguments: Any,
 ) -> Array:
-    """As `_contract_separately`, for a weight with a gain."""
+    """As `_contract_separately`, for a weight with a gain. With dropout the base sees
+    all of `x`, and what the gain changes of it is part of the update:
+    `W x + (gain - 1) W drop(x) + gain * scale * B (A drop(x))`."""
     assert weight.gain is not None
+    if low_rank_x is not None:
+        arguments |= dict(x_labels=x_labels, stored=stored, out_labels=out_labels)
+        adapted = _contract_scaled(weight, low_rank_x, **arguments)
+        arguments["is_frozen"] |= weight.has_frozen_base
+        arguments["labels"] = arguments.pop("stored")
+        x = x - low_rank_x.astype(x.dtype)
+        return add(contract_base(weight.base, x, **arguments), adapted)
     gain, labels = drop_constant_axes(weight.gain, stored)
     multiply = functools.partial(
         _contract_separately,
@@ -297,7 +306,7 @@ def _contract_scaled(
         **arguments,
     )
     if set(labels) <= set(out_labels):
-        y = multiply(x, low_rank_x, x_labels=x_labels)
+        y = multiply(x, x_labels=x_labels)
         return scale_along(y, out_labels, gain, labels)
 
     # The gain varies along a summed axis: `x` is scaled before the product.
@@ -309,5 +318,4 @@ def _contract_scaled(
         x = expand(x, sizes, range(x.ndim, x.ndim + len(missing)))
         return scale_along(x, all_labels, gain, labels)
 
-    low_rank_x = None if low_rank_x is None else scaled(low_rank_x)
-    return multiply(scaled(x), low_rank_x, x_labels=all_labels)
+    return multiply(scaled(x), x_labels=all_labels)

@@ -119,7 +119,32 @@ def _convolve_separately(
 ) -> Array:
     """The images meet the base, then the factors one after the other."""
     weight = weight.without_gate()
+    if weight.gain is not None and low_rank_x is not None:
+        # As in `contraction`: the base sees all of `x`, and what the gain changes of it
+        # is part of the update.
+        arguments: dict[str, Any] = dict(
+            dimension_numbers=dimension_numbers,
+            feature_group_count=feature_group_count,
+            precision=precision,
+            **conv,
+        )
+        adapted = _convolve_separately(
+            weight, low_rank_x, is_frozen=is_frozen, **arguments
+        )
+        is_frozen = is_frozen or weight.has_frozen_base
+        rest = x - low_rank_x.astype(x.dtype)
+        return add(
+            convolve_base(weight.base, rest, is_frozen=is_frozen, **arguments), adapted
+        )
     logical = weight.logical_axes()
+    inputs = logical[dimension_numbers.rhs_spec[1]]
+    gain = weight.gain
+    if gain is not None and gain.size == gain.shape[inputs] != 1:
+        # The kernel is scaled along its inputs: the images are, in its place.
+        feature = dimension_numbers.lhs_spec[1]
+        each = jnp.tile(gain.reshape(-1), feature_group_count)
+        x = scale_along(x, range(x.ndim), each, [feature])
+        weight = weight.replace(gain=None)
     kernel_axes = tuple(logical[axis] for axis in dimension_numbers.rhs_spec)
     mixer_owns = _mixer(weight, kernel_axes)
     as_stored = tuple(axis % weight.base.ndim for axis in kernel_axes)
@@ -146,9 +171,8 @@ def _convolve_separately(
     y = add(base, weight.scale * update)
     if weight.gain is None:
         return y
-    outputs, *others = kernel_axes
-    if any(weight.gain.shape[axis] != 1 for axis in others):
-        raise NotFactored("the kernel is scaled along its inputs or its window")
+    if weight.gain.size != weight.gain.shape[kernel_axes[0]]:
+        raise NotFactored("the kernel is scaled along its window")
     feature = dimension_numbers.out_spec[1]
     gain = weight.gain.reshape(-1)
     return scale_along(y, range(y.ndim), gain, [feature])

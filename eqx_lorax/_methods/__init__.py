@@ -5,6 +5,19 @@ and its normal form; whatever can be said for all methods is in `AbstractLoraWei
 How weights get into models, and what files and optimizers do with them, is not here.
 """
 
+from .family import (
+    AdaLoraWeight as AdaLoraWeight,
+    DoraWeight as DoraWeight,
+    FullWeight as FullWeight,
+    Ia3Weight as Ia3Weight,
+    LohaWeight as LohaWeight,
+    LokrWeight as LokrWeight,
+    LoraFaWeight as LoraFaWeight,
+    LoraXsWeight as LoraXsWeight,
+    SegmentsWeight as SegmentsWeight,
+    TokensWeight as TokensWeight,
+    VeraWeight as VeraWeight,
+)
 from .fresh import Fresh as Fresh
 from .fused_weight import FusedWeight as FusedWeight, unfuse as unfuse
 from .initialisers import (
@@ -13,6 +26,7 @@ from .initialisers import (
     is_one_key as is_one_key,
     key_for as key_for,
     key_for_words as key_for_words,
+    resolve_init as resolve_init,
     words_of as words_of,
 )
 from .lora import LoraWeight as LoraWeight
@@ -22,7 +36,23 @@ from .parts import (
     find_misfits as find_misfits,
     list_weights as list_weights,
 )
-from .registry import find_method as find_method, list_methods as list_methods
+from .registry import (
+    assign_options as assign_options,
+    find_method as find_method,
+    list_methods as list_methods,
+)
+from .relative import RelativeLoraWeight as RelativeLoraWeight
+from .sided import (
+    AbstractScaledWeight as AbstractScaledWeight,
+    AbstractSidedWeight as AbstractSidedWeight,
+)
+from .starts import (
+    AbstractStart as AbstractStart,
+    Milora as Milora,
+    Olora as Olora,
+    Orthogonal as Orthogonal,
+    Pissa as Pissa,
+)
 from .weight import (
     AbstractLoraWeight as AbstractLoraWeight,
     base_of as base_of,

@@ -1,6 +1,8 @@
 """How the factors of a fresh adapter start. `b` is always zero, so that a fresh adapter
 adds exactly nothing. The choice here is for `a`."""
 
+import dataclasses
+import difflib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -14,12 +16,38 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray
 
 from .._shared import as_array
+from .starts import AbstractStart, STARTS
 
 
 Initialiser: TypeAlias = Callable[[PRNGKeyArray, tuple[int, ...], DTypeLike], Array]
-Init: TypeAlias = Literal["uniform", "gaussian"] | Initialiser
-"""How the factor `a` starts: by a name, or by a function `(key, shape, dtype) -> array`
-as in `jax.nn.initializers`."""
+Init: TypeAlias = (
+    Literal["uniform", "gaussian", "orthogonal", "pissa", "olora", "milora"]
+    | Initialiser
+    | AbstractStart
+)
+"""How the factors start: by a name; by a function `(key, shape, dtype) -> array` for
+`a`, as in `jax.nn.initializers`; or by a start of both, such as `lorax.Pissa`."""
+
+
+def resolve_init(init: Any) -> Init:
+    """`init`, with a start in the place of its name.
+
+    **Raises:**
+
+    `ValueError` if it is unknown.
+    """
+    if isinstance(init, str) and init in STARTS:
+        return STARTS[init]
+    if callable(init) or init in ("uniform", "gaussian"):
+        return init  # pyright: ignore[reportReturnType]
+    known = ["uniform", "gaussian", *STARTS]
+    near = difflib.get_close_matches(str(init), known, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"`init={init!r}` is unknown.{hint} Pass one of {', '.join(map(repr, known))}, "
+        "a start such as `lorax.Pissa(iterations=4)`, or a function "
+        "`(key, shape, dtype) -> array` such as `jax.nn.initializers.normal(0.02)`."
+    )
 
 
 def initial_factor(
@@ -43,6 +71,7 @@ def initial_factor(
         `N(0, 1)`, as PEFT's are.
     """
     if not isinstance(init, str):
+        assert not isinstance(init, AbstractStart)
         return init(key, shape, dtype).astype(dtype)
     draw = jr.normal if init == "gaussian" or is_lookup else _symmetric_uniform
     if is_lookup:
@@ -59,6 +88,19 @@ def initial_factor(
     else:
         drawn = draw(key, shape, max(jnp.dtype(dtype), jnp.float32, key=_width))
     return (drawn * as_array(size, drawn.dtype)).astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """An initialiser: uniform on `±bound`. Equal ones share what was compiled."""
+
+    bound: float
+
+    def __call__(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], dtype: DTypeLike
+    ) -> Array:
+        drawn = initial_factor(key, "uniform", shape, dtype, 1, 1, False)
+        return drawn * as_array(self.bound, drawn.dtype)
 
 
 def _symmetric_uniform(

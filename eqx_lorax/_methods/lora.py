@@ -16,6 +16,7 @@ from .._factored import (
 )
 from .._shared import AnyArray, axes_from_end, make_unchecked, multiply, weight_document
 from .fresh import compute_scale, Fresh
+from .relative import RelativeLoraWeight
 from .weight import AbstractLoraWeight, is_weight, Weight
 
 
@@ -110,17 +111,11 @@ class LoraWeight(AbstractLoraWeight):
             )
 
     @classmethod
-    def create(cls, fresh: Fresh) -> "LoraWeight":
-        b_sharding, a_sharding = fresh.factor_placements
-        return LoraWeight(
-            fresh.w,
-            fresh.zeros(fresh.b_axes, b_sharding),
-            fresh.draw(fresh.a_axes, a_sharding),
-            fresh.alpha,
-            fresh.rows,
-            fresh.columns,
-            rank_stabilised=fresh.rank_stabilised,
-        )
+    def create(cls, fresh: Fresh) -> "LoraWeight | RelativeLoraWeight":
+        if fresh.changes_base:
+            return RelativeLoraWeight.create(fresh)
+        b, a = fresh.factors()
+        return LoraWeight(fresh.w, b, a, **fresh.settings)
 
     @classmethod
     def from_factored(cls, form: Factored) -> "LoraWeight":

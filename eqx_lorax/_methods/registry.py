@@ -1,6 +1,9 @@
 """Methods by name."""
 
 import difflib
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from .weight import AbstractLoraWeight
 
@@ -60,3 +63,59 @@ def find_method(method: str | type[AbstractLoraWeight]) -> type[AbstractLoraWeig
             "imported first."
         )
     return known[method]
+
+
+def assign_options(
+    methods: Collection[type[AbstractLoraWeight]],
+    options: Mapping[str, Any],
+    call: str,
+    others: Collection[str],
+) -> dict[type[AbstractLoraWeight], dict[str, Any]]:
+    """For each method those of the options that it takes: the keywords of its `create`.
+
+    **Arguments:**
+
+    - `call`: The function that was given the options, for error messages.
+    - `others`: The arguments of that function itself.
+
+    **Raises:**
+
+    `TypeError` if none of the methods takes an option, with the near miss, or if one
+    needs an option that is not there.
+    """
+    taken = {method: _list_options(method) for method in methods}
+    known = {name for parameters in taken.values() for name in parameters}
+    for name in options:
+        if name not in known:
+            raise TypeError(_explain_unknown(name, call, taken, [*known, *others]))
+    for method, parameters in taken.items():
+        for name, parameter in parameters.items():
+            if parameter.default is parameter.empty and name not in options:
+                raise TypeError(
+                    f"`method={method.method!r}` needs the option `{name}`: "
+                    f"`{call}(..., method={method.method!r}, {name}=...)`."
+                )
+    return {
+        method: {name: options[name] for name in parameters if name in options}
+        for method, parameters in taken.items()
+    }
+
+
+def _list_options(method: type[AbstractLoraWeight]) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(method.create).parameters
+    return {x: y for x, y in parameters.items() if y.kind is y.KEYWORD_ONLY}
+
+
+def _explain_unknown(
+    name: str,
+    call: str,
+    taken: Mapping[type[AbstractLoraWeight], Collection[str]],
+    known: Collection[str],
+) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    options = "; ".join(
+        f"{kind.method!r} takes {', '.join(map('`{}`'.format, names)) or 'none'}"
+        for kind, names in taken.items()
+    )
+    return f"`{call}` has no argument `{name}`.{hint} Of options, {options}."

@@ -89,9 +89,9 @@ class AbstractLoraWeight(eqx.Module):
         such as `"rank"`. Sharding and the checks of shapes go by it."""
 
     @classmethod
-    def create(cls: type[_Self], fresh: Fresh) -> _Self:
+    def create(cls: type[_Self], fresh: Fresh) -> "AbstractLoraWeight":
         """A fresh weight, which adds exactly nothing. `lorax.loraify` and
-        `lorax.init_lora` call this.
+        `lorax.init_lora` call this. Keywords that a method adds are its options.
 
         **Arguments:**
 

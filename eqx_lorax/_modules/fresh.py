@@ -1,5 +1,6 @@
 """The fresh adapter of one array."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ def make_adapter(
     init: Init,
     dtype: DTypeLike | None,
     key: PRNGKeyArray,
+    options: Mapping[str, Any],
 ) -> AbstractLoraWeight:
     """The array of a target with a fresh adapter."""
     fresh = Fresh(
@@ -39,11 +41,25 @@ def make_adapter(
         init=init,
         rank_stabilised=form.rank_stabilised,
         is_lookup=target.layer.is_lookup,
+        outputs="columns" if target.layer.is_lookup else "rows",
+        window=_find_window(array),
+        has_bias=_has_bias(array),
         placement=form.sharding,
     )
-    weight = form.method.create(fresh)
+    weight = form.method.create(fresh, **options)
     _check_fresh_key(array, weight)
     return weight
+
+
+def _find_window(array: Place) -> tuple[int, ...]:
+    assert array.owner is not None
+    return tuple(range(-getattr(array.owner.module, "num_spatial_dims", 0), 0))
+
+
+def _has_bias(array: Place) -> bool:
+    assert array.owner is not None
+    names = [name for name in vars(array.owner.module) if name.startswith("bias")]
+    return any(getattr(array.owner.module, name) is not None for name in names)
 
 
 def _factor_dtype(dtype: DTypeLike | None, array: Place) -> jnp.dtype:

@@ -1,5 +1,6 @@
 """Putting adapters into a model, and taking them out."""
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,12 +13,14 @@ from jaxtyping import PRNGKeyArray
 from .._layers import is_layer
 from .._methods import (
     AbstractLoraWeight,
+    assign_options,
     base_of,
     check_key,
     check_whole,
     Init,
     is_weight,
     key_for,
+    resolve_init,
 )
 from .._shared import list_some, Placement, suggest_keywords
 from .._trees import Filter, LoraSpec, Place, Places, rebuild
@@ -59,6 +62,7 @@ def loraify(
     nested: bool = False,
     sharding: PerTarget[Placement] = None,
     key: PRNGKeyArray,
+    **options: Any,
 ) -> _Model:
     """Puts low-rank adapters into a model.
 
@@ -119,6 +123,8 @@ def loraify(
         by a compiled program, so `init` has to be traceable then.
     - `key`: A `jax.random.key`. The factors of a target depend on the key and on the
         target's path alone.
+    - `options`: Those of the method, such as `decompose_factor` of `"lokr"`: the
+        keywords of its `create`. Of several methods each has those that it takes.
 
     **Returns:**
 
@@ -141,7 +147,7 @@ def loraify(
     """
     _check_model(model)
     check_key(key)
-    _check_init(init)
+    init = resolve_init(init)
     check_whole(model, "lorax.loraify({}, ...)")
     places = Places(model)
     targets, passed_over = find_targets(model, places, filter, exclude)
@@ -163,18 +169,32 @@ def loraify(
     dropouts = resolve_per_target(dropout, targets, "dropout", 0.0)
     _check_dropouts(targets, dropouts)
     _warn_of_passed_over(passed_over)
+    methods = dict.fromkeys(form.method for form in forms.values())
+    options_of = assign_options(methods, options, "lorax.loraify", _ARGUMENTS)
 
     key_paths = _key_paths(targets)
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {}
     for target, rate in zip(targets, dropouts):
         for array in target.arrays:
             key_ = key_for(key, key_paths[array])
+            form = forms[array]
             weight = make_adapter(
-                target, array, forms[array], init=init, dtype=dtype, key=key_
+                target,
+                array,
+                form,
+                init=init,
+                dtype=dtype,
+                key=key_,
+                options=options_of[form.method],
             )
             edits[array.indices] = lambda _, weight=weight: weight
         edits[target.place.indices] = make_wrapper(target, rate)
     return rebuild(model, edits)
+
+
+_ARGUMENTS = [
+    name for name in inspect.signature(loraify).parameters if name != "options"
+]
 
 
 def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Model:
@@ -280,14 +300,6 @@ def _check_model(model: Any) -> None:
         raise TypeError(
             f"`model` is the class {model.__name__} itself. Pass a model, such as "
             f"`{model.__name__}(...)`."
-        )
-
-
-def _check_init(init: Any) -> None:
-    if not callable(init) and init not in ("uniform", "gaussian"):
-        raise ValueError(
-            f"`init={init!r}` is unknown. Pass 'uniform', 'gaussian' or a function "
-            "`(key, shape, dtype) -> array` such as `jax.nn.initializers.normal(0.02)`."
         )
 
 

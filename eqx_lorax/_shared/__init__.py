@@ -50,6 +50,7 @@ from .sharding import (
     explicit_sharding as explicit_sharding,
     inherit_sharding as inherit_sharding,
     known_sharding as known_sharding,
+    move_array as move_array,
     place_array as place_array,
     Placement as Placement,
     product_sharding as product_sharding,

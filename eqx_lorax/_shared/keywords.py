@@ -18,11 +18,15 @@ def suggest_keywords(
     if `here` has it, or else the most similar keyword."""
 
     def decorate(fn: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
-        known = list(inspect.signature(fn).parameters)
+        parameters = inspect.signature(fn).parameters
+        known = [name for name, x in parameters.items() if x.kind is not x.VAR_KEYWORD]
+        takes_any = len(known) < len(parameters)
 
         @functools.wraps(fn)
         def checked(*args: _Parameters.args, **kwargs: _Parameters.kwargs) -> _Result:
             unknown = [name for name in kwargs if name not in known]
+            if takes_any:
+                unknown = [name for name in unknown if name in here]
             if unknown:
                 raise TypeError(" ".join(_answer(fn, x, here, known) for x in unknown))
             return fn(*args, **kwargs)

@@ -152,7 +152,7 @@ def create(
     if sharding is None:
         return make(*arguments)
     if isinstance(base, jax.core.Tracer):
-        return _move(make(*arguments), sharding)
+        return move_array(make(*arguments), sharding)
     static = [i for i, x in enumerate(arguments) if not isinstance(x, jax.Array)]
     return _compile(make, tuple(static), sharding)(*arguments)
 
@@ -164,8 +164,10 @@ def _compile(
     return jax.jit(make, static_argnums=static, out_shardings=sharding)
 
 
-def _move(x: Array, sharding: Sharding) -> Array:
-    """`x`, in a traced program, with another sharding."""
+def move_array(x: Array, sharding: Sharding) -> Array:
+    """`x`, which may be traced, with another sharding."""
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, sharding)
     if _is_explicit(sharding):
         return jax.sharding.reshard(x, sharding)
     return lax.with_sharding_constraint(x, sharding)

@@ -1,6 +1,7 @@
 """Adapters for trees of parameters: the interface of the original jax-lorax."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +16,15 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._factored import Factored
 from .._methods import (
     AbstractLoraWeight,
+    assign_options,
     check_whole,
     FactoredWeight,
     find_method,
     Fresh,
+    Init,
     is_weight,
     key_for,
+    resolve_init,
 )
 from .._modules import has_gate, unloraify
 from .._shared import as_array, is_array, is_inexact, Placement
@@ -37,6 +41,8 @@ def init_lora(
     is_leaf: Callable[[Any], bool] | None = None,
     sharding: Placement = None,
     method: str | type[AbstractLoraWeight] = "lora",
+    init: Init | None = None,
+    **options: Any,
 ) -> PyTree:
     """Parameters with a `lorax.LoraWeight` wherever the spec gives a rank, for a
     function that is wrapped by `lorax.lora`.
@@ -58,6 +64,8 @@ def init_lora(
         may say it for its parameter. By default they inherit the sharding of the
         parameter, which is never moved.
     - `method`: The name of a method, or its class, see `lorax.loraify`.
+    - `init`: How the factors start, see `lorax.loraify`, in the place of `stddev`.
+    - `options`: Those of the method, see `lorax.loraify`.
 
     **Returns:**
 
@@ -72,6 +80,8 @@ def init_lora(
     """
 
     kind = find_method(method)
+    options = assign_options([kind], options, "lorax.init_lora", _ARGUMENTS)[kind]
+    start = _Normal(stddev) if init is None else resolve_init(init)
     check_whole(param_tree, "lorax.init_lora({}, spec, rng)", "param_tree")
 
     def adapt(path: str, x: Any, spec: SpecValue) -> Any:
@@ -101,13 +111,18 @@ def init_lora(
                 float(alpha if spec.alpha is None else spec.alpha),
                 dtype,
                 key_for(rng, path),
-                init=_Normal(stddev),
+                init=start,
                 rank_stabilised=spec.rank_stabilised,
+                outputs="columns",
                 placement=sharding if spec.sharding is None else spec.sharding,
-            )
+            ),
+            **options,
         )
 
     return map_spec(adapt, param_tree, spec, is_leaf)
+
+
+_ARGUMENTS = [x for x in inspect.signature(init_lora).parameters if x != "options"]
 
 
 @dataclasses.dataclass(frozen=True)
