@@ -12,6 +12,7 @@ from ._adapters import (
 )
 from ._arithmetic import (
     AdapterBank as AdapterBank,
+    as_lora as as_lora,
     attach as attach,
     combine as combine,
     scale as scale,

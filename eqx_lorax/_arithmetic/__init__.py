@@ -8,5 +8,6 @@ is in `_methods`; files and formats are in `_adapters`.
 from .attach import attach as attach
 from .bank import AdapterBank as AdapterBank
 from .combine import combine as combine
+from .convert import as_lora as as_lora
 from .many import scale as scale, stack as stack
 from .sum import weighted_sum as weighted_sum

@@ -1,7 +1,5 @@
 """Adding adapters up."""
 
-import functools
-import warnings
 from collections.abc import Sequence
 from typing import Any, Literal, overload, TypeVar
 
@@ -22,6 +20,7 @@ from .aligned import (
     rescale_like,
     Weights,
 )
+from .compress import compress, warn_of_loss
 
 
 _Adapter = TypeVar("_Adapter")
@@ -124,15 +123,18 @@ def weighted_sum(
         total, errors[path] = _side_by_side(parts, factors), zeros((), float)
         if method == "svd":
             largest = max(part.rank for part in parts) if rank is None else rank
-            with jax.default_matmul_precision("highest"):
-                total, errors[path] = _compress(total, largest)
+            total, errors[path] = compress(total, largest)
         total = rescale_like(parts[0], total, 1.0)
         dtype = promote(*(part.b.dtype for part in parts))
         combined.append(total.replace(b=total.b.astype(dtype)))
     adapter = aligned.filled(combined)
     if return_error:
         return adapter, errors
-    _warn_of_loss(errors)
+    fix = (
+        "A larger `rank` keeps more, `method='exact'` everything; `return_error=True` "
+        "returns this."
+    )
+    warn_of_loss(errors, "the summed adapters", fix)
     return adapter
 
 
@@ -174,57 +176,7 @@ def _side_by_side(weights: Sequence[LoraWeight], factors: Weights) -> LoraWeight
     )
 
 
-def _compress(weight: LoraWeight, rank: int) -> tuple[LoraWeight, Array]:
-    """The nearest weight of this rank, and the relative error."""
-    axis = find_rank_axis(weight)
-    total = weight.rank
-    batch = weight.a.shape[:axis]
-    dtype = promote(
-        accumulation_dtype(weight.b.dtype), accumulation_dtype(weight.a.dtype)
-    )
-    b = weight.b.reshape(*batch, -1, total).astype(dtype)
-    a = weight.a.reshape(*batch, total, -1).astype(dtype)
-    new_b, new_a, error = _approximate(b, a, rank)
-    columns = weight.a.shape[axis + 1 :]
-    compressed = weight.replace(
-        b=new_b.reshape(*weight.b.shape[:-1], -1).astype(weight.b.dtype),
-        a=new_a.reshape(*batch, new_b.shape[-1], *columns).astype(weight.a.dtype),
-    )
-    return compressed, error
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _approximate(b: Array, a: Array, rank: int) -> tuple[Array, Array, Array]:
-    left, upper = jnp.linalg.qr(b)
-    right, lower = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
-    core = upper @ jnp.swapaxes(lower, -1, -2)
-    u, sizes, v = jnp.linalg.svd(core, full_matrices=False)
-    rank = min(rank, sizes.shape[-1])
-    root = jnp.sqrt(sizes[..., :rank]).astype(b.dtype)
-    new_b = (left @ u[..., :rank]) * root[..., None, :]
-    new_a = root[..., :, None] * (v[..., :rank, :] @ jnp.swapaxes(right, -1, -2))
-    lost, all_of_it = (jnp.sum(jnp.square(part)) for part in (sizes[..., rank:], sizes))
-    error = jnp.sqrt(lost / jnp.where(all_of_it == 0, 1, all_of_it))
-    return new_b, new_a, error
-
-
 def _is_same(x: Any, y: Any) -> bool:
     # Traced arrays have no values to compare.
     is_traced = isinstance(x, Tracer) or isinstance(y, Tracer)
     return x is y or not is_traced and bool(np.array_equal(*jax.device_get((x, y))))
-
-
-def _warn_of_loss(errors: dict[str, Array]) -> None:
-    if any(isinstance(error, Tracer) for error in errors.values()):
-        return
-    known = {path: float(jax.device_get(error)) for path, error in errors.items()}
-    large = {path: error for path, error in known.items() if error > 0.01}
-    if large:
-        worst = sorted(large, key=lambda path: -large[path])[:4]
-        listed = ", ".join(f"{path} {large[path]:.0%}" for path in worst)
-        warnings.warn(
-            f"At this rank the summed adapters lose more than 1 % of the update of "
-            f"{len(large)} of {len(errors)} weights: {listed}. A larger `rank` keeps "
-            "more, `method='exact'` everything; `return_error=True` returns this.",
-            stacklevel=3,
-        )

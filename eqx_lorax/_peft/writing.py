@@ -179,8 +179,8 @@ def as_plain_lora(model: _Model) -> _Model:
         if not weight.is_plain_lora:
             raise ValueError(
                 f"`model{jax.tree_util.keystr(path)}` is adapted by the method "
-                f"{weight.method!r}, which PEFT's LoRA cannot hold. Save it with "
-                "`lorax.save_adapter`, or merge it: `lorax.unloraify(model)`."
+                f"{weight.method!r}, which PEFT's LoRA cannot hold. Convert it with "
+                "`lorax.as_lora(model)`, or save it with `lorax.save_adapter`."
             )
         return LoraWeight.from_factored(weight.factored())
 
