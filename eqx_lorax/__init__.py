@@ -25,6 +25,11 @@ from ._functions import (
     MaterialiseWarning as MaterialiseWarning,
     OnMaterialise as OnMaterialise,
 )
+from ._inspection import (
+    Spectra as Spectra,
+    spectra as spectra,
+    TargetSpectrum as TargetSpectrum,
+)
 from ._layers import (
     AbstractLoraLayer as AbstractLoraLayer,
     LoraConv as LoraConv,

@@ -92,7 +92,8 @@ def split_layers(form: Factored, path: str) -> Iterator[tuple[Any, Factored]]:
             )
         below = below.base
     for index in np.ndindex(*batch):
-        yield index, jax.tree.map(lambda x, index=index: x[index], form)
+        # An empty index would copy the base.
+        yield index, jax.tree.map(lambda x, i=index: x[i], form) if index else form
 
 
 def dense_update(form: Factored) -> Array:

@@ -57,3 +57,8 @@ from .sharding import (
     relabel as relabel,
     resolve_sharding as resolve_sharding,
 )
+from .tables import (
+    format_table as format_table,
+    name_group as name_group,
+    star_numbers as star_numbers,
+)

@@ -24,10 +24,13 @@ from .._modules import remove_keys
 from .._shared import (
     count_bytes,
     count_device_bytes,
+    format_table,
     is_array,
     is_inexact,
     list_arrays,
+    name_group,
     plan_optimizer_state,
+    star_numbers,
 )
 from .._trees import Filter, Place, Places
 from .train import mark_factors, trainable
@@ -100,17 +103,17 @@ class Summary:
             f"frozen      {self.frozen:>15,}  {frozen}",
             f"Adam state  {'':>15}  {adam}  ({of_all} for full fine-tuning)",
         ]
-        return "\n".join([_format_table(rows), *lines])
+        return "\n".join([format_table(_COLUMNS, _RIGHT, rows), *lines])
 
     def _groups(self) -> list[tuple[str, list[TargetSummary]]]:
         """For each line of the table its name and its targets."""
         alike: dict[Any, list[TargetSummary]] = {}
         for target in (*self.targets, *self.also):
-            line = dataclasses.replace(target, path=_star_numbers(target.path))
+            line = dataclasses.replace(target, path=star_numbers(target.path))
             alike.setdefault(line, []).append(target)
         count = collections.Counter(line.path for line in alike)
         return [
-            (_name_group([x.path for x in group], count[line.path] == 1), group)
+            (name_group([x.path for x in group], count[line.path] == 1), group)
             for line, group in alike.items()
         ]
 
@@ -248,22 +251,6 @@ def format_bytes(count: int | float) -> str:
     return f"{count:.3g} TB"
 
 
-def _star_numbers(path: str) -> str:
-    return ".".join("*" if name.isdecimal() else name for name in path.split("."))
-
-
-def _name_group(paths: list[str], is_only: bool) -> str:
-    """The name of a group of targets. `is_only` says that no other group has paths
-    that differ from these in numbers alone."""
-    if len(paths) == 1:
-        return paths[0]
-    if not is_only:
-        return f"{paths[0]} and {len(paths) - 1} like it"
-    names = [set(column) for column in zip(*(path.split(".") for path in paths))]
-    common = ".".join("*" if len(column) > 1 else column.pop() for column in names)
-    return f"{common} × {len(paths)}"
-
-
 def _format_rows(
     groups: list[tuple[str, list[TargetSummary]]],
 ) -> list[tuple[str, ...]]:
@@ -280,16 +267,3 @@ def _format_rows(
         )
         for name, group in groups
     ]
-
-
-def _format_table(rows: list[tuple[str, ...]]) -> str:
-    lines = [_COLUMNS, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
-    aligned = [
-        "  ".join(
-            cell.rjust(width) if name in _RIGHT else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, line, widths)
-        ).rstrip()
-        for line in lines
-    ]
-    return "\n".join([aligned[0], "-" * max(map(len, aligned)), *aligned[1:]])

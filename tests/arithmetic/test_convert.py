@@ -1,7 +1,5 @@
 """Adapters of any method as plain LoRA."""
 
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,6 @@ from helpers import (
     weights,
     wide,
 )
-from scaled_rows import ScaledRows
-from vera import VeraWeight
 
 import eqx_lorax as lorax
 
@@ -43,7 +39,7 @@ def make(case, method, key, **options):
 
 @few_cases
 def test_a_product_of_factors_is_lora(case, getkey):
-    adapted = make(case, VeraWeight.method, getkey())
+    adapted = make(case, "adalora", getkey())
     plain = lorax.as_lora(adapted)
     assert all(type(weight) is lorax.LoraWeight for weight in weights(plain))
     for new, old in zip(weights(plain), weights(adapted), strict=True):
@@ -55,7 +51,7 @@ def test_a_product_of_factors_is_lora(case, getkey):
 
 @few_cases
 def test_a_gain_at_full_rank(case, getkey):
-    adapted = make(case, ScaledRows, getkey())
+    adapted = make(case, "dora", getkey())
     plain, errors = lorax.as_lora(adapted, 1000, return_error=True)
     for new, old in zip(weights(plain), weights(adapted), strict=True):
         assert type(new) is lorax.LoraWeight and new.w is old.w
@@ -71,7 +67,7 @@ class Stack(eqx.Module):
         self.layers = eqx.filter_vmap(make)(jax.random.split(key, 3))
 
 
-@pytest.mark.parametrize("method", (VeraWeight, ScaledRows, lorax.LoraWeight))
+@pytest.mark.parametrize("method", ("loha", "dora", "lora"))
 def test_a_smaller_rank_is_the_best_there_is(method, getkey):
     """Each layer of a stack has its own approximation; the error is that of all."""
     adapted = lorax.loraify(Stack(getkey()), rank=4, method=method, key=getkey())
@@ -89,37 +85,16 @@ def test_a_smaller_rank_is_the_best_there_is(method, getkey):
         lorax.as_lora(adapted, rank=2)
 
 
-class Hadamard(lorax.AbstractLoraWeight):
-    """LoHa: the element-wise product of two updates of rank 3, of rank 9."""
-
-    w: jax.Array
-    b: jax.Array
-    a: jax.Array
-
-    method = "hadamard of these tests"
-    frozen = ("w",)
-
-    def factored(self):
-        b = (self.b[0][:, :, None] * self.b[1][:, None, :]).reshape(len(self.w), -1)
-        a = (self.a[0][:, None, :] * self.a[1][None, :, :]).reshape(-1, self.w.shape[1])
-        return lorax.Factored(self.w, b, a, 0.5)
-
-    def array_axes(self) -> dict[str, Any]:
-        return {"b": ["two", -2, "rank"], "a": ["two", "rank", -1]}
-
-
 @pytest.mark.parametrize("shape, rank", (((11, 13), 9), ((6, 20), 6), ((20, 7), 7)))
-def test_the_rank_is_at_most_the_smaller_side(shape, rank):
-    random = np.random.default_rng(0)
-    w, b, a = (
-        jnp.asarray(random.normal(size=size), jnp.float32)
-        for size in (shape, (2, shape[0], 3), (2, 3, shape[1]))
-    )
-    (b1, b2), (a1, a2) = wide(b), wide(a)
-    weight, errors = lorax.as_lora(Hadamard(w, b, a), return_error=True)
+def test_the_rank_is_at_most_the_smaller_side(shape, rank, getkey):
+    """LoHa of rank 3 is a product of rank 9."""
+    linear = eqx.nn.Linear(shape[1], shape[0], key=getkey())
+    adapted = lorax.loraify(linear, rank=3, alpha=1.5, method="loha", key=getkey())
+    old = train(adapted).weight
+    weight, errors = lorax.as_lora(old, return_error=True)
     assert (weight.rank, weight.scale) == (rank, 0.5)
-    exact = wide(w) + 0.5 * (b1 @ a1) * (b2 @ a2)
-    assert_close(weight.materialise(), exact)
+    update = (wide(old.b1) @ wide(old.a1)) * (wide(old.b2) @ wide(old.a2))
+    assert_close(weight.materialise(), wide(old.w) + 0.5 * update)
     (error,) = errors.values()
     assert error < 1e-6
 
@@ -133,11 +108,11 @@ def test_lora_stays_as_it_is(getkey):
     assert_identical(lorax.as_lora(fused), adapted)
 
 
-@pytest.mark.parametrize("method", ("lora", ScaledRows))
+@pytest.mark.parametrize("method", ("lora", "dora"))
 def test_adapters_on_top_of_adapters_become_one(method, getkey):
     linear = eqx.nn.Linear(7, 5, key=getkey())
     inner = train(lorax.loraify(linear, rank=2, alpha=3, method=method, key=getkey()))
-    both = lorax.loraify(inner, rank=1, method=VeraWeight, nested=True, key=getkey())
+    both = lorax.loraify(inner, rank=1, method="adalora", nested=True, key=getkey())
     both = train(both, 1)
     options = {} if method == "lora" else {"rank": 5}
     plain = lorax.as_lora(both, **options)
@@ -148,13 +123,14 @@ def test_adapters_on_top_of_adapters_become_one(method, getkey):
 
 def test_a_gain_needs_a_rank(getkey):
     model = eqx.nn.MLP(4, 3, 6, 1, key=getkey())
-    fresh = lorax.loraify(model, "layers.0", rank=2, method=ScaledRows, key=getkey())
-    # Ones scale nothing.
+    options = dict(method="ia3", scale_inputs=True)
+    fresh = lorax.loraify(model, "layers.0", key=getkey(), **options)
+    # Ones scale nothing, and LoRA has no rank of zero.
     (weight,) = weights(lorax.as_lora(fresh))
-    assert weight.rank == 2 and weight.b is fresh.layers[0].weight.b
+    assert weight.rank == 1 and not weight.b.any()
+    assert_identical(weight.materialise(), fresh.layers[0].weight.w)
     with pytest.raises(
-        ValueError,
-        match=r"layers\.0\.weight is of the method 'scaled rows.*full rank.*`rank=4`",
+        ValueError, match=r"layers\.0\.weight is .* 'ia3'.*full rank.*`rank=4`"
     ):
         lorax.as_lora(train(fresh))
 
@@ -162,7 +138,7 @@ def test_a_gain_needs_a_rank(getkey):
 def test_parameters_and_views(getkey):
     """Trees of parameters, and weights that show their base in another order."""
     params = {"w": jnp.ones((5, 7)), "bias": jnp.zeros(5)}
-    tree = lorax.init_lora(params, {"w": 2, "bias": 0}, getkey(), method=VeraWeight)
+    tree = lorax.init_lora(params, {"w": 2, "bias": 0}, getkey(), method="vera")
     tree = jax.tree.map(lambda x: x + 0.5, tree)
     plain = lorax.as_lora(tree)
     assert type(plain["w"]) is lorax.LoraWeight and plain["bias"] is tree["bias"]
@@ -173,7 +149,7 @@ def test_parameters_and_views(getkey):
 
 
 def test_nothing_dense_is_formed(getkey):
-    adapted = lorax.loraify(Stack(getkey()), rank=4, method=VeraWeight, key=getkey())
+    adapted = lorax.loraify(Stack(getkey()), rank=4, method="lora_xs", key=getkey())
     arrays, static = eqx.partition(adapted, eqx.is_array)
 
     def factors(arrays):
@@ -190,7 +166,9 @@ def test_nothing_dense_is_formed(getkey):
 
 def test_files_of_peft(getkey, tmp_path):
     model = eqx.nn.MLP(4, 3, 6, 1, key=getkey())
-    adapted = train(lorax.loraify(model, rank=2, method=ScaledRows, key=getkey()))
+    adapted = train(
+        lorax.loraify(model, rank=2, method="ia3", scale_inputs=True, key=getkey())
+    )
     names = {"layers.*": "layers.{}"}
     lorax.peft.save(tmp_path, lorax.as_lora(adapted, rank=6), names=names)
     loaded = lorax.peft.load(tmp_path, model, names=names)

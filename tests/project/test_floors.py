@@ -18,7 +18,7 @@ FLOORS = (
     ("_trees",),
     ("_modules",),
     ("_training", "_arithmetic"),
-    ("_adapters", "_planning"),
+    ("_adapters", "_planning", "_inspection"),
     ("_peft",),
     ("peft.py", "constants.py"),
     ("__init__.py",),

@@ -113,6 +113,7 @@ def test_core_imports_only_what_it_declares():
         "numpy",
         "wadler_lindig",  # Equinox prints with it.
         "orbax",
+        "matplotlib",  # The extra `plots`.
     }
     standard = __import__("sys").stdlib_module_names
     for file in FILES:

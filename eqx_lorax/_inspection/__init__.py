@@ -1,0 +1,7 @@
+"""Looking inside trained adapters: the singular values of what each has learned, tables
+and pictures of them. Nothing here changes a model. How much of a model is trained, and
+the memory that takes, is in `_training`.
+"""
+
+from .spectra import spectra as spectra
+from .spectrum import Spectra as Spectra, TargetSpectrum as TargetSpectrum
