@@ -19,6 +19,11 @@ from ._arithmetic import (
     stack as stack,
     weighted_sum as weighted_sum,
 )
+from ._calibration import (
+    calibrate as calibrate,
+    Calibration as Calibration,
+    Gathered as Gathered,
+)
 from ._factored import Factored as Factored
 from ._functions import (
     lora as lora,

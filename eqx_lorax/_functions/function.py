@@ -190,7 +190,7 @@ def _stop_base_gradients(values: list[Any]) -> list[Any]:
     done only while a derivative is being taken, which the rule of a custom derivative
     notices.
     """
-    bases = [value.base for value in values if is_factored(value)]
+    bases = [value.base for value in values if _has_frozen_base(value)]
     is_differentiated = False
 
     @jax.custom_jvp
@@ -208,9 +208,13 @@ def _stop_base_gradients(values: list[Any]) -> list[Any]:
         return values
     new = iter(stopped)
     return [
-        value.replace(base=next(new)) if is_factored(value) else value
+        value.replace(base=next(new)) if _has_frozen_base(value) else value
         for value in values
     ]
+
+
+def _has_frozen_base(value: Any) -> bool:
+    return is_factored(value) and value.has_frozen_base
 
 
 def _to_shape(value: Any) -> Any:

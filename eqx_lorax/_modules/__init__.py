@@ -5,7 +5,7 @@ planned is decided in the rooms above.
 """
 
 from .dropout import dropout_key as dropout_key, remove_keys as remove_keys
-from .form import infer_axes as infer_axes
+from .form import infer_axes as infer_axes, resolve_forms as resolve_forms
 from .forward import merged_forward as merged_forward
 from .held import (
     has_gate as has_gate,
@@ -20,6 +20,7 @@ from .surgery import (
 )
 from .targets import (
     find_target as find_target,
+    find_targets as find_targets,
     join_targets as join_targets,
     Target as Target,
 )

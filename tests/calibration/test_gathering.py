@@ -1,0 +1,330 @@
+"""What is gathered of a model, against float64 NumPy."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_close, wide
+
+import eqx_lorax as lorax
+
+
+KEY = jr.key(0)
+
+
+class Twice(eqx.Module):
+    """A layer that is used twice, after another one."""
+
+    first: eqx.nn.Linear
+    shared: eqx.nn.Linear
+
+    def __init__(self):
+        keys = jr.split(KEY, 2)
+        self.first = eqx.nn.Linear(5, 6, key=keys[0])
+        self.shared = eqx.nn.Linear(6, 6, key=keys[1])
+
+    def __call__(self, x):
+        return self.shared(jnp.tanh(self.shared(jnp.tanh(self.first(x)))))
+
+
+def linear64(linear, x):
+    return x @ wide(linear.weight).T + wide(linear.bias)
+
+
+def random(*shape):
+    return np.random.default_rng(len(shape) + sum(shape)).normal(size=shape)
+
+
+BATCHES = [np.float32(random(n, 5)) for n in (4, 4, 3)]
+
+
+def loss(model, xs):
+    return jnp.mean(jax.vmap(model)(xs) ** 2)
+
+
+def inputs64(model, xs):
+    """The inputs of both layers."""
+    first = np.tanh(linear64(model.first, wide(xs)))
+    second = np.tanh(linear64(model.shared, first))
+    return wide(xs), np.concatenate([first, second])
+
+
+def gradients64(model, xs):
+    """The gradients of the loss in both weights."""
+    x = wide(xs)
+    first = np.tanh(linear64(model.first, x))
+    second = np.tanh(linear64(model.shared, first))
+    out = linear64(model.shared, second)
+    slope = 2 * out / out.size
+    back = slope @ wide(model.shared.weight) * (1 - second**2)
+    in_shared = slope.T @ second + back.T @ first
+    back = back @ wide(model.shared.weight) * (1 - first**2)
+    return back.T @ x, in_shared
+
+
+def check_all(calibration, model):
+    each = [np.concatenate(x) for x in zip(*(inputs64(model, x) for x in BATCHES))]
+    gradients = zip(*(gradients64(model, xs) for xs in BATCHES))
+    for name, x, gradient in zip(["first", "shared"], each, gradients):
+        record = calibration.inputs[f"{name}.weight"]
+        assert record.count == len(x)
+        assert_close(record.energy, np.sum(x**2))
+        assert_close(record.total, x.sum(0), 1e-5)
+        assert_close(record.product, x.T @ x)
+        assert_close(calibration.covariance(f"{name}.weight"), x.T @ x / len(x))
+        u, s, v = map(wide, calibration.gradient(f"{name}.weight"))
+        assert_close((u * s) @ v, np.mean(gradient, 0), 1e-4)
+
+
+@pytest.mark.parametrize("form", ["plain", "jit and checkpoint", "a pair"])
+def test_inputs_and_gradients(form):
+    fn = {
+        "plain": loss,
+        "jit and checkpoint": eqx.filter_jit(eqx.filter_checkpoint(loss)),
+        "a pair": lambda model, xs: (loss(model, xs), "something else"),
+    }[form]
+    model = Twice()
+    calibration = lorax.calibrate(fn, model, BATCHES, key=KEY)
+    check_all(calibration, model)
+    assert list(calibration.inputs) == list(calibration.gradients)
+
+
+def test_a_forward_pass_will_do():
+    def forward(model, xs):
+        return {"y": jax.vmap(model)(xs), "n": 3}
+
+    model = Twice()
+    calibration = lorax.calibrate(forward, model, iter(BATCHES), gather="inputs")
+    x = np.concatenate([inputs64(model, xs)[1] for xs in BATCHES])
+    assert_close(calibration.inputs["shared.weight"].product, x.T @ x)
+    assert not calibration.gradients
+
+
+def stacked(count):
+    return eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(
+        jr.split(KEY, count)
+    )
+
+
+def test_a_stack_has_statistics_for_each_layer():
+    layers = stacked(3)
+
+    def run(layers, xs):
+        arrays, static = eqx.partition(layers, eqx.is_array)
+
+        def body(x, layer):
+            return jnp.tanh(eqx.combine(layer, static)(x)), None
+
+        out = jax.vmap(lambda x: jax.lax.scan(jax.checkpoint(body), x, arrays)[0])(xs)
+        return jnp.sum(out**3)
+
+    xs = np.float32(random(5, 4))
+    calibration = lorax.calibrate(run, layers, [xs, 2 * xs], key=KEY)
+    expected = np.zeros((3, 4, 4))
+    slopes = np.zeros((3, 4, 4))
+    for x in (wide(xs), 2 * wide(xs)):
+        acts = [x]
+        for i in range(3):
+            y = acts[-1] @ wide(layers.weight)[i].T + wide(layers.bias)[i]
+            acts.append(np.tanh(y))
+        back = 3 * acts[-1] ** 2
+        for i in (2, 1, 0):
+            back = back * (1 - acts[i + 1] ** 2)
+            expected[i] += acts[i].T @ acts[i]
+            slopes[i] += back.T @ acts[i] / 2
+            back = back @ wide(layers.weight)[i]
+    record = calibration.inputs["weight"]
+    assert_close(record.product, expected)
+    assert_close(record.count, np.full(3, 10))
+    u, s, v = map(wide, calibration.gradient("weight"))
+    assert_close((u * s[:, None]) @ v, slopes, 1e-4)
+
+
+def test_a_stack_that_is_indexed():
+    layers = jnp.asarray(random(3, 4, 4), jnp.float32)
+
+    def run(params, x):
+        for i in range(3):
+            x = x @ params["w"][i]
+        return x
+
+    x = np.float32(random(2, 4))
+    spec = {"w": lorax.LoraSpec(2, batch=(0,))}
+    found = lorax.calibrate(run, {"w": layers}, [x], spec=spec, gather="inputs")
+    first = wide(x) @ wide(layers[0])
+    second = first @ wide(layers[1])
+    expected = [x.T @ x for x in (wide(x), first, second)]
+    assert_close(found.inputs["w"].product, np.array(expected), 1e-4)
+
+
+def test_a_tree_of_parameters():
+    """Kernels `(in, out)`, one of them with two axes for its outputs."""
+    params = {
+        "dense": {"kernel": jnp.asarray(random(5, 7), jnp.float32)},
+        "heads": {"kernel": jnp.asarray(random(7, 2, 3), jnp.float32)},
+    }
+
+    def run(params, x):
+        hidden = jnp.tanh(x @ params["dense"]["kernel"])
+        return jnp.sum(jnp.einsum("bi,ihd->bhd", hidden, params["heads"]["kernel"]))
+
+    spec = {
+        "dense": {"kernel": 2},
+        "heads": {"kernel": lorax.LoraSpec(2, rows=(0,), columns=(1, 2))},
+    }
+    x = np.float32(random(6, 5))
+    found = lorax.calibrate(run, params, [x], spec=spec, key=KEY)
+    kernels = [wide(params[name]["kernel"]) for name in params]
+    hidden = np.tanh(wide(x) @ kernels[0])
+    assert_close(found.inputs["dense.kernel"].product, wide(x).T @ wide(x))
+    assert_close(found.inputs["heads.kernel"].product, hidden.T @ hidden)
+    u, s, v = map(wide, found.gradient("dense.kernel"))
+    slope = kernels[1].sum((1, 2)) * (1 - hidden**2)
+    assert u.shape[0] == 7 and v.shape[1] == 5
+    assert_close((u * s) @ v, (wide(x).T @ slope).T, 1e-4)
+
+
+def test_bfloat16_is_summed_in_float32():
+    linear = eqx.nn.Linear(5, 3, dtype=jnp.bfloat16, key=KEY)
+    xs = jnp.asarray(random(50, 5), jnp.bfloat16)
+
+    def run(linear, xs):
+        return jax.vmap(linear)(xs)
+
+    found = lorax.calibrate(run, linear, [xs], gather="inputs")
+    record = found.inputs["weight"]
+    assert record.product.dtype == jnp.float32
+    assert_close(record.product, wide(xs).T @ wide(xs), 1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_have_patches(groups):
+    conv = eqx.nn.Conv2d(4, 6, (2, 3), stride=2, padding=1, groups=groups, key=KEY)
+    images = np.float32(random(2, 4, 5, 6))
+
+    def run(conv, images):
+        return jnp.sum(jax.vmap(conv)(images) ** 2)
+
+    found = lorax.calibrate(run, conv, [images], key=KEY)
+    padded = np.pad(wide(images), [(0, 0), (0, 0), (1, 1), (1, 1)])
+    patches = [
+        image[group : group + 4 // groups, i : i + 2, j : j + 3].reshape(-1)
+        for image in padded
+        for group in range(0, 4, 4 // groups)
+        for i in range(0, 7 - 1, 2)
+        for j in range(0, 8 - 2, 2)
+    ]
+    x = np.array(patches)
+    assert_close(found.inputs["weight"].product, x.T @ x)
+    assert found.inputs["weight"].count == len(x)
+    gradient = jax.grad(lambda w: run(eqx.tree_at(lambda c: c.weight, conv, w), images))
+    u, s, v = map(wide, found.gradient("weight"))
+    expected = wide(gradient(conv.weight)).reshape(6, -1)
+    assert_close((u * s) @ v, expected, 1e-4)
+
+
+def test_dropout_and_attention_run_as_they_do():
+    attention = eqx.nn.MultiheadAttention(2, 6, dropout_p=0.5, key=KEY)
+    seen = []
+
+    def run(attention, batch):
+        x, key = batch
+        out = attention(x, x, x, key=key)
+        jax.debug.callback(seen.append, out)
+        return jnp.sum(out**2)
+
+    x = jnp.asarray(random(3, 6), jnp.float32)
+    found = lorax.calibrate(run, attention, [(x, KEY)], key=KEY)
+    jax.effects_barrier()
+    assert_close(seen[-1], wide(attention(x, x, x, key=KEY)), 1e-5)
+    assert_close(found.inputs["query_proj.weight"].product, wide(x).T @ wide(x))
+
+
+def test_sketches_of_inputs():
+    """The directions of inputs of low rank, and nothing of their size squared."""
+    linear = eqx.nn.Linear(40, 3, key=KEY)
+    x = np.float32(random(100, 4) @ random(4, 40))
+
+    def run(linear, xs):
+        return jax.vmap(linear)(xs)
+
+    found = lorax.calibrate(run, linear, [x], gather="inputs", sketch=8, key=KEY)
+    record = found.inputs["weight"]
+    assert record.product.shape == (40, 8)
+    for centred in (False, True):
+        values, vectors, energy = record.spectrum(centred)
+        dense = wide(x) - (wide(x).mean(0) if centred else 0)
+        expected, basis = np.linalg.eigh(dense.T @ dense / len(x))
+        assert_close(values[:4], expected[::-1][:4], 1e-3)
+        assert_close(energy, expected.sum(), 1e-4)
+        overlap = np.abs(wide(vectors[:4]) @ basis[:, ::-1][:, :4])
+        assert_close(overlap, np.eye(4), 1e-2)
+    covariance = wide(x).T @ wide(x) / len(x)
+    error = np.abs(wide(found.covariance("weight")) - covariance).max()
+    assert error < 1e-3 * np.abs(covariance).max()
+
+
+def test_gradients_of_low_rank_are_exact():
+    """A gradient of rank 4, seen from 16 and 33 directions."""
+    linear = eqx.nn.Linear(60, 50, key=KEY)
+    x, y = np.float32(random(4, 60)), np.float32(random(4, 50))
+
+    def run(linear, batch):
+        x, y = batch
+        return jnp.sum(jax.vmap(linear)(x) * y)
+
+    found = lorax.calibrate(run, linear, [(x, y)], rank=2, gather="gradients", key=KEY)
+    record = found.gradients["weight"]
+    assert record.right.shape == (50, 16) and record.left.shape == (33, 60)
+    u, s, v = map(wide, found.gradient("weight"))
+    gradient = wide(y).T @ wide(x)
+    assert_close((u * s) @ v, gradient, 1e-4)
+    assert_close(s[:4], np.linalg.svd(gradient)[1][:4], 1e-4)
+
+
+ERRORS = {
+    "no batches": (dict(batches=[]), "`batches` is empty"),
+    "no loss": (
+        dict(fn=lambda model, xs: jax.vmap(model)(xs)),
+        "must return a scalar loss, or a tuple .* float32 .4, 6.*gather='inputs'",
+    ),
+    "no key": (dict(key=None), "`key=None`, but gradients and sketches"),
+    "what is gathered": (dict(gather="weights"), "must be 'inputs', 'gradients' or"),
+    "sketch": (dict(sketch=0), "`sketch=0` must be a positive number"),
+    "not used": (
+        dict(fn=lambda model, xs: jnp.sum(jax.vmap(model.first)(xs))),
+        "shared.weight is not used. .*`exclude`",
+    ),
+    "no product": (
+        dict(fn=lambda m, xs: loss(m.first, xs) + jnp.sum(m.shared.weight**2)),
+        "shared.weight is used as a whole, not in a product",
+    ),
+    "both sides": (
+        dict(fn=lambda m, xs: jnp.sum((xs @ m.first.weight.T) @ m.first.weight)),
+        "first.weight is multiplied from both sides",
+    ),
+    "no derivative": (
+        dict(fn=lambda m, xs: jax.lax.stop_gradient(loss(m, xs)), gather="inputs"),
+        "No result of `fn` depends on first.weight, shared.weight, .*`stop_gradient`",
+    ),
+    "spec and filter": (dict(spec=2, filter="first"), "leave out `filter`"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name):
+    change, message = ERRORS[name]
+    arguments = dict(fn=loss, batches=BATCHES[:1], key=KEY) | change
+    fn, batches = arguments.pop("fn"), arguments.pop("batches")
+    with pytest.raises(ValueError, match=message):
+        lorax.calibrate(fn, Twice(), batches, **arguments)
+
+
+def test_adapted_targets_are_refused():
+    model = lorax.loraify(Twice(), "first", rank=2, key=KEY)
+    with pytest.raises(ValueError, match="first.weight has an adapter"):
+        lorax.calibrate(loss, model, BATCHES, key=KEY)
+    found = lorax.calibrate(loss, model, BATCHES, "shared", key=KEY)
+    assert list(found.inputs) == ["shared.weight"]
