@@ -149,7 +149,7 @@ _END: Any = object()
 
 
 def _check_kinds(gather: Any) -> tuple[Gathered, ...]:
-    kinds = (gather,) if isinstance(gather, str) else tuple(gather)
+    kinds: tuple[Any, ...] = (gather,) if isinstance(gather, str) else tuple(gather)
     if not kinds or not {*kinds} <= {*get_args(Gathered)}:
         raise ValueError(
             f"`gather={gather!r}` must be 'inputs', 'gradients' or a list of these."
@@ -196,7 +196,7 @@ def _watch(
     out = eqx.filter_eval_shape(run, watched, as_jax(batch))
     found = resolve_uses(measured, watches, "inputs" in kinds)
     if "gradients" in kinds:
-        loss = out[0] if isinstance(out, tuple) and out else out
+        loss: Any = out[0] if isinstance(out, tuple) and out else out
         is_real = is_inexact(loss) and not jnp.iscomplexobj(loss)
         if not is_real or loss.shape != ():
             kind = f"{loss.dtype} {loss.shape}" if is_inexact(loss) else type(loss)
@@ -248,7 +248,7 @@ def _to_calibration(
         found, random = gathered[one.name], fixed[one.name]
         if found.sums is not None:
             inputs[one.name] = _to_input_record(one, found.sums, random.sketch)
-        if found.b is not None:
+        if found.b is not None and found.a is not None:
             gradients[one.name] = GradientRecord(
                 _as_matrices(one, found.b / count, left=one.rows),
                 _as_matrices(one, found.a / count, right=one.columns),

@@ -108,10 +108,11 @@ class Probe(eqx.Module):
         """Tells the watch which side is summed over."""
         if self.watch is None:
             return
-        by_side: dict[Side, tuple[int, ...]] = dict(
-            rows=self.rows, columns=self.columns
+        sides: tuple[tuple[Side, tuple[int, ...]], ...] = (
+            ("rows", self.rows),
+            ("columns", self.columns),
         )
-        for side, axes in by_side.items():
+        for side, axes in sides:
             if summed == {labels[axis] for axis in axes}:
                 self.watch.inputs.add(side)
                 return

@@ -14,13 +14,13 @@ from .._methods import key_for
 
 def draw_orthonormal(
     key: PRNGKeyArray, name: str, shape: tuple[int, ...], dtype: Any
-) -> Array:
+) -> np.ndarray:
     """Random matrices of shape `(*batch, size, count)` with orthonormal columns. They
     are drawn by NumPy, so that nothing is compiled for their shapes."""
     words = jax.device_get(jr.bits(key_for(key, name), (4,)))
     random = np.random.default_rng(words.tolist())
     q, _ = np.linalg.qr(random.normal(size=shape))
-    return jax.device_put(q.astype(dtype))
+    return q.astype(dtype)
 
 
 def count_columns(rank: int, rows: int, columns: int) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class Measured:
     def no_update(self) -> tuple[Array, Array]:
         """Factors of zeros."""
         shapes = factor_shapes(self.shape, self.rows, self.columns, 1)
-        b, a = (jnp.zeros(shape, self.dtype) for shape in shapes)
+        b, a = (_zeros(shape, self.dtype) for shape in shapes)
         return b, a
 
 
@@ -203,7 +203,7 @@ def make_fixed(
 ) -> Fixed:
     """Draws the random matrices for an array."""
 
-    def draw(name: str, sizes: tuple[int, ...], count: int) -> Array:
+    def draw(name: str, sizes: tuple[int, ...], count: int) -> Any:
         shape = (*one.batch, math.prod(sizes), count)
         return draw_orthonormal(key, f"{one.name} {name}", shape, one.dtype)
 
@@ -215,9 +215,9 @@ def make_fixed(
         rows, columns = one.sizes(one.rows), one.sizes(one.columns)
         right, left = count_columns(2 * one.rank, math.prod(rows), math.prod(columns))
         b = draw("b", rows, left).reshape(*one.batch, *rows, left)
-        a = jnp.swapaxes(draw("a", columns, right), -1, -2)
+        a = np.swapaxes(draw("a", columns, right), -1, -2)
         a = a.reshape(*one.batch, right, *columns)
-    return Fixed(of_inputs, b, a)
+    return jax.device_put(Fixed(of_inputs, b, a))
 
 
 def make_zeros(one: Measured, fixed: Fixed, inputs: bool) -> Zeros:
@@ -227,16 +227,21 @@ def make_zeros(one: Measured, fixed: Fixed, inputs: bool) -> Zeros:
     if inputs:
         others = sizes if fixed.sketch is None else fixed.sketch.shape[-1:]
         sums = Sums(
-            jnp.zeros((*batch, 2), dtype),
-            jnp.zeros((*batch, *sizes), dtype),
-            jnp.zeros((*batch, *sizes, *others), dtype),
+            _zeros((*batch, 2), dtype),
+            _zeros((*batch, *sizes), dtype),
+            _zeros((*batch, *sizes, *others), dtype),
         )
     if fixed.a is not None and fixed.b is not None:
         right, left = fixed.a.shape[len(batch)], fixed.b.shape[-1]
         b, _ = factor_shapes(one.shape, one.rows, one.columns, right)
         _, a = factor_shapes(one.shape, one.rows, one.columns, left)
-        b, a = jnp.zeros(b, dtype), jnp.zeros(a, dtype)
+        b, a = _zeros(b, dtype), _zeros(a, dtype)
     return Zeros(sums, b, a)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> Array:
+    # From the host, so that nothing is compiled for each shape.
+    return jax.device_put(np.zeros(shape, dtype))
 
 
 def put_probes(
@@ -259,6 +264,7 @@ def put_probes(
                 return one.put(
                     probe, *(jnp.zeros(shape, one.dtype) for shape in shapes)
                 )
+            assert random.b is not None and random.a is not None
             # [0, Ψ] and [Ωᵀ; 0]: their product is zero.
             b = jnp.concatenate([zero.b, random.b], -1)
             a = jnp.concatenate([random.a, zero.a], len(one.batch))

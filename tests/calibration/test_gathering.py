@@ -1,5 +1,8 @@
 """What is gathered of a model, against float64 NumPy."""
 
+import sys
+import types
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -282,6 +285,29 @@ def test_gradients_of_low_rank_are_exact():
     gradient = wide(y).T @ wide(x)
     assert_close((u * s) @ v, gradient, 1e-4)
     assert_close(s[:4], np.linalg.svd(gradient)[1][:4], 1e-4)
+
+
+def count(model, xs):
+    return jax.vmap(model)(xs)
+
+
+def test_the_progress_bar(monkeypatch):
+    """That of tqdm, where it is installed; by default on terminals only."""
+    bars = []
+
+    def bar(batches, **options):
+        bars.append(options["disable"])
+        return batches
+
+    linear, arguments = eqx.nn.Linear(5, 3, key=KEY), dict(gather="inputs")
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=bar))
+    for progress in (None, True, False):
+        lorax.calibrate(count, linear, BATCHES[:1], **arguments, progress=progress)
+    assert bars == [None, False]
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    lorax.calibrate(count, linear, BATCHES[:1], **arguments)
+    with pytest.raises(ImportError, match="not installed: `pip install tqdm`"):
+        lorax.calibrate(count, linear, BATCHES[:1], **arguments, progress=True)
 
 
 ERRORS = {

@@ -114,6 +114,7 @@ def test_core_imports_only_what_it_declares():
         "wadler_lindig",  # Equinox prints with it.
         "orbax",
         "matplotlib",  # The extra `plots`.
+        "tqdm",  # For a progress bar, where it is installed.
     }
     standard = __import__("sys").stdlib_module_names
     for file in FILES:
