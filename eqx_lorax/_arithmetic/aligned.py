@@ -161,9 +161,11 @@ def _find_update(place: Place, node: Any) -> Any:
         return weight
     if isinstance(weight, FactoredWeight):
         return LoraWeight.from_factored(weight.form)
-    # Those of another method have factors only together with their frozen part.
-    is_whole = weight.w is not None
-    return LoraWeight.from_factored(weight.factored()) if is_whole else weight
+    # Those of another method have factors only together with their frozen part, and
+    # some have a gain.
+    if weight.w is None or (form := weight.factored()).gain is not None:
+        return weight
+    return LoraWeight.from_factored(form)
 
 
 def _check_alike(place: Place, nodes: Sequence[Any]) -> None:

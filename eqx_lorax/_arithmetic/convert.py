@@ -11,10 +11,17 @@ from jaxtyping import Array
 
 from .._factored import Factored
 from .._methods import AbstractLoraWeight, check_whole, is_weight, LoraWeight, unfuse
-from .._shared import promote, zeros
+from .._shared import zeros
 from .._trees import Place, Places, rebuild
-from .compress import as_matrices, compress, relative_error, split, warn_of_loss
-from .updates import dense_update, find_bottom, fold, split_layers, store_in_order
+from .compress import (
+    as_matrices,
+    compress,
+    relative_error,
+    split,
+    warn_of_loss,
+    with_matrices,
+)
+from .updates import bare, dense_update, fold, split_layers
 
 
 _Model = TypeVar("_Model")
@@ -161,20 +168,10 @@ def _approximate(form: Factored, rank: int, path: str) -> tuple[Factored, Array]
     """The best approximation of a form that has a gain, and its relative error."""
     parts = [_decompose(layer, rank) for _, layer in split_layers(form, path)]
     b, a, lost, sizes = (jnp.stack(arrays) for arrays in zip(*parts))
-    form = store_in_order(form)
-    dtype = promote(form.b.dtype, form.a.dtype)
-    batch = form.a.shape[: form.a.ndim - 1 - len(form.columns)]
-    rows = [form.shape[axis] for axis in form.rows]
-    columns = [form.shape[axis] for axis in form.columns]
-    new = Factored(
-        find_bottom(form),
-        b.reshape(*batch, *rows, rank).astype(dtype),
-        a.reshape(*batch, rank, *columns).astype(dtype),
-        1.0,
-        form.rows,
-        form.columns,
-    )
-    return new, relative_error(lost, sizes)
+    new = bare(form)
+    batch = new.a.shape[: new.a.ndim - 1 - len(new.columns)]
+    b, a = (array.reshape(*batch, *array.shape[1:]) for array in (b, a))
+    return with_matrices(new, b, a), relative_error(lost, sizes)
 
 
 @functools.partial(jax.jit, static_argnums=1)

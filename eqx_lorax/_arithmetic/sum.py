@@ -1,5 +1,6 @@
 """Adding adapters up."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Any, Literal, overload, TypeVar
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._methods import LoraWeight
 from .._shared import accumulation_dtype, check_real, multiply, promote, zeros
@@ -21,18 +22,22 @@ from .aligned import (
     Weights,
 )
 from .compress import compress, warn_of_loss
+from .prune import METHODS as PRUNING_METHODS, Pruning, sum_pruned
 
 
 _Adapter = TypeVar("_Adapter")
+_METHODS = ("exact", "svd", *PRUNING_METHODS)
 
 
 @overload
 def weighted_sum(
     adapters: Sequence[_Adapter | None],
     weights: Weights,
-    method: Literal["exact", "svd"] = "exact",
+    method: Literal["exact", "svd", "ties", "dare", "magnitude"] = "exact",
     *,
     rank: int | None = None,
+    density: float | None = None,
+    key: PRNGKeyArray | None = None,
     base: PyTree = None,
     return_error: Literal[False] = False,
 ) -> _Adapter: ...
@@ -42,9 +47,11 @@ def weighted_sum(
 def weighted_sum(
     adapters: Sequence[_Adapter | None],
     weights: Weights,
-    method: Literal["exact", "svd"] = "exact",
+    method: Literal["exact", "svd", "ties", "dare", "magnitude"] = "exact",
     *,
     rank: int | None = None,
+    density: float | None = None,
+    key: PRNGKeyArray | None = None,
     base: PyTree = None,
     return_error: Literal[True],
 ) -> tuple[_Adapter, dict[str, Array]]: ...
@@ -53,9 +60,11 @@ def weighted_sum(
 def weighted_sum(
     adapters: Sequence[Any],
     weights: Weights,
-    method: Literal["exact", "svd"] = "exact",
+    method: Literal["exact", "svd", "ties", "dare", "magnitude"] = "exact",
     *,
     rank: int | None = None,
+    density: float | None = None,
+    key: PRNGKeyArray | None = None,
     base: PyTree = None,
     return_error: bool = False,
 ) -> Any:
@@ -66,11 +75,24 @@ def weighted_sum(
     - `adapters`: Adapters of one model; ranks, scales and targets may differ. What
         one does not have is zero, and `None` is the base alone.
     - `weights`: A number for each of them; `-1` takes an update away.
-    - `method`: `"exact"` puts the factors side by side, so that the ranks add up.
-        `"svd"` then keeps the largest singular values of each sum, by QR
-        decompositions of its factors and without forming it: the best approximation of
-        that rank there is.
-    - `rank`: The rank for `"svd"`. Defaults to the largest among the adapters.
+    - `method`: How they are added up.
+        - `"exact"` puts the factors side by side, so that the ranks add up.
+        - `"svd"` then keeps the largest singular values of each sum, by QR
+            decompositions of its factors and without forming it: the best approximation
+            of that rank there is.
+        - `"magnitude"`, `"ties"` and `"dare"` prune the updates first, so that they
+            interfere less. They form the updates of a layer as dense matrices, for one
+            layer of a stack at a time, and approximate the result as `"svd"` does.
+            `"magnitude"` keeps the largest entries of each update and adds them up.
+            `"ties"` keeps these too, elects for each entry the sign of their weighted
+            sum, and takes the mean of the weighted entries that have that sign.
+            `"dare"` keeps entries at random, divided by `density`, and adds them up.
+    - `rank`: The rank of the result, for all methods but `"exact"`. Defaults to the
+        largest among the adapters.
+    - `density`: The share of the entries of each update, in each layer, that is kept,
+        by default 0.2. For methods that prune.
+    - `key`: A `jax.random.key`, for `"dare"` alone. What is kept depends on it and on
+        the path of the weight.
     - `base`: The model, adapted or not. With it, what else than factors was trained,
         such as a head, is added up too, as its difference from the array there.
     - `return_error`: Whether to return the errors too.
@@ -85,21 +107,27 @@ def weighted_sum(
 
     **Raises:**
 
-    `ValueError` if the adapters are not of one model, or if anything else than factors
-    was trained, differs, and there is no `base`.
+    `ValueError` if the adapters are not of one model, if anything else than factors was
+    trained, differs, and there is no `base`, or if an argument is out of range or for
+    another method.
+
+    !!! note
+
+        PEFT's `"ties"`, `"dare_linear"` and so on prune the two factors one by one and
+        add the factors up. That is `(Σ b)(Σ a)` of pruned factors, which is not the sum
+        of the pruned updates that the papers define. The numbers here are those of the
+        papers, except for what a `rank` loses.
 
     ??? cite
 
         Eckart and Young, *The approximation of one matrix by another of lower rank*,
-        1936, for `"svd"`.
+        1936, for `"svd"`; [TIES-Merging](https://arxiv.org/abs/2306.01708), algorithm
+        1, for `"ties"`, where its mean is over weighted entries, so that equal weights
+        are its λ; [Language Models are Super
+        Mario](https://arxiv.org/abs/2311.03099), equation 1, for `"dare"`.
     """
-    if method not in ("exact", "svd"):
-        raise ValueError(f"`method={method!r}` is neither 'exact' nor 'svd'.")
-    if rank is not None and (method == "exact" or rank < 1):
-        raise ValueError(
-            f"`rank={rank}` is for `method='svd'`, and at least 1; with 'exact' the "
-            "ranks add up."
-        )
+    _check_method(method, rank)
+    pruning = Pruning.check(method, density, key)
     if len(weights) != len(adapters):
         raise ValueError(f"{len(weights)} `weights` for {len(adapters)} `adapters`.")
     aligned = align(adapters, "weighted_sum")
@@ -114,15 +142,15 @@ def weighted_sum(
         parts, factors = zip(
             *((x, factor) for x, factor in zip(column.nodes, weights) if x is not None)
         )
-        if not all(isinstance(part, LoraWeight) for part in parts):
-            raise ValueError(
-                f"{path} is a {type(parts[0]).__name__}, which has its factors only "
-                "together with its frozen part. Pass whole models, "
-                "`lorax.combine(params, frozen)`."
-            )
+        _check_summable(path, parts, pruning is not None)
+        ranks = [getattr(part, "rank", 0) for part in parts]
+        largest = max(1, *ranks) if rank is None else rank
+        if pruning is not None:
+            total, errors[path] = sum_pruned(parts, factors, largest, pruning, path)
+            combined.append(total)
+            continue
         total, errors[path] = _side_by_side(parts, factors), zeros((), float)
         if method == "svd":
-            largest = max(part.rank for part in parts) if rank is None else rank
             total, errors[path] = compress(total, largest)
         total = rescale_like(parts[0], total, 1.0)
         dtype = promote(*(part.b.dtype for part in parts))
@@ -130,12 +158,43 @@ def weighted_sum(
     adapter = aligned.filled(combined)
     if return_error:
         return adapter, errors
-    fix = (
-        "A larger `rank` keeps more, `method='exact'` everything; `return_error=True` "
-        "returns this."
-    )
+    exact = ", `method='exact'` everything" * (pruning is None)
+    fix = f"A larger `rank` keeps more{exact}; `return_error=True` returns this."
     warn_of_loss(errors, "the summed adapters", fix)
     return adapter
+
+
+def _check_method(method: str, rank: Any) -> None:
+    if method not in _METHODS:
+        near = difflib.get_close_matches(str(method), _METHODS, n=1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"`method={method!r}` is unknown.{hint} There are "
+            f"{', '.join(map(repr, _METHODS))}."
+        )
+    if rank is not None and (method == "exact" or rank < 1):
+        raise ValueError(
+            f"`rank={rank}` is for `method='svd'` and those that prune, and at least "
+            "1; with 'exact' the ranks add up."
+        )
+
+
+def _check_summable(path: str, parts: Sequence[Any], is_dense: bool) -> None:
+    others = [part for part in parts if not isinstance(part, LoraWeight)]
+    if not others:
+        return
+    name = type(others[0]).__name__
+    if others[0].w is None:
+        raise ValueError(
+            f"{path} is a {name}, which has its factors only together with its frozen "
+            "part. Pass whole models, `lorax.combine(params, frozen)`."
+        )
+    if not is_dense:
+        raise ValueError(
+            f"{path} is a {name}, which scales its base, so that its update is no "
+            "product of two factors. Convert the models to LoRA first, "
+            "`lorax.as_lora(model, rank)`, or use a method that prunes."
+        )
 
 
 def _sum_whole(column: Column, weights: Weights, base: Any) -> Array:

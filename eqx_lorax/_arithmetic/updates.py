@@ -59,6 +59,13 @@ def fold(form: Factored) -> Factored | None:
     )
 
 
+def bare(form: Factored) -> Factored:
+    """`form` on the array beneath all adapters, as `store_in_order` has it and without
+    gain, gate and scale: for other factors to be put in."""
+    form = store_in_order(form)
+    return form.replace(base=find_bottom(form), gain=None, gate=None, scale=1.0)
+
+
 def _is_scaled(form: Factored) -> bool:
     gain = form.gain
     is_known = gain is not None and not isinstance(gain, Tracer)

@@ -286,7 +286,7 @@ def test_what_does_not_fit_together(getkey):
         lorax.weighted_sum([model], [1])
     with pytest.raises(ValueError, match="2 `weights` for 1 `adapters`"):
         lorax.weighted_sum([params], [1, 2])
-    with pytest.raises(ValueError, match="neither 'exact' nor 'svd'"):
+    with pytest.raises(ValueError, match="'linear'` is unknown. There are 'exact'"):
         lorax.weighted_sum([params], [1], "linear")  # pyright: ignore
     with pytest.raises(ValueError, match="`rank=3` is for `method='svd'`"):
         lorax.weighted_sum([params], [1], rank=3)
