@@ -139,11 +139,11 @@ def inject(y: Array, q: Array) -> Array:
     return y
 
 
-def _forward(y: Array, q: Array) -> tuple[Array, Array]:
+def _forward(y: Array, q: Array) -> tuple[Array, Any]:
     return y, jnp.ones_like(q)
 
 
-def _backward(one: Array, cotangent: Array) -> tuple[Array, Array]:
+def _backward(one: Any, cotangent: Any) -> tuple[Any, Any]:
     return cotangent, one
 
 

@@ -60,7 +60,8 @@ class InputRecord(eqx.Module):
         if self.sketch is None:
             return self.product / self.count[..., None, None]
         values, vectors, _ = self.spectrum()
-        return jnp.swapaxes(vectors, -1, -2) @ (values[..., :, None] * vectors)
+        with jax.default_matmul_precision("highest"):
+            return jnp.swapaxes(vectors, -1, -2) @ (values[..., :, None] * vectors)
 
 
 class GradientRecord(eqx.Module):

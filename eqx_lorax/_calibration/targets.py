@@ -217,7 +217,7 @@ def make_fixed(
         b = draw("b", rows, left).reshape(*one.batch, *rows, left)
         a = np.swapaxes(draw("a", columns, right), -1, -2)
         a = a.reshape(*one.batch, right, *columns)
-    return jax.device_put(Fixed(of_inputs, b, a))
+    return Fixed(*jax.device_put((of_inputs, b, a)))
 
 
 def make_zeros(one: Measured, fixed: Fixed, inputs: bool) -> Zeros:

@@ -339,6 +339,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.own_errors
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name):
     change, message = ERRORS[name]
