@@ -31,6 +31,7 @@ from ._functions import (
     OnMaterialise as OnMaterialise,
 )
 from ._inspection import (
+    allocate_ranks as allocate_ranks,
     Spectra as Spectra,
     spectra as spectra,
     TargetSpectrum as TargetSpectrum,

@@ -5,3 +5,4 @@ Starts that need no data are in `_methods`, and what is trained is decided above
 
 from .calibration import Calibration as Calibration
 from .gathering import calibrate as calibrate, Gathered as Gathered
+from .ranks import share_out as share_out

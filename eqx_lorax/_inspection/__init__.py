@@ -3,5 +3,6 @@ and pictures of them. Nothing here changes a model. How much of a model is train
 the memory that takes, is in `_training`.
 """
 
+from .ranks import allocate_ranks as allocate_ranks
 from .spectra import spectra as spectra
 from .spectrum import Spectra as Spectra, TargetSpectrum as TargetSpectrum

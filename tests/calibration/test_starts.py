@@ -194,6 +194,10 @@ def test_what_was_not_calibrated_is_named(model, calibration):
         other = eqx.nn.Linear(7, 6, key=KEY)
         other = eqx.tree_at(lambda m: m.first, model, other)
         lorax.loraify(other, "first", rank=2, init=found.eva(), key=KEY)
+
+
+@pytest.mark.own_errors
+def test_wrong_options_of_starts(calibration):
     for wrong in (dict(gamma=0.0), dict(direction="up")):
         with pytest.raises(ValueError, match="must be"):
             calibration.lora_ga(**wrong)
