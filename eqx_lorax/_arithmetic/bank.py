@@ -70,7 +70,7 @@ class AdapterBank(eqx.Module):
             if isinstance(place.node, LoraWeight):
                 return _side_by_side(place.node)
             if is_weight(place.node):
-                return _append_zeros(place.node)
+                return _append_neutral(place.node)
             if place.path not in own:
                 return place.node
             last = as_array(own[place.path], place.node.dtype)
@@ -93,8 +93,9 @@ class AdapterBank(eqx.Module):
         **Raises:**
 
         `IndexError` for a number that is not there. One that is only known at run time
-        is the base alone then, and NaN in the place of what was trained as a whole, if
-        `base` was not given.
+        is the base alone then. There is NaN in the place of what was trained as a
+        whole, if `base` was not given, and of methods such as DoRA, of which no numbers
+        add nothing.
         """
         if not isinstance(index, jax.Array):
             return self._slice_out(range(self._size)[operator.index(index)])
@@ -187,9 +188,15 @@ def _is_lora(x: Any) -> TypeGuard[LoraWeight]:
     return isinstance(x, LoraWeight)
 
 
-def _append_zeros(weight: Any) -> Any:
-    """A stacked weight of another method, with a row of zeros after the last."""
-    return jax.tree.map(lambda x: jnp.concatenate([x, jnp.zeros_like(x[:1])]), weight)
+def _append_neutral(weight: Any) -> Any:
+    """A stacked weight of another method, with a row after the last that adds nothing,
+    or with NaN where the method has no such numbers."""
+    like = jax.tree.map(lambda x: x[0], weight)
+    try:
+        none = jax.tree.map(lambda x: x[1:], type(weight).stacked([like, None]))
+    except TypeError:
+        none = jax.tree.map(lambda x: jnp.full_like(x[:1], jnp.nan), weight)
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), weight, none)
 
 
 def _side_by_side(weight: Any) -> LoraWeight:

@@ -10,13 +10,15 @@ from .._factored import (
     dense,
     Factored,
     Label,
+    Labels,
     multiply_arrays,
     RANK,
 )
 from .._shared import axes_from_end
 
 
-_OTHER_RANK = "other rank"
+# Not the label of the rank, which a base that is a weight itself uses for its own.
+_FIRST, _SECOND = "first rank", "second rank"
 
 
 def norms_along(form: Factored, outputs: Literal["rows", "columns"]) -> Array:
@@ -40,30 +42,33 @@ def norms_along(form: Factored, outputs: Literal["rows", "columns"]) -> Array:
     batch = list(form.batch_axes())
     kept = [*batch, *(form.rows if outputs == "rows" else form.columns)]
     others = tuple(axis for axis in stored if axis not in kept)
-    inner, outer = jnp.conj(inner), jnp.conj(outer)
 
+    def relabel(labels: Labels, rank: str) -> list[Label]:
+        return [rank if label == RANK else label for label in labels]
+
+    first, second = (
+        [relabel(labels, rank) for labels in (inner_labels, outer_labels)]
+        for rank in (_FIRST, _SECOND)
+    )
+    inner, outer = jnp.conj(inner), jnp.conj(outer)
+    base_labels = (*batch, _FIRST, *kept[len(batch) :])
     base = contract_base(
         form.base,
         inner,
-        x_labels=tuple(inner_labels),
+        x_labels=tuple(first[0]),
         labels=tuple(stored),
-        out_labels=(*batch, RANK, *kept[len(batch) :]),
+        out_labels=base_labels,
         is_frozen=True,
     )
-    base_labels: list[Label] = [*batch, RANK, *kept[len(batch) :]]
-    cross = multiply_arrays(base, base_labels, outer, outer_labels, kept, base.dtype)
-
-    renamed = [_OTHER_RANK if x == RANK else x for x in inner_labels]
-    gram_labels: list[Label] = [*batch, _OTHER_RANK, RANK]
+    cross = multiply_arrays(base, base_labels, outer, first[1], kept, base.dtype)
+    gram_labels: list[Label] = [*batch, _SECOND, _FIRST]
     gram = multiply_arrays(
-        jnp.conj(inner), renamed, inner, inner_labels, gram_labels, inner.dtype
+        jnp.conj(inner), second[0], inner, first[0], gram_labels, inner.dtype
     )
-    renamed = [_OTHER_RANK if x == RANK else x for x in outer_labels]
-    half_labels: list[Label] = [RANK if x == RANK else x for x in outer_labels]
     half = multiply_arrays(
-        jnp.conj(outer), renamed, gram, gram_labels, half_labels, gram.dtype
+        jnp.conj(outer), second[1], gram, gram_labels, first[1], gram.dtype
     )
-    update = multiply_arrays(half, half_labels, outer, outer_labels, kept, half.dtype)
+    update = multiply_arrays(half, first[1], outer, first[1], kept, half.dtype)
 
     squares = _squared_norms(form, others)
     total = squares + _spread(
@@ -74,8 +79,7 @@ def norms_along(form: Factored, outputs: Literal["rows", "columns"]) -> Array:
 
 
 def _squared_norms(form: Factored, axes: tuple[int, ...]) -> Array:
-    base = dense(form.base)
-    return jnp.sum(jnp.real(base * jnp.conj(base)), axis=axes, keepdims=True)
+    return jnp.sum(jnp.square(jnp.abs(dense(form.base))), axis=axes, keepdims=True)
 
 
 def _spread(x: Array, labels: list[int], form: Factored) -> Array:

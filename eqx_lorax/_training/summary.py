@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -14,7 +15,6 @@ from jaxtyping import PyTree
 from .._methods import (
     base_of,
     check_whole,
-    FactoredWeight,
     is_weight,
     list_weights,
     LoraWeight,
@@ -45,6 +45,8 @@ class TargetSummary:
     """The type of the module that holds it."""
     shape: tuple[int, ...]
     dtype: str
+    method: str | None
+    """`None` for an array that is trained as it is."""
     rank: int | None
     """`None` for an array that is trained as it is."""
     scale: float | None
@@ -103,7 +105,8 @@ class Summary:
             f"frozen      {self.frozen:>15,}  {frozen}",
             f"Adam state  {'':>15}  {adam}  ({of_all} for full fine-tuning)",
         ]
-        return "\n".join([format_table(_COLUMNS, _RIGHT, rows), *lines])
+        columns, rows = _drop_method(rows)
+        return "\n".join([format_table(columns, _RIGHT, rows), *lines])
 
     def _groups(self) -> list[tuple[str, list[TargetSummary]]]:
         """For each line of the table its name and its targets."""
@@ -125,7 +128,10 @@ class Summary:
         return f"{size}  {format_bytes(device_bytes):>8} on each device"
 
 
-_COLUMNS = ("target", "module", "shape", "dtype", "rank", "scale", "trained", "frozen")
+_COLUMNS = (
+    *("target", "module", "shape", "dtype", "method"),
+    *("rank", "scale", "trained", "frozen"),
+)
 _RIGHT = ("rank", "scale", "trained", "frozen")
 
 
@@ -200,17 +206,24 @@ def _is_target(node: Any) -> bool:
 def _summarise_weight(place: Place, params: Any) -> TargetSummary:
     weight = unfuse(place.node)
     is_known = weight.w is not None
-    # The other methods have their factors only together with their frozen part.
-    has_factors = isinstance(weight, LoraWeight | FactoredWeight)
-    lora: Any = weight if has_factors else weight.factored()
+    rank, scale = getattr(weight, "rank", None), getattr(weight, "scale", None)
+    if rank is None:
+        # The rank of a method may be another one than that of its normal form.
+        form = weight.factored()
+        rank, scale = form.rank, form.scale
+    shape = ()
+    if is_known:
+        shape = tuple(weight.shape)
+    elif isinstance(weight, LoraWeight):
+        shape = weight.shape_by_factors()
     return TargetSummary(
         path=place.dotted,
         kind=_name_module(place),
-        shape=tuple(weight.shape) if is_known else lora.shape_by_factors(),
+        shape=shape,
         dtype=jnp.dtype(weight.dtype).name if is_known else "",
-        # The rank of a method may be another one than that of its normal form.
-        rank=getattr(weight, "rank", lora.rank),
-        scale=lora.scale,
+        method=getattr(weight, "method", LoraWeight.method),
+        rank=rank,
+        scale=scale,
         trained=_count_elements(params),
         frozen=_count_elements(base_of(weight)),
     )
@@ -223,6 +236,7 @@ def _summarise_array(place: Place) -> TargetSummary:
         kind=_name_module(place),
         shape=tuple(array.shape),
         dtype=jnp.dtype(array.dtype).name,
+        method=None,
         rank=None,
         scale=None,
         trained=_count_elements(array),
@@ -260,6 +274,7 @@ def _format_rows(
             group[0].kind,
             "×".join(map(str, group[0].shape)),
             group[0].dtype,
+            group[0].method or "",
             "" if group[0].rank is None else str(group[0].rank),
             "" if group[0].scale is None else f"{group[0].scale:g}",
             f"{sum(target.trained for target in group):,}",
@@ -267,3 +282,12 @@ def _format_rows(
         )
         for name, group in groups
     ]
+
+
+def _drop_method(rows: list[tuple[str, ...]]) -> tuple[Sequence[str], list[Any]]:
+    """The columns and rows without the method, if it is plain LoRA everywhere."""
+    at = _COLUMNS.index("method")
+    if not {row[at] for row in rows} <= {LoraWeight.method, ""}:
+        return _COLUMNS, rows
+    columns, *left = ((*x[:at], *x[at + 1 :]) for x in (_COLUMNS, *rows))
+    return columns, left

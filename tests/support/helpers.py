@@ -149,13 +149,22 @@ def equations(jaxpr: Any):
                 yield from equations(inner)
 
 
-def assert_no_dense(fn, model: Any, *args: Any) -> None:
-    """Asserts that `fn(model, *args)` computes no array with the shape of a base. The
-    bases themselves may occur, unchanged or cast."""
-    shapes = {tuple(weight.w.shape) for weight in weights(model)}
+def assert_no_dense(fn, model: Any, *args: Any, of: Any = None) -> None:
+    """Asserts that `fn(model, *args)` computes no array with the shape of a base in
+    `of`, by default `model`. The bases themselves may occur, unchanged, cast or squared
+    as for norms."""
+    bases = weights(model if of is None else of)
+    shapes = {tuple(weight.w.shape) for weight in bases}
     assert shapes
     jaxpr = eqx.filter_make_jaxpr(fn)(model, *args)[0]
-    untouched = ("stop_gradient", "convert_element_type", "copy", "rev")
+    untouched = (
+        "stop_gradient",
+        "convert_element_type",
+        "copy",
+        "rev",
+        "square",
+        "abs",
+    )
     untouched += ("pjit", "jit", "custom_jvp_call")  # Inner jaxprs are checked too.
     computed = [
         equation

@@ -67,7 +67,7 @@ class TokensWeight(AbstractSidedWeight):
         self.check_whole()
         # Compared, not scattered, so that a lookup is compiled together with it.
         places = jnp.arange(self.w.shape[self.rows[0]])[:, None]
-        b = places == jnp.asarray(self.indices)
+        b = places == jnp.asarray(self.indices)[None]
         b = jnp.broadcast_to(b, (*self.batch_shape, *b.shape))
         return self.to_form(b.astype(self.delta.dtype), self.delta)
 

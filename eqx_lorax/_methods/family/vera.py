@@ -1,7 +1,7 @@
 """VeRA: random factors that all layers share, scaled by two trained vectors."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -81,8 +81,11 @@ class VeraWeight(AbstractSidedWeight):
     def factored(self) -> Factored:
         self.check_whole()
         left, right = self._random_factors()
+        left, right = (
+            jnp.broadcast_to(x, (*self.batch_shape, *x.shape[-2:]))
+            for x in (left, right)
+        )
         left = multiply(self.flatten(self.output_gain, self.outputs)[..., None], left)
-        right = jnp.broadcast_to(right, (*self.batch_shape, *right.shape[-2:]))
         if self.outputs == "columns":
             left, right = jnp.swapaxes(right, -1, -2), jnp.swapaxes(left, -1, -2)
         b, a = self.unflatten_rows(left), self.unflatten_columns(right)
@@ -98,19 +101,21 @@ class VeraWeight(AbstractSidedWeight):
             for axes in (self.rows, self.columns)
         ]
         outputs, inputs = sides if self.outputs == "rows" else sides[::-1]
-        keys = jr.split(jr.key(self.seed))
-        left = _draw_rows(keys[0], outputs, rank, rank, dtype)
-        right = _draw_rows(keys[1], inputs, rank, inputs, dtype)
-        return left, jnp.swapaxes(right, -1, -2)
+        left = _draw(self.seed, 0, (outputs, rank), rank)
+        right = _draw(self.seed, 1, (rank, inputs), inputs)
+        return left.astype(dtype), right.astype(dtype)
 
     def scaled(self, factor: ArrayLike) -> "VeraWeight":
         return self.with_scaled("output_gain", factor)
 
 
-def _draw_rows(key: Any, rows: int, size: int, fan_in: int, dtype: Any) -> Array:
-    """The first rows of a matrix without end: the others do not change them."""
-    bound = math.sqrt(6 / fan_in)
-    keys = jax.vmap(lambda i: jr.fold_in(key, i))(jnp.arange(rows))
-    real = jnp.finfo(dtype).dtype
-    draw = lambda key: jr.uniform(key, (size,), real, -bound, bound)  # noqa: E731
-    return jax.vmap(draw)(keys).astype(dtype)
+def _draw(seed: int, number: int, shape: tuple[int, int], fan_in: int) -> Array:
+    """The beginning of a random matrix without end. Each entry depends on the seed and
+    on its place alone, and neither on dtypes nor on how JAX is configured."""
+    key = jr.fold_in(jr.key(seed, impl="threefry2x32"), number)
+    rows, columns = (jnp.arange(size) for size in shape)
+    of_row = jax.vmap(jr.fold_in, (None, 0))
+    keys = jax.vmap(of_row, (0, None))(of_row(key, rows), columns)
+    bits = jr.key_data(keys)[..., 0] >> 8
+    unit = 2 * bits.astype(jnp.float32) / 2**24 - 1
+    return math.sqrt(6 / fan_in) * unit
