@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -24,11 +25,24 @@ from .._methods import (
     Init,
     is_weight,
     key_for,
+    LoraWeight,
     resolve_init,
 )
 from .._modules import has_gate, unloraify
-from .._shared import as_array, is_array, is_inexact, Placement
-from .._trees import LORA_FREEZE, LORA_FULL, LoraSpec, map_spec, SpecValue
+from .._shared import as_array, is_array, is_inexact, list_some, Placement
+from .._trees import (
+    explain_no_match,
+    LORA_FREEZE,
+    LORA_FULL,
+    LoraSpec,
+    map_spec,
+    matches_around,
+    Pattern,
+    SpecValue,
+)
+
+
+Method: TypeAlias = str | type[AbstractLoraWeight]
 
 
 def init_lora(
@@ -40,7 +54,7 @@ def init_lora(
     alpha: float = 1.0,
     is_leaf: Callable[[Any], bool] | None = None,
     sharding: Placement = None,
-    method: str | type[AbstractLoraWeight] = "lora",
+    method: Method | Mapping[Pattern, Method] = "lora",
     init: Init | None = None,
     **options: Any,
 ) -> PyTree:
@@ -63,7 +77,9 @@ def init_lora(
     - `sharding`: The placement of the factors, see `lorax.loraify`. A `lorax.LoraSpec`
         may say it for its parameter. By default they inherit the sharding of the
         parameter, which is never moved.
-    - `method`: The name of a method, or its class, see `lorax.loraify`.
+    - `method`: The name of a method, or its class, see `lorax.loraify`, or a mapping
+        from patterns to these: a parameter has the method of the first pattern that
+        matches its path or a part of the tree around it, and LoRA where none does.
     - `init`: How the factors start, see `lorax.loraify`, in the place of `stddev`.
     - `options`: Those of the method, see `lorax.loraify`.
 
@@ -79,8 +95,9 @@ def init_lora(
     the spec does not fit the tree.
     """
 
-    kind = find_method(method)
-    options = assign_options([kind], options, "lorax.init_lora", _ARGUMENTS)[kind]
+    kinds = _find_methods(method, param_tree, spec, is_leaf)
+    used = dict.fromkeys(kinds.values())
+    options_of = assign_options(used, options, "lorax.init_lora", _ARGUMENTS)
     start = _Normal(stddev) if init is None else resolve_init(init)
     check_whole(param_tree, "lorax.init_lora({}, spec, rng)", "param_tree")
 
@@ -100,6 +117,7 @@ def init_lora(
                 f"The rank {spec.rank} for {path}, of shape {x.shape}, must be from 1 "
                 f"to the smaller side, {min(sides)}."
             )
+        kind = kinds[path]
         return kind.create(
             Fresh(
                 path,
@@ -116,10 +134,41 @@ def init_lora(
                 outputs="columns",
                 placement=sharding if spec.sharding is None else spec.sharding,
             ),
-            **options,
+            **options_of[kind],
         )
 
     return map_spec(adapt, param_tree, spec, is_leaf)
+
+
+def _find_methods(
+    method: Any, tree: PyTree, spec: PyTree[SpecValue], is_leaf: Any
+) -> dict[str, type[AbstractLoraWeight]]:
+    """The method of each parameter that is adapted, by path."""
+    paths: list[str] = []
+    map_spec(lambda path, x, spec: _note(paths, path, spec), tree, spec, is_leaf)
+    if not isinstance(method, Mapping):
+        return dict.fromkeys(paths, find_method(method))
+    found = {path: find_method(LoraWeight.method) for path in paths}
+    unused = set(method)
+    for path in paths:
+        for pattern, kind in method.items():
+            if matches_around(pattern, path.split(".")):
+                found[path] = find_method(kind)
+                unused.discard(pattern)
+                break
+    for pattern in unused:
+        label = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+        known = [path.split(".") for path in paths]
+        raise ValueError(
+            f"{explain_no_match('method', label, known)} It has to be the first match "
+            f"of a parameter with a rank: {list_some(paths)}."
+        )
+    return found
+
+
+def _note(paths: list[str], path: str, spec: SpecValue) -> None:
+    if isinstance(spec, LoraSpec) or spec not in (LORA_FREEZE, LORA_FULL):
+        paths.append(path)
 
 
 _ARGUMENTS = [x for x in inspect.signature(init_lora).parameters if x != "options"]

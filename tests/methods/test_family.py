@@ -401,6 +401,18 @@ def test_methods_by_pattern():
     assert kinds == [lorax.TokensWeight, lorax.LoraWeight, lorax.DoraWeight]
 
 
+def test_methods_by_pattern_of_parameters():
+    tree = {"down": {"w": jnp.ones((4, 6))}, "up": [jnp.ones((6, 4)), jnp.ones(4)]}
+    spec = {"down": {"w": 2}, "up": [2, lorax.LORA_FREEZE]}
+    make = lambda method: lorax.init_lora(tree, spec, jr.key(0), method=method)  # noqa: E731
+    params = make({"up": "dora"})
+    assert [type(x) for x in weights(params)] == [lorax.LoraWeight, lorax.DoraWeight]
+    with pytest.raises(ValueError, match="'upp'.*Did you mean 'up'"):
+        make({"upp": "dora"})
+    with pytest.raises(TypeError, match="mean `seed`"):
+        lorax.init_lora(tree, spec, jr.key(0), method={"up": "vera"}, sed=3)
+
+
 def test_outputs_without_inputs():
     """DoRA of rows of zeros, whose norm is zero: no NaN, and they can be trained."""
     layer = eqx.tree_at(lambda x: x.weight, LINEAR, LINEAR.weight.at[2].set(0))
