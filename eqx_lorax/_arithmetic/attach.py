@@ -43,7 +43,9 @@ def attach(model: _Model, params: Any) -> _Model:
 
     The model, with base arrays that are the very ones of `model`, and the others those
     of `params`. `model` itself is not changed. Dropout is no part of `params`: there is
-    that of `model` in the layers that have any in both.
+    that of `model` in the layers that have any in both. Frozen arrays of a method
+    beside the base, such as `a` of LoRA-FA, are those of `model`: whether `params` came
+    with the same ones cannot be seen, so it has to be a model of the same adapter.
 
     **Raises:**
 

@@ -92,8 +92,10 @@ def loraify(
             leaves.
     - `exclude`: A filter for what is not adapted. Everything that it names, and
         everything beneath that, is left out.
-    - `method`: The name of a method, `"lora"` or one of your own, or its class, a
-        subclass of `lorax.AbstractLoraWeight`.
+    - `method`: The name of a method: `"lora"`, `"dora"`, `"vera"`, `"loha"`, `"lokr"`,
+        `"lora_fa"`, `"lora_xs"`, `"adalora"`, `"ia3"`, `"full"`, `"tokens"`,
+        `"segments"`, or that of one of your own. Or its class, a subclass of
+        `lorax.AbstractLoraWeight`, such as `lorax.DoraWeight`.
     - `rank`: The rank of the updates, from 1 to the smaller side of the weight. By
         default 8, or the smaller side where that is less. A `lorax.LoraSpec` also says
         which axes are rows, columns and batch, and may have its own `alpha`,
@@ -108,7 +110,10 @@ def loraify(
     - `init`: How `a` starts: `"uniform"` for `U(±1 / sqrt(fan_in))`, `"gaussian"` for
         `N(0, 1 / rank²)`, or a function
         `(key, shape, dtype) -> array` as in `jax.nn.initializers`. For embeddings both
-        names mean `N(0, 1)`.
+        names mean `N(0, 1)`. For LoRA and DoRA also how both factors start:
+        `"orthogonal"`, `"pissa"`, `"olora"`, `"milora"`, or a `lorax.AbstractStart`,
+        such as `lorax.Pissa(iterations=4)` or one of a `lorax.Calibration`. A fresh
+        adapter adds nothing all the same, and the base stays as it is.
     - `dtype`: The dtype of the factors. Defaults to that of the weight, or to float32
         if that is wider.
     - `rank_stabilised`: Whether to use `scale = alpha / sqrt(rank)`.
