@@ -3,6 +3,8 @@
 from typing import get_args, Literal
 
 import equinox as eqx
+import jax
+import numpy as np
 from jaxtyping import Array
 
 from .._methods import AbstractStart
@@ -15,7 +17,7 @@ class Calibration(eqx.Module):
     """What `lorax.calibrate` gathered. Its methods make starts, for `init=` of
     `lorax.loraify` and `lorax.init_lora`, and ranks, for `rank=`.
 
-    It is a pytree of arrays, and `equinox.tree_serialise_leaves` saves it.
+    It is a pytree of arrays, which `pickle` can save.
     """
 
     inputs: dict[str, InputRecord]
@@ -172,10 +174,11 @@ class Calibration(eqx.Module):
         smallest ranks.
         """
         _check_any(self.inputs, "inputs", "This")
-        values: dict[str, Array] = {}
+        values: dict[str, np.ndarray] = {}
         for name, record in self.inputs.items():
-            found, _, energy = record.spectrum(centred)
-            values[name] = found / energy[..., None]
+            found, _, energy = jax.device_get(record.spectrum(centred))
+            # Inputs that are all zero explain nothing.
+            values[name] = found / np.where(energy > 0, energy, np.inf)[..., None]
         return share_out(values, budget, max_rank, min_rank)
 
 

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
@@ -32,7 +33,7 @@ from .._factored import (
     RANK,
     views,
 )
-from .._shared import axes_from_end
+from .._shared import axes_from_end, explicit_sharding
 
 
 Side: TypeAlias = Literal["rows", "columns"]
@@ -130,7 +131,17 @@ class Probe(eqx.Module):
             return y
         batch, inputs = self.list_labels(labels)
         x = lax.stop_gradient(x).astype(self.sums.product.dtype)
-        return inject(y, _form_sum(self, x, list(x_labels), batch, inputs))
+
+        def form_sum(probe: Probe, x: Array) -> Array:
+            return _form_sum(probe, x, x_labels, batch, inputs)
+
+        if (sharding := explicit_sharding(x)) is not None:
+            # The compiler finds out how sums over several devices are formed.
+            whole = NamedSharding(sharding.mesh, PartitionSpec())
+            run: Any = jax.sharding.auto_axes(form_sum, out_sharding=whole)
+        else:
+            run = form_sum
+        return inject(y, run(_replace(self, None, self.sums, self.sketch), x))
 
 
 @jax.custom_vjp

@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
 
 def share_out(
-    values: Mapping[str, Any], budget: int, max_rank: int | None, min_rank: int
+    values: Mapping[str, np.ndarray], budget: int, max_rank: int | None, min_rank: int
 ) -> dict[str, int]:
     """Ranks whose sum is at most `budget`, the largest values first.
 
@@ -25,7 +23,7 @@ def share_out(
     _check_limits(budget, max_rank, min_rank, sum(costs.values()))
     left, ranks, waiting = budget, {}, []
     for name, of_layers in values.items():
-        each = np.asarray(jax.device_get(of_layers), np.float64)
+        each = np.asarray(of_layers, np.float64)
         each = each.reshape(-1, each.shape[-1]).mean(0)[:max_rank]
         ranks[name] = min(min_rank, len(each))
         left -= ranks[name] * costs[name]

@@ -1,6 +1,6 @@
 """What is known of one weight after calibration."""
 
-from typing import Any
+import functools
 
 import equinox as eqx
 import jax
@@ -36,32 +36,12 @@ class InputRecord(eqx.Module):
     def spectrum(self, centred: bool = False) -> tuple[Array, Array, Array]:
         """The eigenvalues of the covariance, the largest first, its eigenvectors as
         rows, of shape `(*batch, k, n)`, and the sum of all eigenvalues."""
-        product = self.product
-        energy = self.energy / self.count
-        if centred:
-            mean = self.total / self.count[..., None]
-            side = mean if self.sketch is None else _project(mean, self.sketch)
-            product = product - self.total[..., :, None] * side[..., None, :]
-            energy = energy - jnp.sum(mean**2, -1)
-        product = product / self.count[..., None, None]
-        if self.sketch is None:
-            values, vectors = _decompose(product)
-        else:
-            values, vectors = decompose_semidefinite(product, self.sketch)
-        vectors = jnp.swapaxes(vectors, -1, -2)
-        # In PEFT, too, the largest entry of each is positive.
-        largest = jnp.argmax(jnp.abs(vectors), -1, keepdims=True)
-        signs = jnp.sign(jnp.take_along_axis(vectors, largest, -1))
-        return values, vectors * signs, energy
+        return _find_spectrum(self, centred)
 
     def covariance(self) -> Array:
         """`Σ x xᵀ / count`, uncentred, of shape `(*batch, n, n)`; where it was
         sketched, its approximation."""
-        if self.sketch is None:
-            return self.product / self.count[..., None, None]
-        values, vectors, _ = self.spectrum()
-        with jax.default_matmul_precision("highest"):
-            return jnp.swapaxes(vectors, -1, -2) @ (values[..., :, None] * vectors)
+        return _find_covariance(self)
 
 
 class GradientRecord(eqx.Module):
@@ -83,17 +63,47 @@ class GradientRecord(eqx.Module):
     def decompose(self) -> tuple[Array, Array, Array]:
         """The leading singular values `s (*batch, k)` of `G` and its singular vectors:
         `u (*batch, outputs, k)` and `v (*batch, k, inputs)`."""
-        u, s, v = decompose_sketched(self.right, self.left, self.of_left)
-        if self.side == "rows":
-            u, v = jnp.swapaxes(v, -1, -2), jnp.swapaxes(u, -1, -2)
-        return u, s, v
+        return _find_gradient(self)
+
+
+# Each is one program, compiled once for all weights of a shape.
+@functools.partial(jax.jit, static_argnums=1)
+def _find_spectrum(record: InputRecord, centred: bool) -> tuple[Array, Array, Array]:
+    product, sketch = record.product, record.sketch
+    energy = record.energy / record.count
+    with jax.default_matmul_precision("highest"):
+        if centred:
+            mean = record.total / record.count[..., None]
+            side = mean
+            if sketch is not None:
+                side = jnp.einsum("...n,...nk->...k", mean, sketch)
+            product = product - record.total[..., :, None] * side[..., None, :]
+            energy = energy - jnp.sum(mean**2, -1)
+        product = product / record.count[..., None, None]
+        if sketch is not None:
+            values, vectors = decompose_semidefinite(product, sketch)
+        else:
+            values, vectors = jnp.linalg.eigh(product)
+            values, vectors = jnp.maximum(values, 0)[..., ::-1], vectors[..., ::-1]
+    vectors = jnp.swapaxes(vectors, -1, -2)
+    # In PEFT, too, the largest entry of each is positive.
+    largest = jnp.argmax(jnp.abs(vectors), -1, keepdims=True)
+    signs = jnp.sign(jnp.take_along_axis(vectors, largest, -1))
+    return values, vectors * signs, energy
 
 
 @jax.jit
-def _decompose(covariance: Array) -> tuple[Array, Array]:
-    values, vectors = jnp.linalg.eigh(covariance)
-    return jnp.maximum(values, 0)[..., ::-1], vectors[..., ::-1]
+def _find_covariance(record: InputRecord) -> Array:
+    if record.sketch is None:
+        return record.product / record.count[..., None, None]
+    values, vectors, _ = record.spectrum()
+    with jax.default_matmul_precision("highest"):
+        return jnp.swapaxes(vectors, -1, -2) @ (values[..., :, None] * vectors)
 
 
-def _project(mean: Array, sketch: Array) -> Any:
-    return jnp.einsum("...n,...nk->...k", mean, sketch, precision="highest")
+@jax.jit
+def _find_gradient(record: GradientRecord) -> tuple[Array, Array, Array]:
+    u, s, v = decompose_sketched(record.right, record.left, record.of_left)
+    if record.side == "rows":
+        u, v = jnp.swapaxes(v, -1, -2), jnp.swapaxes(u, -1, -2)
+    return u, s, v

@@ -31,11 +31,10 @@ def count_columns(rank: int, rows: int, columns: int) -> tuple[int, int]:
     return right, min(2 * right + 1, rows)
 
 
-@jax.jit
 def decompose_sketched(
     right: Array, left: Array, of_left: Array
 ) -> tuple[Array, Array, Array]:
-    """The singular value decomposition of a matrix `G` that was seen once.
+    """The singular value decomposition of a matrix `G`, seen in two products.
 
     **Arguments:**
 
@@ -63,7 +62,6 @@ def decompose_sketched(
         return q @ u, s, v
 
 
-@jax.jit
 def decompose_semidefinite(product: Array, sketch: Array) -> tuple[Array, Array]:
     """The leading eigenvalues and eigenvectors of a positive semidefinite matrix, by
     Nyström's approximation.
@@ -84,7 +82,7 @@ def decompose_semidefinite(product: Array, sketch: Array) -> tuple[Array, Array]
         data](https://arxiv.org/abs/1706.05736), algorithm 3.
     """
     with jax.default_matmul_precision("highest"):
-        # A shift keeps the small matrix definite; it is taken off at the end.
+        # A shift keeps the small matrix definite. It is taken off at the end.
         size = jnp.linalg.norm(product, axis=(-2, -1), keepdims=True)
         shift = jnp.finfo(product.dtype).eps * jnp.maximum(size, 1e-30)
         shifted = product + shift * sketch

@@ -1,9 +1,11 @@
 """Starts of adapters from data."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -49,22 +51,12 @@ class Corda(AbstractStart):
     def __call__(self, fresh: Any) -> tuple[Array, Array]:
         record = find_record(self.inputs, fresh, "inputs")
         fresh = orient(fresh, record.side)
-        covariance = record.covariance()
-        values, vectors = jnp.linalg.eigh(covariance)
-        # As in PEFT a hundredth of the mean is added. The unit of the inputs, which
-        # would be that of the factors, is taken out.
-        mean = jnp.mean(jnp.maximum(values, 0), -1, keepdims=True)
-        values = jnp.maximum(values, 0) / jnp.where(mean == 0, 1, mean) + 0.01
-        rotated = (fresh.matrices() @ vectors) * values[..., None, :]
-        # The last rotation leaves singular values and left vectors as they are.
-        u, s, v = jnp.linalg.svd(rotated, full_matrices=False)
-        v = (v / values[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
-        count = s.shape[-1]
+        count = min(fresh.matrix_shape[-2:])
         first = 0 if self.mode == "ipm" else count - fresh.rank
-        chosen = slice(first, first + fresh.rank)
-        root = jnp.sqrt(s[..., chosen] / fresh.scale)
-        left = u[..., chosen] * root[..., None, :]
-        return fresh.to_factors(left, root[..., :, None] * v[..., chosen, :])
+        left, right = _find_corda(
+            fresh.matrices(), record.covariance(), first, fresh.rank, fresh.scale
+        )
+        return fresh.to_factors(left, right)
 
     def __repr__(self) -> str:
         return f"calibration.corda({self.mode!r})"
@@ -106,6 +98,29 @@ class LoraGa(AbstractStart):
 
     def __repr__(self) -> str:
         return "calibration.lora_ga()"
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _find_corda(
+    w: Array, covariance: Array, first: int, rank: int, scale: float
+) -> tuple[Array, Array]:
+    """Two factors whose product, times `scale`, is the part of `w` with the singular
+    values of `w C` from the one numbered `first` on."""
+    values, vectors = jnp.linalg.eigh(covariance.astype(w.dtype))
+    values = jnp.maximum(values, 0)
+    # As in PEFT a hundredth of the mean is added. The unit of the inputs, which would
+    # be that of the factors, is taken out.
+    mean = jnp.mean(values, -1, keepdims=True)
+    values = values / jnp.where(mean == 0, 1, mean) + 0.01
+    with jax.default_matmul_precision("highest"):
+        # A rotation after it leaves singular values and left vectors as they are.
+        u, s, v = jnp.linalg.svd(
+            (w @ vectors) * values[..., None, :], full_matrices=False
+        )
+        v = (v / values[..., None, :]) @ jnp.swapaxes(vectors, -1, -2)
+    chosen = slice(first, first + rank)
+    root = jnp.sqrt(s[..., chosen] / scale)
+    return u[..., chosen] * root[..., None, :], root[..., :, None] * v[..., chosen, :]
 
 
 def find_record(records: Mapping[str, Any], fresh: Any, kind: str) -> Any:

@@ -24,6 +24,8 @@ from .sketches import count_columns, draw_orthonormal
 class Measured:
     """An array that is measured."""
 
+    name: str
+    """Its path, as the start of its adapter will know it."""
     place: Place
     rows: tuple[int, ...]
     columns: tuple[int, ...]
@@ -31,10 +33,6 @@ class Measured:
     """That of the adapter to come."""
     inputs: Side = "columns"
     """The side that the model sums over."""
-
-    @property
-    def name(self) -> str:
-        return self.place.dotted
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -116,7 +114,9 @@ def list_measured(
             sharding=None,
             method="lora",
         )
-        found = [Measured(x, f.rows, f.columns, f.rank) for x, f in forms.items()]
+        found = [
+            Measured(x.dotted, x, f.rows, f.columns, f.rank) for x, f in forms.items()
+        ]
     else:
         found = _list_specified(model, places, filter, exclude, spec, rank)
     for one in found:
@@ -151,11 +151,12 @@ def _list_specified(
         return x
 
     map_spec(note, model, spec, None)
-    by_name = {place.dotted: place for place in places.all if place.dotted in specs}
+    by_name = {place.dotted: place for place in places.all if place.path}
     found = []
     for name, value in specs.items():
-        place = by_name[name]
-        found.append(Measured(place, *value.axes(place.node.ndim), value.rank))
+        # An array that is the whole tree has no path.
+        place = by_name.get(name, places.root)
+        found.append(Measured(name, place, *value.axes(place.node.ndim), value.rank))
     if not found:
         raise ValueError("`spec` gives no rank to any parameter. Give one to some.")
     return found

@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import assert_close, wide
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqx_lorax as lorax
 
@@ -202,8 +203,8 @@ def test_bfloat16_is_summed_in_float32():
     assert_close(record.product, wide(xs).T @ wide(xs), 1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_have_patches(groups):
+def test_convolutions_have_patches():
+    groups = 2
     conv = eqx.nn.Conv2d(4, 6, (2, 3), stride=2, padding=1, groups=groups, key=KEY)
     images = np.float32(random(2, 4, 5, 6))
 
@@ -225,6 +226,61 @@ def test_convolutions_have_patches(groups):
     gradient = jax.grad(lambda w: run(eqx.tree_at(lambda c: c.weight, conv, w), images))
     u, s, v = map(wide, found.gradient("weight"))
     expected = wide(gradient(conv.weight)).reshape(6, -1)
+    assert_close((u * s) @ v, expected, 1e-4)
+
+
+def test_one_array_that_is_cast_and_split():
+    """It has no path, and its parts see the same inputs."""
+    kernel, x = jr.normal(KEY, (5, 6)), np.float32(random(7, 5))
+
+    def run(kernel, x):
+        parts = jnp.split(kernel.astype(jnp.bfloat16), 2, axis=1)
+        return [x.astype(jnp.bfloat16) @ part for part in parts]
+
+    found = lorax.calibrate(run, kernel, [x], spec=2, gather="inputs")
+    narrow = wide(jnp.asarray(x, jnp.bfloat16))
+    assert_close(found.inputs["the root"].product, 2 * narrow.T @ narrow, 1e-6)
+    adapted = lorax.init_lora(kernel, 2, KEY, init=found.eva())
+    _, _, right = np.linalg.svd(narrow)
+    assert_close(np.abs(wide(adapted.b).T @ right[:2].T), np.eye(2), 1e-3)
+
+
+def test_a_table_has_a_gradient_but_no_inputs():
+    table = eqx.nn.Embedding(9, 5, key=KEY)
+
+    def run(table, indices):
+        return jnp.sum(jax.vmap(table)(indices) ** 2)
+
+    arguments = run, table, [np.array([1, 3, 3])], "weight"
+    with pytest.raises(ValueError, match="weight is looked up in. Leave these out"):
+        lorax.calibrate(*arguments, key=KEY)
+    found = lorax.calibrate(*arguments, gather="gradients", rank=2, key=KEY)
+    expected = np.zeros((9, 5))
+    expected[1], expected[3] = wide(table.weight)[[1, 3]] * [[2], [4]]
+    u, s, v = map(wide, found.gradient("weight"))
+    assert_close((u * s) @ v, expected.T, 1e-4)
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_on_several_devices(kind):
+    """The inputs lie along two axes of a mesh, and so does what is summed."""
+    kind = getattr(AxisType, kind)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+    place = lambda x: jax.device_put(  # noqa: E731
+        x, NamedSharding(mesh, P("data", "model"))
+    )
+    kernel, x = np.float32(random(6, 8)), np.float32(random(4, 8))
+
+    def run(kernel, x):
+        sharding = None if kind.name == "Auto" else P("data", None)
+        return jnp.sum(jnp.einsum("bi,oi->bo", x, kernel, out_sharding=sharding) ** 2)
+
+    with jax.set_mesh(mesh):
+        found = lorax.calibrate(run, place(kernel), [place(x)], spec=2, key=KEY)
+    assert_close(found.inputs["the root"].product, wide(x).T @ wide(x))
+    u, s, v = map(wide, found.gradient("the root"))
+    expected = 2 * (wide(x) @ wide(kernel).T).T @ wide(x)
     assert_close((u * s) @ v, expected, 1e-4)
 
 
