@@ -121,7 +121,12 @@ class AbstractSidedWeight(AbstractLoraWeight):
     @property
     def rank(self) -> int:
         """The size of the axis `"rank"`."""
-        name, words = next(x for x in self.axes.items() if "rank" in x[1])
+        # Of two parts of a model each has only some of the arrays.
+        name, words = next(
+            (name, words)
+            for name, words in self.axes.items()
+            if "rank" in words and getattr(self, name) is not None
+        )
         sides = {"rows": self.rows, "columns": self.columns}
         after = words[words.index("rank") + 1 :]
         count = sum(len(sides.get(word, (word,))) for word in after)

@@ -330,7 +330,17 @@ def test_fuses_nests_and_is_counted(name):
     assert_close(adapt(name, over, None, nested=True)(VECTOR), over(VECTOR), 1e-5)
     params, _ = lorax.partition(trained)
     count = sum(x.size for x in jax.tree.leaves(params))
-    assert lorax.summary(trained).trained == count
+    assert lorax.summary(trained).trained == lorax.summary(params).trained == count
+    assert (
+        lorax.summary(trained).targets[0].rank == lorax.summary(params).targets[0].rank
+    )
+    assert_identical(lorax.attach(adapt(name, LINEAR, None), params), trained)
+    abstract = adapt(name, eqx.filter_eval_shape(lambda: LINEAR), None)
+    shapes = [
+        [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+        for tree in (abstract, trained)
+    ]
+    assert shapes[0] == shapes[1]
     method = weights(trained)[0].method
     assert lorax.summary(trained).targets[0].method == method
     assert (f" {method} " in str(lorax.summary(trained))) == (method != "lora")
