@@ -141,6 +141,25 @@ def split_whole(x: Any) -> tuple[Array, Array]:
     return (identity, x) if rows <= columns else (x, identity)
 
 
+def choose_some(
+    argument: str, numbers: Sequence[int], count: int, what: str
+) -> tuple[int, ...]:
+    """The numbers, as integers.
+
+    **Raises:**
+
+    `ValueError` if there are none, or if they are not different and from 0 to below
+    `count`.
+    """
+    chosen = tuple(int(i) for i in numbers)
+    if not chosen or len(set(chosen)) < len(chosen) or not {*chosen} <= {*range(count)}:
+        raise ValueError(
+            f"`{argument}={list(chosen)}` must be different {what}, from 0 to "
+            f"{count - 1}. If there are to be more, append them to it first."
+        )
+    return chosen
+
+
 class AbstractScaledWeight(AbstractSidedWeight):
     """A weight whose update is multiplied by `alpha / rank`."""
 

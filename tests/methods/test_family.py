@@ -381,7 +381,7 @@ def test_dropout_of_dora(kind):
         (dict(decompose_both=True), TypeError, "'lora' takes none"),
         (dict(rnak=2), TypeError, "mean `rank`"),
         (dict(method="tokens"), TypeError, "needs the option `indices`"),
-        (dict(method="tokens", indices=[8]), ValueError, "from 0 to 7.*append rows"),
+        (dict(method="tokens", indices=[8]), ValueError, "from 0 to 7.*append them"),
         (dict(method="tokens", indices=[1, 1]), ValueError, "different rows"),
         (dict(method="segments", parts=3, segments=[0]), ValueError, "does not divide"),
         (dict(method="segments", parts=2, segments=[2]), ValueError, "from 0 to 1"),

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike
 from ..._factored import Factored
 from ..._shared import AnyArray
 from ..fresh import Fresh
-from ..sided import AbstractScaledWeight
+from ..sided import AbstractScaledWeight, choose_some
 from ..weight import Weight
 
 
@@ -58,13 +58,7 @@ class SegmentsWeight(AbstractScaledWeight):
                 f"`parts={parts}` does not divide the {outputs} outputs of "
                 f"{fresh.name}."
             )
-        chosen = tuple(int(i) for i in segments)
-        wrong = [i for i in chosen if not 0 <= i < parts]
-        if wrong or not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(
-                f"`segments={list(chosen)}` must be different parts of {fresh.name}, "
-                f"from 0 to {parts - 1}."
-            )
+        chosen = choose_some("segments", segments, parts, f"parts of {fresh.name}")
         count, part = ("segments", len(chosen)), ("part", outputs // parts)
         of_inputs = fresh.axes(count, "rank", ("all inputs", inputs))
         return SegmentsWeight(

@@ -9,7 +9,7 @@ from jaxtyping import ArrayLike
 from ..._factored import Factored
 from ..._shared import AnyArray
 from ..fresh import Fresh
-from ..sided import AbstractSidedWeight
+from ..sided import AbstractSidedWeight, choose_some
 from ..weight import Weight
 
 
@@ -47,13 +47,7 @@ class TokensWeight(AbstractSidedWeight):
                 f"{fresh.rows} for them: it is for tables of embeddings."
             )
         size = fresh.shape[fresh.rows[0]]
-        chosen = tuple(int(i) for i in indices)
-        wrong = [i for i in chosen if not 0 <= i < size]
-        if wrong or not chosen or len(set(chosen)) < len(chosen):
-            raise ValueError(
-                f"`indices={list(chosen)}` must be different rows of {fresh.name}, "
-                f"from 0 to {size - 1}. For new tokens append rows to it first."
-            )
+        chosen = choose_some("indices", indices, size, f"rows of {fresh.name}")
         delta = fresh.zeros(fresh.axes(("tokens", len(chosen)), "columns"))
         sides = dict(rows=fresh.rows, columns=fresh.columns)
         return TokensWeight(fresh.w, delta=delta, indices=chosen, **sides)
