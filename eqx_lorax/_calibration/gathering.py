@@ -1,5 +1,6 @@
 """The pass over the data."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args, Literal, TypeAlias
 
@@ -11,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._functions import lora
 from .._methods import check_key
 from .._modules import PerTarget
-from .._shared import is_inexact, list_some
+from .._shared import is_array, is_inexact, list_some
 from .._trees import Filter, LoraSpec, SpecValue
 from .calibration import Calibration
 from .records import GradientRecord, InputRecord
@@ -71,7 +72,8 @@ def calibrate(
         whose first entry is one, to gather gradients. For inputs alone any forward pass
         will do, and no backward pass is run. As in `jax.jit`, its Python control flow
         cannot depend on the values of arrays. Whatever `lorax.lora` can take apart is
-        measured: `vmap`, `scan` over stacked layers, `checkpoint`, `cond`.
+        measured: `vmap`, `scan` over stacked layers, `checkpoint`, `cond`; but no
+        `while_loop`, which has no derivative.
     - `model`: A model, or with `spec` any pytree of parameters.
     - `batches`: The batches: pytrees. There is one compilation for each of their
         shapes.
@@ -97,15 +99,20 @@ def calibrate(
 
     **Raises:**
 
-    `ValueError` if there are no batches; if a target is not used in `fn`, or not in a
-    product, or multiplied from both sides; if `fn` returns no loss; if an option is
-    out of range; and as `lorax.loraify` does.
+    `TypeError` if `batches` is a single batch. `ValueError` if there are no batches; if
+    a target is not used in `fn`, or not in a product, or multiplied from both sides; if
+    `fn` returns no loss; if an option is out of range; and as `lorax.loraify` does.
 
     ??? cite
 
         The gradients: [Practical sketching algorithms for low-rank matrix
         approximation](https://arxiv.org/abs/1609.00048), algorithm 4.
     """
+    if is_array(batches) or isinstance(batches, str | Mapping):
+        raise TypeError(
+            f"`batches` is one {type(batches).__name__}, not several batches. Pass a "
+            "list of batches, `[batch]`, or a generator."
+        )
     kinds = _check_kinds(gather)
     _check_sketch(sketch)
     if sketch is not None or "gradients" in kinds:
@@ -132,16 +139,14 @@ def calibrate(
         )
         for one in measured
     }
-    step = _make_step(fn, measured, "gradients" in kinds)
-    zeros = {
-        one.name: make_zeros(one, fixed[one.name], "inputs" in kinds)
-        for one in measured
-    }
-    gathered, count = zeros, 0
+    step = _make_step(fn, measured, kinds)
+    gathered, count = None, 0
     while batch is not _END:
-        gathered = _add(gathered, step(zeros, fixed, model, as_jax(batch)))
+        found = step(fixed, model, as_jax(batch))
+        gathered = found if gathered is None else _add(gathered, found)
         count += 1
         batch = next(bar, _END)
+    assert gathered is not None
     return _to_calibration(measured, fixed, gathered, count)
 
 
@@ -209,29 +214,43 @@ def _watch(
 
 
 def _make_step(
-    fn: Any, measured: Sequence[Measured], is_loss: bool
+    fn: Any, measured: Sequence[Measured], kinds: Sequence[Gathered]
 ) -> Callable[..., dict[str, Zeros]]:
     run = lora(fn, on_materialise="allow")
 
     @eqx.filter_jit
-    def step(
-        zeros: Mapping[str, Zeros], fixed: Mapping[str, Fixed], model: Any, batch: Any
-    ) -> Any:
+    def step(fixed: Mapping[str, Fixed], model: Any, batch: Any) -> Any:
         def objective(zeros: Mapping[str, Zeros]) -> Array:
             out = run(put_probes(model, measured, zeros, fixed), batch)
-            if is_loss:
+            if "gradients" in kinds:
                 return out[0] if isinstance(out, tuple) else out
             # Only that each result counts matters, not how much.
             leaves = [x for x in jax.tree.leaves(out) if is_inexact(x)]
             sums = [jnp.sum(jnp.real(x)).astype(jnp.float32) for x in leaves]
             return sum(sums, start=jnp.zeros((), jnp.float32))
 
-        return jax.grad(objective)(zeros)
+        # Made here, so that they take no memory.
+        zeros = {
+            one.name: make_zeros(one, fixed[one.name], "inputs" in kinds)
+            for one in measured
+        }
+        try:
+            return jax.grad(objective)(zeros)
+        except ValueError as error:
+            if "while_loop" in str(error):
+                error.add_note(_LOOP)
+            raise
 
     return step
 
 
-@jax.jit
+_LOOP = (
+    "`lorax.calibrate` measures by a derivative, which a `while_loop` has not. Pass a "
+    "function without it, such as a loss in the place of a generation."
+)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
 def _add(x: Any, y: Any) -> Any:
     return jax.tree.map(jnp.add, x, y)
 

@@ -130,10 +130,13 @@ class Probe(eqx.Module):
         if self.sums is None:
             return y
         batch, inputs = self.list_labels(labels)
+        # The values of narrow inputs are exact in any precision of products.
+        is_exact = x.dtype.itemsize <= 2 and self.sketch is None
+        precision = None if is_exact else lax.Precision.HIGHEST
         x = lax.stop_gradient(x).astype(self.sums.product.dtype)
 
         def form_sum(probe: Probe, x: Array) -> Array:
-            return _form_sum(probe, x, x_labels, batch, inputs)
+            return _form_sum(probe, x, x_labels, batch, inputs, precision)
 
         if (sharding := explicit_sharding(x)) is not None:
             # The compiler finds out how sums over several devices are formed.
@@ -167,6 +170,7 @@ def _form_sum(
     x_labels: Sequence[Label],
     batch: Sequence[Label],
     inputs: Sequence[Label],
+    precision: lax.Precision | None,
 ) -> Array:
     sums = probe.sums
     assert sums is not None
@@ -175,10 +179,16 @@ def _form_sum(
     def ids(labels: Sequence[Label]) -> list[int]:
         return [number.setdefault(label, len(number)) for label in labels]
 
-    def multiply(x: Array, x_of: Labels, y: Array, y_of: Labels, out: Labels) -> Array:
-        # The values of narrow inputs are exact in any precision of products.
+    def multiply(
+        x: Array,
+        x_of: Labels,
+        y: Array,
+        y_of: Labels,
+        out: Labels,
+        precision: lax.Precision | None = lax.Precision.HIGHEST,
+    ) -> Array:
         operands = (x, ids([*x_of]), y, ids([*y_of]), ids([*out]))
-        return jnp.einsum(*operands, precision=lax.Precision.HIGHEST)
+        return jnp.einsum(*operands, precision=precision)
 
     own = [label for label in x_labels if label in batch]
     free = [label for label in x_labels if label not in {*batch, *inputs}]
@@ -197,9 +207,8 @@ def _form_sum(
         y_labels = [*dict.fromkeys([*free, *batch]), *others]
         y = multiply(x, x_labels, probe.sketch, [*batch, *inputs, *others], y_labels)
     hidden_labels = [*dict.fromkeys([*free, *batch]), *others]
-    hidden = multiply(
-        x, x_labels, sums.product, [*batch, *inputs, *others], hidden_labels
-    )
+    labels = [*batch, *inputs, *others]
+    hidden = multiply(x, x_labels, sums.product, labels, hidden_labels, precision)
     return q + multiply(hidden, hidden_labels, y, y_labels, [])
 
 

@@ -69,7 +69,7 @@ class Measured:
     def no_update(self) -> tuple[Array, Array]:
         """Factors of zeros."""
         shapes = factor_shapes(self.shape, self.rows, self.columns, 1)
-        b, a = (_zeros(shape, self.dtype) for shape in shapes)
+        b, a = (jnp.zeros(shape, self.dtype) for shape in shapes)
         return b, a
 
 
@@ -228,21 +228,16 @@ def make_zeros(one: Measured, fixed: Fixed, inputs: bool) -> Zeros:
     if inputs:
         others = sizes if fixed.sketch is None else fixed.sketch.shape[-1:]
         sums = Sums(
-            _zeros((*batch, 2), dtype),
-            _zeros((*batch, *sizes), dtype),
-            _zeros((*batch, *sizes, *others), dtype),
+            jnp.zeros((*batch, 2), dtype),
+            jnp.zeros((*batch, *sizes), dtype),
+            jnp.zeros((*batch, *sizes, *others), dtype),
         )
     if fixed.a is not None and fixed.b is not None:
         right, left = fixed.a.shape[len(batch)], fixed.b.shape[-1]
         b, _ = factor_shapes(one.shape, one.rows, one.columns, right)
         _, a = factor_shapes(one.shape, one.rows, one.columns, left)
-        b, a = _zeros(b, dtype), _zeros(a, dtype)
+        b, a = jnp.zeros(b, dtype), jnp.zeros(a, dtype)
     return Zeros(sums, b, a)
-
-
-def _zeros(shape: tuple[int, ...], dtype: Any) -> Array:
-    # From the host, so that nothing is compiled for each shape.
-    return jax.device_put(np.zeros(shape, dtype))
 
 
 def put_probes(

@@ -405,6 +405,23 @@ def test_errors(name):
         lorax.calibrate(fn, Twice(), batches, **arguments)
 
 
+def test_a_loop_without_a_derivative_is_explained():
+    def run(linear, x):
+        step = lambda carry: (carry[0] + 1, linear(carry[1]))  # noqa: E731
+        return jax.lax.while_loop(lambda carry: carry[0] < 2, step, (0, x))[1]
+
+    linear = eqx.nn.Linear(4, 4, key=KEY)
+    with pytest.raises(ValueError) as caught:
+        lorax.calibrate(run, linear, [np.ones(4, np.float32)], gather="inputs")
+    assert "which a `while_loop` has not" in caught.value.__notes__[0]
+
+
+def test_one_batch_is_no_list_of_batches():
+    for batches in (BATCHES[0], {"xs": BATCHES[0]}):
+        with pytest.raises(TypeError, match=r"`batches` is one .* list of batches"):
+            lorax.calibrate(loss, Twice(), batches, key=KEY)
+
+
 def test_adapted_targets_are_refused():
     model = lorax.loraify(Twice(), "first", rank=2, key=KEY)
     with pytest.raises(ValueError, match="first.weight has an adapter"):
