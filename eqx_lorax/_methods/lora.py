@@ -128,7 +128,8 @@ class LoraWeight(AbstractLoraWeight):
         """
         if form.gain is not None:
             raise ValueError(
-                "A weight scaled along rows or columns cannot be a `LoraWeight`."
+                "A weight that is scaled along rows or columns, as by DoRA, is no "
+                "`LoraWeight`. `lorax.as_lora(model, rank=...)` makes the nearest one."
             )
         form = form.without_gate()
         if form.permutation is not None:

@@ -253,17 +253,23 @@ def merge_params(
 
     **Raises:**
 
-    `ValueError` if there is no adapter, or if a merged value is not finite. Nothing was
-    changed then.
+    `ValueError` if there is no adapter, if a merged value is not finite, or if
+    `use_scaling=False` is for another method than LoRA. Nothing was changed then.
     """
     check_whole(lora_params, "lorax.merge_params({})", "lora_params")
     if not use_scaling:
-        lora_params = jax.tree.map(
-            lambda x: FactoredWeight(_drop_scale(x.factored())) if is_weight(x) else x,
-            lora_params,
-            is_leaf=is_weight,
-        )
+        lora_params = jax.tree.map(_without_scale, lora_params, is_leaf=is_weight)
     return unloraify(lora_params, donate=destructive)
+
+
+def _without_scale(x: Any) -> Any:
+    if not is_weight(x):
+        return x
+    if not x.is_plain_lora and not isinstance(x, FactoredWeight):
+        raise ValueError(
+            f"`use_scaling=False` is for LoRA, and there is a {type(x).__name__}."
+        )
+    return FactoredWeight(_drop_scale(x.factored()))
 
 
 def _drop_scale(form: Factored) -> Factored:

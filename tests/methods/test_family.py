@@ -413,6 +413,12 @@ def test_methods_by_pattern():
     assert kinds == [lorax.TokensWeight, lorax.LoraWeight, lorax.DoraWeight]
 
 
+def test_a_scale_that_is_no_factor_is_not_dropped():
+    adapted = adapt("dora", LINEAR, None)
+    with pytest.raises(ValueError, match="for LoRA, and there is a DoraWeight"):
+        lorax.merge_params(adapted, use_scaling=False)
+
+
 def test_methods_by_pattern_of_parameters():
     tree = {"down": {"w": jnp.ones((4, 6))}, "up": [jnp.ones((6, 4)), jnp.ones(4)]}
     spec = {"down": {"w": 2}, "up": [2, lorax.LORA_FREEZE]}
