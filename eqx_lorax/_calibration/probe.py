@@ -39,6 +39,9 @@ from .._shared import axes_from_end, explicit_sharding
 Side: TypeAlias = Literal["rows", "columns"]
 
 
+PARTLY_SUMMED = "summed over a part of its rows or columns"
+
+
 class Watch:
     """How a weight is used: filled while a function is traced."""
 
@@ -117,7 +120,7 @@ class Probe(eqx.Module):
             if summed == {labels[axis] for axis in axes}:
                 self.watch.inputs.add(side)
                 return
-        self.watch.others["multiplied along a part of its rows or columns"] = None
+        self.watch.others[PARTLY_SUMMED] = None
 
     def note(self, use: str) -> None:
         """Tells the watch of another use."""

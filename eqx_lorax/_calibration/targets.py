@@ -16,7 +16,7 @@ from .._methods import FactoredWeight, is_weight
 from .._modules import find_targets, resolve_forms
 from .._shared import accumulation_dtype, axes_from_end, list_some
 from .._trees import LoraSpec, map_spec, Place, Places, rebuild
-from .probe import Probe, Side, Sums, Watch
+from .probe import PARTLY_SUMMED, Probe, Side, Sums, Watch
 from .sketches import count_columns, draw_orthonormal
 
 
@@ -32,7 +32,7 @@ class Measured:
     rank: int
     """That of the adapter to come."""
     inputs: Side = "columns"
-    """The side that the model sums over."""
+    """The side that the model sums over. Until that is known, the usual one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -156,7 +156,8 @@ def _list_specified(
     for name, value in specs.items():
         # An array that is the whole tree has no path.
         place = by_name.get(name, places.root)
-        found.append(Measured(name, place, *value.axes(place.node.ndim), value.rank))
+        rows, columns = value.axes(place.node.ndim)
+        found.append(Measured(name, place, rows, columns, value.rank, "rows"))
     if not found:
         raise ValueError("`spec` gives no rank to any parameter. Give one to some.")
     return found
@@ -187,14 +188,15 @@ def resolve_uses(
         is_lookup = not sides and "looked up in" in watch.others
         if needs_inputs or sides or not watch.others:
             problems.append(f"{one.name} is {reason}")
-        found.append(
-            dataclasses.replace(one, inputs="rows" if is_lookup else "columns")
-        )
+        found.append(dataclasses.replace(one, inputs="rows") if is_lookup else one)
     if problems:
+        listed = list_some(problems, 5, separator="; ")
+        hint = ""
+        if PARTLY_SUMMED in listed:
+            hint = ", or say by a `lorax.LoraSpec` which axes are rows and columns"
         raise ValueError(
-            f"What `fn` does has no inputs to measure there: "
-            f"{list_some(problems, 5, separator='; ')}. Leave these out, with "
-            "`exclude`."
+            f"What `fn` does has no inputs to measure there: {listed}. Leave these "
+            f"out, with `exclude`{hint}."
         )
     return found
 

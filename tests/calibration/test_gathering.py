@@ -164,19 +164,22 @@ def test_a_stack_that_is_indexed():
 
 
 def test_a_tree_of_parameters():
-    """Kernels `(in, out)`, one of them with two axes for its outputs."""
+    """Kernels `(in, out)`, also with two axes for outputs or for inputs."""
     params = {
         "dense": {"kernel": jnp.asarray(random(5, 7), jnp.float32)},
         "heads": {"kernel": jnp.asarray(random(7, 2, 3), jnp.float32)},
+        "join": {"kernel": jnp.asarray(random(2, 3, 4), jnp.float32)},
     }
 
     def run(params, x):
         hidden = jnp.tanh(x @ params["dense"]["kernel"])
-        return jnp.sum(jnp.einsum("bi,ihd->bhd", hidden, params["heads"]["kernel"]))
+        heads = jnp.einsum("bi,ihd->bhd", hidden, params["heads"]["kernel"])
+        return jnp.sum(jnp.einsum("bhd,hdo->bo", heads, params["join"]["kernel"]))
 
     spec = {
         "dense": {"kernel": 2},
         "heads": {"kernel": lorax.LoraSpec(2, rows=(0,), columns=(1, 2))},
+        "join": {"kernel": 2},
     }
     x = np.float32(random(6, 5))
     found = lorax.calibrate(run, params, [x], spec=spec, key=KEY)
@@ -184,10 +187,15 @@ def test_a_tree_of_parameters():
     hidden = np.tanh(wide(x) @ kernels[0])
     assert_close(found.inputs["dense.kernel"].product, wide(x).T @ wide(x))
     assert_close(found.inputs["heads.kernel"].product, hidden.T @ hidden)
+    heads = hidden @ kernels[1].reshape(7, 6)
+    assert_close(found.inputs["join.kernel"].product, heads.T @ heads)
     u, s, v = map(wide, found.gradient("dense.kernel"))
-    slope = kernels[1].sum((1, 2)) * (1 - hidden**2)
+    slope = kernels[1].reshape(7, 6) @ kernels[2].sum(2).reshape(6)
+    slope = slope * (1 - hidden**2)
     assert u.shape[0] == 7 and v.shape[1] == 5
     assert_close((u * s) @ v, (wide(x).T @ slope).T, 1e-4)
+    with pytest.raises(ValueError, match="heads.kernel is summed over a part.*Spec"):
+        lorax.calibrate(run, params, [x], spec=2, gather="inputs")
 
 
 def test_bfloat16_is_summed_in_float32():
