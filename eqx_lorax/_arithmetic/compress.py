@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._factored import Factored
 from .._methods import LoraWeight
-from .._shared import accumulation_dtype, promote
+from .._shared import accumulation_dtype, promote, unshard
 
 
 _Factors = TypeVar("_Factors", LoraWeight, Factored)
@@ -30,7 +30,7 @@ def compress(factors: _Factors, rank: int) -> tuple[_Factors, Array]:
 def as_matrices(factors: LoraWeight | Factored) -> tuple[Array, Array]:
     """The factors as `(*batch, rows, rank)` and `(*batch, rank, columns)`, without the
     scale, in the accumulation dtype."""
-    a, b, rank = factors.a, factors.b, factors.rank
+    a, b, rank = unshard(factors.a), unshard(factors.b), factors.rank
     batch = a.shape[: a.ndim - 1 - len(factors.columns)]
     dtype = promote(accumulation_dtype(b.dtype), accumulation_dtype(a.dtype))
     b = b.reshape(*batch, -1, rank) if b.size else b.reshape(*batch, 0, rank)

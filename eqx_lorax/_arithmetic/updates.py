@@ -19,7 +19,7 @@ from .._factored import (
     scale_along,
     views,
 )
-from .._shared import axes_from_end, multiply, promote
+from .._shared import axes_from_end, multiply, promote, unshard
 
 
 def store_in_order(form: Factored) -> Factored:
@@ -100,7 +100,8 @@ def split_layers(form: Factored, path: str) -> Iterator[tuple[Any, Factored]]:
         below = below.base
     for index in np.ndindex(*batch):
         # An empty index would copy the base.
-        yield index, jax.tree.map(lambda x, i=index: x[i], form) if index else form
+        layer = jax.tree.map(lambda x, i=index: x[i], form) if index else form
+        yield index, jax.tree.map(unshard, layer)
 
 
 def dense_update(form: Factored) -> Array:

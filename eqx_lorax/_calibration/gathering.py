@@ -1,7 +1,7 @@
 """The pass over the data."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args, Literal, TypeAlias
 
 import equinox as eqx
@@ -12,7 +12,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 from .._functions import lora
 from .._methods import check_key
 from .._modules import PerTarget
-from .._shared import is_array, is_inexact, list_some
+from .._shared import follow, is_array, is_inexact, list_some
 from .._trees import Filter, LoraSpec, SpecValue
 from .calibration import Calibration
 from .records import GradientRecord, InputRecord
@@ -124,7 +124,7 @@ def calibrate(
         check_key(key)
     model = as_jax(model)
     measured = list_measured(model, filter, exclude, spec, rank)
-    bar = _follow(batches, progress)
+    bar = follow(batches, progress, title="Calibrating", unit="batch")
     batch = next(bar, _END)
     if batch is _END:
         raise ValueError("`batches` is empty. Pass at least one batch of data.")
@@ -168,24 +168,6 @@ def _check_sketch(sketch: Any) -> None:
             f"`sketch={sketch!r}` must be a positive number of columns, such as twice "
             "the rank, or `None`."
         )
-
-
-def _follow(batches: Iterable[Any], progress: bool | None) -> Iterator[Any]:
-    """The batches, with a progress bar."""
-    if progress is False:
-        return iter(batches)
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        if progress is None:
-            return iter(batches)
-        raise ImportError(
-            "`progress=True` shows a bar of tqdm, which is not installed: `pip install "
-            "tqdm`. Or leave `progress` out."
-        ) from None
-    # Of `disable`, `None` means where there is no terminal.
-    disable = None if progress is None else False
-    return iter(tqdm(batches, desc="Calibrating", unit="batch", disable=disable))
 
 
 def _watch(

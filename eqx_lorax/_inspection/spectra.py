@@ -20,6 +20,7 @@ from .._arithmetic import (
 )
 from .._factored import Factored, is_factored
 from .._methods import check_whole, is_weight, unfuse
+from .._shared import follow
 from .._trees import Place, Places
 from .spectrum import Spectra, TargetSpectrum
 
@@ -28,13 +29,26 @@ _LEADING = 10
 
 
 def spectra(
-    model: PyTree, *, intruders: bool | int = False, threshold: float = 0.5
+    model: PyTree,
+    *,
+    intruders: bool | int = False,
+    threshold: float = 0.5,
+    progress: bool | None = None,
 ) -> Spectra:
     """The singular values of the update of each adapted weight, its size relative to
     the base, and where it has turned the leading directions of the weight elsewhere.
 
     They tell whether the rank was too small (the values are flat to the end), too large
     (the last ones are close to zero), and where it was wasted.
+
+    The singular values come from QR decompositions of the factors, and take
+    milliseconds for a weight. Nothing dense is formed, and of the base only its norm is
+    computed. Where a method scales its base, as DoRA and IA³ do, the update has no
+    factors, and takes the decomposition of a dense matrix, for one layer at a time.
+
+    Intruders take the full decompositions of the base and of the merged weight, one
+    layer at a time: minutes for each matrix of `4096 × 4096` on a CPU, and the memory
+    of about six of it in float32. Look at a few layers, by a part of the model.
 
     !!! example
 
@@ -51,20 +65,11 @@ def spectra(
     - `intruders`: Whether to count intruder dimensions among the 10 leading left
         singular vectors of the merged weight, or among how many. One is an intruder if
         its cosine similarity with each left singular vector of the base is below the
-        `threshold`. *Left* is the side of the rows: for a linear layer that of its
-        outputs.
+        `threshold`; those of singular values that are zero do not count. *Left* is the
+        side of the rows: for a linear layer that of its outputs.
     - `threshold`: The similarity below which a direction is an intruder.
-
-    **Cost:**
-
-    The singular values come from QR decompositions of the factors, and take
-    milliseconds for a weight. Nothing dense is formed, and of the base only its norm is
-    computed. Where a method scales its base, as DoRA and IA³ do, the update has no
-    factors, and takes the decomposition of a dense matrix, for one layer at a time.
-
-    Intruders take the full decompositions of the base and of the merged weight, one
-    layer at a time: minutes for each matrix of `4096 × 4096` on a CPU, and the memory
-    of about six of it in float32. Look at a few layers, by a part of the model.
+    - `progress`: Whether to show a progress bar, which needs `tqdm`. By default there
+        is one on terminals where `tqdm` is installed, if intruders are counted.
 
     **Returns:**
 
@@ -96,13 +101,10 @@ def spectra(
         )
     places = [place for place in Places(model).all if is_weight(place.node)]
     _check_numbers(places)
-    return Spectra(
-        tuple(
-            spectrum
-            for place in places
-            for spectrum in _measure_target(place, leading, threshold)
-        )
-    )
+    progress = False if progress is None and not leading else progress
+    bar = follow(places, progress, title="Decomposing", unit="weight")
+    found = [x for place in bar for x in _measure_target(place, leading, threshold)]
+    return Spectra(tuple(found))
 
 
 def _check_numbers(places: list[Place]) -> None:

@@ -44,6 +44,7 @@ from .printing import (
     weight_document as weight_document,
 )
 from .processes import replicate as replicate, write_once as write_once
+from .progress import follow as follow
 from .sharding import (
     committed_sharding as committed_sharding,
     create as create,
@@ -56,6 +57,7 @@ from .sharding import (
     product_sharding as product_sharding,
     relabel as relabel,
     resolve_sharding as resolve_sharding,
+    unshard as unshard,
 )
 from .tables import (
     format_table as format_table,

@@ -59,6 +59,14 @@ def _is_explicit(sharding: Sharding) -> bool:
     return is_named and AxisType.Explicit in sharding.mesh.axis_types
 
 
+def unshard(x: Any) -> Any:
+    """`x` on all devices, if the type of it says that it is sharded: decompositions
+    take no such arrays. Others they gather themselves."""
+    if (sharding := explicit_sharding(x)) is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
 def relabel(
     sharding: NamedSharding | None, labels: _Labels, new_labels: _Labels
 ) -> NamedSharding | None:

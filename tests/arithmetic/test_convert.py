@@ -15,6 +15,7 @@ from helpers import (
     weights,
     wide,
 )
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import eqx_lorax as lorax
 
@@ -162,6 +163,30 @@ def test_nothing_dense_is_formed(getkey):
         for variable in equation.outvars
     }
     assert (3, 7, 2) in shapes and (3, 7, 9) not in shapes
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("kind", (AxisType.Auto, AxisType.Explicit))
+def test_sharded_factors(kind, getkey):
+    """They are gathered for decompositions, one target at a time."""
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    linear = eqx.nn.Linear(6, 8, use_bias=False, key=getkey())
+    single = train(lorax.loraify(linear, rank=2, key=getkey()))
+    specs = {(8, 6): P("x", "y"), (8, 2): P("x"), (2, 6): P(None, "y")}
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, specs[x.shape]))  # noqa: E731
+    sharded = jax.tree.map(place, single)
+    found, expected = (
+        lorax.as_lora(model, 1, return_error=True) for model in (sharded, single)
+    )
+    assert_close(found[0].weight.materialise(), expected[0].weight.materialise(), 1e-4)
+    assert_close(found[1], expected[1])
+    spectra = [lorax.spectra(model).targets[0] for model in (sharded, single)]
+    np.testing.assert_allclose(spectra[0].values, spectra[1].values, rtol=1e-5)
+    pruned = [
+        lorax.weighted_sum([model], [1], "ties", rank=6).weight
+        for model in (sharded, single)
+    ]
+    assert_close(*(weight.materialise() for weight in pruned), 1e-4)
 
 
 def test_files_of_peft(getkey, tmp_path):

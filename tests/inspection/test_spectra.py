@@ -167,6 +167,7 @@ def test_the_table(blocks):
 
 
 def test_the_picture(blocks, tmp_path):
+    pytest.importorskip("matplotlib", reason="of the extra `plots`")
     figure = blocks.plot(tmp_path / "spectra.png")
     assert (tmp_path / "spectra.png").read_bytes().startswith(b"\x89PNG")
     heat, sizes, _ = figure.axes
@@ -177,6 +178,15 @@ def test_the_picture(blocks, tmp_path):
     assert labels == [target.name for target in blocks.targets]
     widths = [bar.get_width() for bar in sizes.patches]
     np.testing.assert_allclose(widths, [100 * x.size for x in blocks.targets])
+
+
+def test_the_progress_bar(getkey, capsys):
+    pytest.importorskip("tqdm")
+    adapted = lorax.loraify(eqx.nn.Linear(4, 3, key=getkey()), rank=2, key=getkey())
+    lorax.spectra(adapted)
+    assert not capsys.readouterr().err
+    lorax.spectra(adapted, progress=True)
+    assert "Decomposing: 100%" in capsys.readouterr().err
 
 
 @pytest.mark.own_errors
