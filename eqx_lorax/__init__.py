@@ -74,6 +74,13 @@ from ._modules import (
     PerTarget as PerTarget,
     unloraify as unloraify,
 )
+from ._optimizers import (
+    adalora as adalora,
+    lora_fa as lora_fa,
+    lora_plus as lora_plus,
+    lora_pro as lora_pro,
+    orthogonality as orthogonality,
+)
 from ._planning import (
     Accelerator as Accelerator,
     Plan as Plan,

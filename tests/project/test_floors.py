@@ -17,7 +17,7 @@ FLOORS = (
     ("_layers",),
     ("_trees",),
     ("_modules",),
-    ("_training", "_arithmetic", "_calibration"),
+    ("_training", "_optimizers", "_arithmetic", "_calibration"),
     ("_adapters", "_planning", "_inspection"),
     ("_peft",),
     ("peft.py", "constants.py"),
