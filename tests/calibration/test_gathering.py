@@ -82,10 +82,9 @@ def check_all(calibration, model):
         assert_close((u * s) @ v, np.mean(gradient, 0), 1e-4)
 
 
-@pytest.mark.parametrize("form", ["plain", "jit and checkpoint", "a pair"])
+@pytest.mark.parametrize("form", ["jit and checkpoint", "a pair"])
 def test_inputs_and_gradients(form):
     fn = {
-        "plain": loss,
         "jit and checkpoint": eqx.filter_jit(eqx.filter_checkpoint(loss)),
         "a pair": lambda model, xs: (loss(model, xs), "something else"),
     }[form]
@@ -198,19 +197,6 @@ def test_a_tree_of_parameters():
         lorax.calibrate(run, params, [x], spec=2, gather="inputs")
 
 
-def test_bfloat16_is_summed_in_float32():
-    linear = eqx.nn.Linear(5, 3, dtype=jnp.bfloat16, key=KEY)
-    xs = jnp.asarray(random(50, 5), jnp.bfloat16)
-
-    def run(linear, xs):
-        return jax.vmap(linear)(xs)
-
-    found = lorax.calibrate(run, linear, [xs], gather="inputs")
-    record = found.inputs["weight"]
-    assert record.product.dtype == jnp.float32
-    assert_close(record.product, wide(xs).T @ wide(xs), 1e-6)
-
-
 def test_convolutions_have_patches():
     groups = 2
     conv = eqx.nn.Conv2d(4, 6, (2, 3), stride=2, padding=1, groups=groups, key=KEY)
@@ -238,7 +224,7 @@ def test_convolutions_have_patches():
 
 
 def test_one_array_that_is_cast_and_split():
-    """It has no path, and its parts see the same inputs."""
+    """It has no path, and its parts see the same inputs, summed in float32."""
     kernel, x = jr.normal(KEY, (5, 6)), np.float32(random(7, 5))
 
     def run(kernel, x):
@@ -247,7 +233,9 @@ def test_one_array_that_is_cast_and_split():
 
     found = lorax.calibrate(run, kernel, [x], spec=2, gather="inputs")
     narrow = wide(jnp.asarray(x, jnp.bfloat16))
-    assert_close(found.inputs["the root"].product, 2 * narrow.T @ narrow, 1e-6)
+    product = found.inputs["the root"].product
+    assert product.dtype == jnp.float32
+    assert_close(product, 2 * narrow.T @ narrow, 1e-6)
     adapted = lorax.init_lora(kernel, 2, KEY, init=found.eva())
     _, _, right = np.linalg.svd(narrow)
     assert_close(np.abs(wide(adapted.b).T @ right[:2].T), np.eye(2), 1e-3)
@@ -270,10 +258,9 @@ def test_a_table_has_a_gradient_but_no_inputs():
 
 
 @pytest.mark.eight_devices
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_on_several_devices(kind):
+def test_on_several_devices():
     """The inputs lie along two axes of a mesh, and so does what is summed."""
-    kind = getattr(AxisType, kind)
+    kind = AxisType.Explicit
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
     place = lambda x: jax.device_put(  # noqa: E731
         x, NamedSharding(mesh, P("data", "model"))
@@ -281,8 +268,8 @@ def test_on_several_devices(kind):
     kernel, x = np.float32(random(6, 8)), np.float32(random(4, 8))
 
     def run(kernel, x):
-        sharding = None if kind.name == "Auto" else P("data", None)
-        return jnp.sum(jnp.einsum("bi,oi->bo", x, kernel, out_sharding=sharding) ** 2)
+        out = jnp.einsum("bi,oi->bo", x, kernel, out_sharding=P("data", None))
+        return jnp.sum(out**2)
 
     with jax.set_mesh(mesh):
         found = lorax.calibrate(run, place(kernel), [place(x)], spec=2, key=KEY)
@@ -434,5 +421,5 @@ def test_adapted_targets_are_refused():
     model = lorax.loraify(Twice(), "first", rank=2, key=KEY)
     with pytest.raises(ValueError, match="first.weight has an adapter"):
         lorax.calibrate(loss, model, BATCHES, key=KEY)
-    found = lorax.calibrate(loss, model, BATCHES, "shared", key=KEY)
+    found = lorax.calibrate(loss, model, BATCHES[:1], "shared", gather="inputs")
     assert list(found.inputs) == ["shared.weight"]

@@ -48,7 +48,8 @@ def calibration(model):
 
 
 def adapt(model, init, **options):
-    adapted = lorax.loraify(model, init=init, key=KEY, **dict(rank=3) | options)
+    options = dict(rank=3) | options
+    adapted = lorax.loraify(model, "first", init=init, key=KEY, **options)
     assert_close(jax.vmap(adapted)(XS), wide(jax.vmap(model)(XS)), 1e-5)
     return weights(adapted)[0]
 
