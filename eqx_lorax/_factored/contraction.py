@@ -10,7 +10,14 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from .._shared import AnyArray, explicit_sharding, product_sharding, promote, relabel
+from .._shared import (
+    AnyArray,
+    explicit_sharding,
+    product_sharding,
+    promote,
+    relabel,
+    unshard,
+)
 from .base import add, dense, refuse, register_arrays
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
@@ -312,6 +319,8 @@ def _contract_scaled(
     # The gain varies along a summed axis: `x` is scaled before the product.
     missing = [label for label in labels if label not in x_labels]
     sizes = [gain.shape[labels.index(label)] for label in missing]
+    # On a mesh with explicit axes `x` keeps its sharding.
+    gain = unshard(gain)
     all_labels = [*x_labels, *missing]
 
     def scaled(x: Array) -> Array:

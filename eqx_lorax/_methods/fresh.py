@@ -24,6 +24,7 @@ from .._shared import (
     move_array,
     Placement,
     resolve_sharding,
+    unshard,
     zeros,
 )
 from .initialisers import Init, initial_factor, key_for, Uniform
@@ -142,7 +143,10 @@ class Fresh:
 
     def matrices(self) -> Array:
         """The base as matrices, of shape `(*batch, outputs, inputs)`, in float32 or
-        wider."""
+        wider, each of them whole on every device, as decompositions need it."""
+        return unshard(self._sharded_matrices())
+
+    def _sharded_matrices(self) -> Array:
         w = self.w.factored() if hasattr(self.w, "factored") else self.w
         ndim = len(self.shape)
         axes = [*self._batch_axes(), *self.rows, *self.columns]
@@ -213,7 +217,8 @@ class Fresh:
 
         **Arguments:**
 
-        - `compute`: A function of `matrices()`. What it returns is reshaped.
+        - `compute`: A function of `matrices()`, which here are sharded as the base is.
+            What it returns is reshaped.
         - `axes`, `placement`: As in `zeros`.
         - `dtype`: The dtype of the array. By default that of what is trained.
         """
@@ -222,7 +227,7 @@ class Fresh:
                 axes, placement
             )
         with jax.default_matmul_precision("highest"):
-            made = compute(self.matrices())
+            made = compute(self._sharded_matrices())
         return self._place(made, axes, placement, dtype)
 
     def _place(

@@ -9,12 +9,13 @@ from .._factored import (
     contract_base,
     dense,
     Factored,
+    find_explicit_sharding,
     Label,
     Labels,
     multiply_arrays,
     RANK,
 )
-from .._shared import axes_from_end
+from .._shared import axes_from_end, explicit_sharding, product_sharding
 
 
 # Not the label of the rank, which a base that is a weight itself uses for its own.
@@ -59,16 +60,19 @@ def norms_along(form: Factored, outputs: Literal["rows", "columns"]) -> Array:
         labels=tuple(stored),
         out_labels=base_labels,
         is_frozen=True,
+        out_sharding=product_sharding(
+            explicit_sharding(inner),
+            first[0],
+            find_explicit_sharding(form.base),
+            stored,
+            base_labels,
+        ),
     )
-    cross = multiply_arrays(base, base_labels, outer, first[1], kept, base.dtype)
+    cross = _multiply(base, base_labels, outer, first[1], kept)
     gram_labels: list[Label] = [*batch, _SECOND, _FIRST]
-    gram = multiply_arrays(
-        jnp.conj(inner), second[0], inner, first[0], gram_labels, inner.dtype
-    )
-    half = multiply_arrays(
-        jnp.conj(outer), second[1], gram, gram_labels, first[1], gram.dtype
-    )
-    update = multiply_arrays(half, first[1], outer, first[1], kept, half.dtype)
+    gram = _multiply(jnp.conj(inner), second[0], inner, first[0], gram_labels)
+    half = _multiply(jnp.conj(outer), second[1], gram, gram_labels, first[1])
+    update = _multiply(half, first[1], outer, first[1], kept)
 
     squares = _squared_norms(form, others)
     total = squares + _spread(
@@ -76,6 +80,21 @@ def norms_along(form: Factored, outputs: Literal["rows", "columns"]) -> Array:
     ).astype(squares.dtype)
     # A sum that cancels may come out below zero.
     return jnp.sqrt(jnp.maximum(total, 0))
+
+
+def _multiply(
+    x: Array, x_labels: Labels, y: Array, y_labels: Labels, out_labels: Labels
+) -> Array:
+    shardings = explicit_sharding(x), x_labels, explicit_sharding(y), y_labels
+    return multiply_arrays(
+        x,
+        x_labels,
+        y,
+        y_labels,
+        out_labels,
+        x.dtype,
+        out_sharding=product_sharding(*shardings, out_labels),
+    )
 
 
 def _squared_norms(form: Factored, axes: tuple[int, ...]) -> Array:

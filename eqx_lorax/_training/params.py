@@ -5,7 +5,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -28,7 +28,7 @@ from .._methods import (
     LoraWeight,
     resolve_init,
 )
-from .._modules import has_gate, unloraify
+from .._modules import has_gate, PerTarget, unloraify
 from .._shared import as_array, is_array, is_inexact, list_some, Placement
 from .._trees import (
     explain_no_match,
@@ -37,12 +37,8 @@ from .._trees import (
     LoraSpec,
     map_spec,
     matches_around,
-    Pattern,
     SpecValue,
 )
-
-
-Method: TypeAlias = str | type[AbstractLoraWeight]
 
 
 def init_lora(
@@ -54,7 +50,7 @@ def init_lora(
     alpha: float = 1.0,
     is_leaf: Callable[[Any], bool] | None = None,
     sharding: Placement = None,
-    method: Method | Mapping[Pattern, Method] = "lora",
+    method: PerTarget[str | type[AbstractLoraWeight]] = "lora",
     init: Init | None = None,
     **options: Any,
 ) -> PyTree:

@@ -255,8 +255,8 @@ def test_shards(name):
             *(jax.tree.leaves(eqx.filter(x, is_inexact)) for x in (adapted, single))
         )
     trained = train(adapted)
-    on_one = jax.tree.map(lambda x: np.asarray(x) if eqx.is_array(x) else x, trained)
-    assert_close(run(_run_sharded, trained, X), run(_run_sharded, on_one, X))
+    on_one = run(_run_sharded, to_host(trained), X)
+    assert_close(run(_run_sharded, trained, X), on_one)
 
 
 def _run_sharded(model, x):
@@ -265,6 +265,36 @@ def _run_sharded(model, x):
         return run_stack(model.layers, model.linear(model.table(x))[2:])
 
     return jax.vmap(of_one)(x)
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("name", ["pissa", "dora", "vera", "loha", "lora_xs", "ia3"])
+@pytest.mark.parametrize("spec", [P("data", "model"), P(None, "model")], ids=str)
+def test_explicit_axes(name, spec):
+    """Shardings in types, which JAX does not complete by itself."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    plain = eqx.nn.Linear(6, 8, use_bias=False, key=jr.key(5))
+    x = jnp.linspace(-1, 1, 30).reshape(5, 6)
+
+    @eqx.filter_jit
+    @lorax.filter_value_and_grad
+    def loss(model, x):
+        return jnp.sum(jax.vmap(model)(x) ** 2)
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(plain.weight, NamedSharding(mesh, spec))
+        sharded = eqx.tree_at(lambda layer: layer.weight, plain, w)
+        trained = train(adapt(name, sharded, None))
+        found = loss(trained, jax.device_put(x, NamedSharding(mesh, P())))
+        assert_close(trained.weight.materialise(), form_dense(to_host(trained.weight)))
+    assert_close(found, loss(to_host(trained), x), 2e-5)
+
+
+def to_host(model):
+    # So that nothing but the numbers is left of the mesh.
+    return jax.tree.map(
+        lambda x: jnp.asarray(np.asarray(x)) if eqx.is_array(x) else x, model
+    )
 
 
 # Properties of single weights, which nothing has to be compiled for
