@@ -1,5 +1,6 @@
 """AdaLoRA: the importance of triplets, and pruning down to a budget."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,15 +9,16 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._methods import AdaLoraWeight, is_weight, unfuse
-from .._shared import accumulation_dtype, as_array
+from .._shared import accumulation_dtype, as_array, is_array
 from .budget import Budget
+from .importance import keep_best, list_parts, score, smooth
 from .trees import (
-    column_matrices,
-    has_arrays,
+    as_before,
+    list_kind,
     no_adapters,
     no_params,
     prepare,
-    row_matrices,
+    replace_kind,
 )
 
 
@@ -29,14 +31,16 @@ class AdaLoraState(NamedTuple):
     inner: Any
     """The state of the optimizer inside."""
 
-    importance: list[dict[str, Array]]
-    """For each weight, by field, the smoothed sensitivity of every entry."""
+    importance: PyTree
+    """Of the structure of the parameters, with the smoothed sensitivity of each entry
+    of a triplet, and `None` for everything else."""
 
-    uncertainty: list[dict[str, Array]]
+    uncertainty: PyTree
     """Likewise, how much the sensitivity varies."""
 
-    kept: list[Array]
-    """For each weight, which triplets were left when it was pruned last."""
+    kept: PyTree
+    """Likewise, in the place of each gate, which of its triplets were left when it was
+    pruned last."""
 
 
 def adalora(
@@ -137,40 +141,51 @@ def adalora(
                 "that the weights have. Give a smaller positive one, or adapt with a "
                 "larger rank."
             )
-        # Not the same zeros twice: they may be donated to the step.
-        importance, uncertainty = (
-            [{name: _zeros(x) for name, x in _parts(w).items()} for w in weights]
-            for _ in range(2)
+        return AdaLoraState(
+            step=as_array(0, jnp.int32),
+            inner=inner.init(params),
+            # Two trees of zeros, because the buffers of a state may be donated.
+            importance=_select(params, _zeros),
+            uncertainty=_select(params, _zeros),
+            kept=_select(params, lambda x: jnp.ones_like(x, bool), ("gate",)),
         )
-        kept = [jnp.ones_like(x.gate, bool) for x in weights]
-        step = as_array(0, jnp.int32)
-        state = inner.init(params)
-        return AdaLoraState(step, state, importance, uncertainty, kept)
 
     def update(
         updates: PyTree, state: Any, params: PyTree = None, **extra: Any
     ) -> tuple[PyTree, AdaLoraState]:
         if params is None:
             raise no_params("adalora")
-        weights, gradients = _list_weights(params), _list_weights(updates)
         step = state.step + 1
-        importance, uncertainty = _smooth(
-            state, weights, gradients, step < schedule.last, beta1, beta2
+        weights, gradients = _list_weights(params), _list_weights(updates)
+        smoothed = _list_weights(state.importance), _list_weights(state.uncertainty)
+        importance, uncertainty = smooth(
+            weights, gradients, smoothed, step < schedule.last, (beta1, beta2)
         )
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
 
         is_pruned = (step > warmup_steps) & (step < schedule.last)
         is_pruned = is_pruned & (step % interval == 0) | (step == schedule.last)
-        scores = [_score(*x) for x in zip(weights, importance, uncertainty)]
+        scores = [score(*x) for x in zip(importance, uncertainty, strict=True)]
         start, target = sum(x.size for x in scores), count_target(weights)
         table = as_array(schedule.tabulate(start, target))
         budget = table[jnp.minimum(step // interval, len(table) - 1)]
         budget = jnp.where(step >= schedule.last, target, budget)
-        new = _keep_best(scores, budget)
-        kept = [jnp.where(is_pruned, x, y) for x, y in zip(new, state.kept)]
+        old = _list_weights(state.kept)
+        new = [as_before(x, y.gate) for x, y in zip(keep_best(scores, budget), old)]
+        kept = [
+            y.with_base(None, gate=jnp.where(is_pruned, x, y.gate))
+            for x, y in zip(new, old)
+        ]
         is_masked = is_pruned | (step > schedule.last)
-        updates = _mask_gates(updates, weights, kept, is_masked)
-        return updates, AdaLoraState(step, inner_state, importance, uncertainty, kept)
+        changes = zip(_list_weights(updates), weights, kept, strict=True)
+        masked = [_mask_gate(*x, is_masked) for x in changes]
+        return _replace_weights(updates, masked), AdaLoraState(
+            step,
+            inner_state,
+            _replace_weights(state.importance, importance),
+            _replace_weights(state.uncertainty, uncertainty),
+            _replace_weights(state.kept, kept),
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -182,85 +197,39 @@ _FIX = (
 
 
 def _is_adalora(node: Any) -> bool:
-    is_kind = is_weight(node) and isinstance(unfuse(node), AdaLoraWeight)
-    return is_kind and has_arrays(node, "gate")
+    return isinstance(unfuse(node), AdaLoraWeight) and is_array(node.gate)
 
 
-def _list_weights(tree: PyTree) -> list[Any]:
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_weight) if _is_adalora(x)]
+_list_weights = functools.partial(list_kind, is_kind=_is_adalora)
 
 
-def _parts(weight: Any) -> dict[str, Array]:
-    """The trained arrays of a triplet."""
-    names = [name for name in ("b", "a", "gate") if has_arrays(weight, name)]
-    return {name: getattr(weight, name) for name in names}
+def _replace_weights(tree: PyTree, new: list[Any]) -> PyTree:
+    return replace_kind(tree, _is_adalora, new)
+
+
+def _select(
+    params: PyTree, make: Any, names: tuple[str, ...] = ("b", "a", "gate")
+) -> PyTree:
+    """A tree like `params`, so that its arrays are known to belong to theirs, with
+    `make(x)` for each array `x` of the triplets, and `None` for every other."""
+
+    def select(node: Any) -> Any:
+        empty = jax.tree.map(lambda _: None, node)
+        if not (is_weight(node) and _is_adalora(node)):
+            return empty
+        found = {name: make(getattr(node, name)) for name in list_parts(node)}
+        return empty.with_base(None, **{x: found[x] for x in found if x in names})
+
+    return jax.tree.map(select, params, is_leaf=is_weight)
 
 
 def _zeros(x: Array) -> Array:
     return jnp.zeros_like(x, accumulation_dtype(jnp.real(x).dtype))
 
 
-def _smooth(
-    state: AdaLoraState,
-    weights: list[Any],
-    gradients: list[Any],
-    is_counted: Array,
-    beta1: float,
-    beta2: float,
-) -> tuple[list[dict[str, Array]], list[dict[str, Array]]]:
-    """Equations 8 to 10: sensitivity, and how uncertain it is, both smoothed."""
-    importance, uncertainty = [], []
-    for i, (weight, gradient) in enumerate(zip(weights, gradients)):
-        importance.append({})
-        uncertainty.append({})
-        for name, x in _parts(weight).items():
-            old, unsure = state.importance[i][name], state.uncertainty[i][name]
-            g = getattr(gradient, name).astype(accumulation_dtype(x.dtype))
-            found = jnp.abs(x.astype(g.dtype) * g)
-            smooth = beta1 * old + (1 - beta1) * found
-            spread = beta2 * unsure + (1 - beta2) * jnp.abs(found - smooth)
-            importance[i][name] = jnp.where(is_counted, smooth, old)
-            uncertainty[i][name] = jnp.where(is_counted, spread, unsure)
-    return importance, uncertainty
-
-
-def _score(
-    weight: Any, importance: dict[str, Array], uncertainty: dict[str, Array]
-) -> Array:
-    """Equation 7: the importance of each triplet, of the shape of the gate."""
-    entries = {name: x * uncertainty[name] for name, x in importance.items()}
-    score = entries["gate"]
-    if "b" in entries:
-        score = score + row_matrices(weight, entries["b"]).mean(-2)
-    if "a" in entries:
-        score = score + column_matrices(weight, entries["a"]).mean(-1)
-    return score
-
-
-def _keep_best(scores: list[Array], budget: Array) -> list[Array]:
-    """Which triplets are the `budget` most important ones. Of equals, later ones."""
-    flat = jnp.concatenate([x.ravel() for x in scores])
-    places = jnp.argsort(jnp.argsort(flat))
-    is_kept = places >= flat.size - budget
-    kept, done = [], 0
-    for x in scores:
-        kept.append(is_kept[done : done + x.size].reshape(x.shape))
-        done += x.size
-    return kept
-
-
-def _mask_gates(
-    updates: PyTree, weights: list[Any], kept: list[Array], is_masked: Array
-) -> PyTree:
-    """The updates, such that a gate that is not kept becomes exactly zero."""
-    rest = iter(zip(weights, kept, strict=True))
-
-    def mask(node: Any) -> Any:
-        if not _is_adalora(node):
-            return node
-        weight, keep = next(rest)
-        change = node.gate.astype(weight.gate.dtype)
-        change = jnp.where(keep | ~is_masked, change, -weight.gate)
-        return node.with_base(node.w, gate=change)
-
-    return jax.tree.map(mask, updates, is_leaf=is_weight)
+def _mask_gate(update: Any, weight: Any, kept: Any, is_masked: Array) -> Any:
+    """The update of a weight, such that its gate becomes exactly zero where it is not
+    kept."""
+    change = update.gate.astype(weight.gate.dtype)
+    change = jnp.where(kept.gate | ~is_masked, change, -weight.gate)
+    return update.with_base(update.w, gate=change)

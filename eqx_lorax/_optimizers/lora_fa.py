@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from .._methods import is_weight, list_weights, LoraFaWeight, unfuse
 from .gram import adjoint, Gram, identity_like
 from .trees import (
+    as_before,
     column_matrices,
     has_arrays,
     no_adapters,
@@ -120,17 +121,28 @@ def _list_weights(tree: PyTree) -> dict[Any, Any]:
 
 def _invert(weight: Any, delta: float) -> Array:
     """`(1 / s²) (a aᵀ)⁻¹`, of shape `(*batch, rank, rank)`."""
+    if isinstance(weight.a, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "`model` has shapes in the place of arrays, which cannot be inverted. To "
+            "plan a training step, pass `optimizer` itself to `lorax.plan`: the state "
+            "is the same."
+        )
     if not has_arrays(weight, "a"):
         raise ValueError(
             "`model` is an adapter without its frozen part, the `params` of "
             "`lorax.partition`, and the factors `a` are there. Call "
             "`lorax.lora_fa(optimizer, frozen)` with its second result."
         )
+    return _invert_products(column_matrices(weight, weight.a), delta, weight.scale)
+
+
+@jax.jit
+def _invert_products(a: Array, delta: Any, scale: Any) -> Array:
     # Of complex factors JAX's gradient is the conjugate of the direction of ascent.
-    a = jnp.conj(column_matrices(weight, weight.a))
+    a = jnp.conj(a)
     products = a @ adjoint(a)
     products = products + delta * identity_like(products)
-    return Gram(products).inverse / weight.scale**2
+    return Gram(products).inverse / scale**2
 
 
 def _correct(weight: Any, path: Any, inverses: dict[Any, Array]) -> Any:
@@ -138,8 +150,8 @@ def _correct(weight: Any, path: Any, inverses: dict[Any, Array]) -> Any:
         return weight
     g = row_matrices(weight, weight.b)
     inverse = _find_inverse(path, g, inverses)
-    new = (g @ inverse.astype(g.dtype)).reshape(weight.b.shape)
-    return weight.with_base(weight.w, b=new.astype(weight.b.dtype))
+    new = as_before(g @ inverse.astype(g.dtype), weight.b)
+    return weight.with_base(weight.w, b=new)
 
 
 def _find_inverse(path: Any, g: Array, inverses: dict[Any, Array]) -> Array:

@@ -11,6 +11,7 @@ from jaxtyping import Array, PyTree
 from .._methods import LoraWeight, RelativeLoraWeight, unfuse
 from .gram import adjoint, Gram, invert
 from .trees import (
+    as_before,
     column_matrices,
     has_arrays,
     map_weights,
@@ -110,8 +111,8 @@ def _adjust(gradient: Any, weight: Any) -> Any:
     # Of complex factors JAX's gradient is the conjugate of the direction of ascent.
     g_b, g_a = adjust_gradients(b, a, jnp.conj(g_b), jnp.conj(g_a), weight.scale)
     new = {
-        name: jnp.conj(g).reshape(old.shape).astype(old.dtype)
-        for name, g, old in (("b", g_b, gradient.b), ("a", g_a, gradient.a))
+        "b": as_before(jnp.conj(g_b), gradient.b),
+        "a": as_before(jnp.conj(g_a), gradient.a),
     }
     return gradient.with_base(gradient.w, **new)
 

@@ -1,7 +1,7 @@
 """Finding adapters in the trees that optimizers get: parameters, gradients, updates."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -10,8 +10,14 @@ import optax
 from jaxtyping import Array, PyTree
 
 from .._layers import find_layer, is_layer
-from .._methods import AbstractLoraWeight, AbstractSidedWeight, is_weight, unfuse
-from .._shared import accumulation_dtype, is_inexact
+from .._methods import (
+    AbstractLoraWeight,
+    AbstractSidedWeight,
+    is_weight,
+    list_weights,
+    unfuse,
+)
+from .._shared import accumulation_dtype, explicit_sharding, is_inexact, unshard
 
 
 Side: TypeAlias = Literal["rows", "columns"]
@@ -36,6 +42,19 @@ def map_weights(
         *others,
         is_leaf=is_weight,
     )
+
+
+def list_kind(tree: PyTree, is_kind: Callable[[Any], bool]) -> list[Any]:
+    """The weights of a kind in a tree."""
+    return [x for x in list_weights(tree) if is_kind(x)]
+
+
+def replace_kind(
+    tree: PyTree, is_kind: Callable[[Any], bool], new: Sequence[Any]
+) -> PyTree:
+    """`tree` with others in the place of the weights of a kind, in their order."""
+    rest = iter(new)
+    return map_weights(lambda _: next(rest), tree, is_kind=is_kind)
 
 
 def map_weights_with_outputs(
@@ -107,7 +126,16 @@ def column_matrices(weight: Any, a: Any) -> Array:
 
 
 def _widen(x: Any) -> Array:
-    return jnp.asarray(x, accumulation_dtype(x.dtype))
+    # Reshaping and decompositions take no arrays whose types say that they are sharded.
+    return jnp.asarray(unshard(x), accumulation_dtype(x.dtype))
+
+
+def as_before(x: Array, old: Any) -> Array:
+    """`x`, which came from matrices, in the shape, the dtype and the sharding of what
+    they were made of."""
+    x = x.reshape(old.shape).astype(old.dtype)
+    sharding = explicit_sharding(old)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def _side_of_last_axis(weight: AbstractLoraWeight) -> Side:

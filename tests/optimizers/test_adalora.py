@@ -125,6 +125,19 @@ def test_with_other_optimizers():
     assert_identical((found["kernel"].w, found["bias"]), (tree["kernel"], tree["bias"]))
 
 
+def test_the_state_is_of_trees_like_the_parameters():
+    """So that it is sharded, planned and saved as they are."""
+    params, _ = lorax.partition(make_weights(), also="bias")
+    state = lorax.adalora(optax.sgd(RATE), target_rank=2, **STEPS).init(params)
+    for tree in (state.importance, state.uncertainty):
+        assert tree["bias"] is None
+        for x, y in zip(weights(tree), weights(params), strict=True):
+            assert [jnp.shape(z) for z in jax.tree.leaves(x)] == [
+                z.shape for z in jax.tree.leaves(y)
+            ]
+    assert {x.dtype.name for x in jax.tree.leaves(state.kept)} == {"bool"}
+
+
 def test_equal_scores_keep_to_the_budget():
     """Whatever the gradients are, as many triplets are left as were asked for."""
     params, _ = lorax.partition(make_weights())
