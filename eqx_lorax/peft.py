@@ -37,7 +37,7 @@ from ._layers import is_layer
 from ._methods import check_whole
 from ._modules import without_views
 from ._peft import (
-    as_plain_lora,
+    as_written,
     check_ties,
     collect_whole,
     export_adapter,
@@ -131,7 +131,7 @@ def save(
     for an adapter: transposed convolutions, adapters on top of adapters.
     """
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
-    model = as_plain_lora(without_views(model))
+    model = as_written(without_views(model))
     places = Places(model)
     adapter = extract_adapter(model, places, also)
     whole = collect_whole(adapter, places, names)
@@ -203,7 +203,7 @@ def load(
 
     `lorax.AdapterFileError`, a `ValueError`, if any tensor has no place in the model,
     is missing or has the wrong shape, if the configuration mentions more than there is,
-    or if the adapter uses anything but plain LoRA. PEFT itself ignores most of these.
+    or if the adapter uses anything but LoRA or DoRA. PEFT itself ignores most of these.
     It is raised for other files too: a pickle (`adapter_model.bin`), which is never
     opened, an adapter in parts, a whole model, files of diffusers or kohya's scripts.
     The message says what there is and what to do. `OSError` if nothing can be read

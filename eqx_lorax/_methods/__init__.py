@@ -41,7 +41,10 @@ from .registry import (
     find_method as find_method,
     list_methods as list_methods,
 )
-from .relative import RelativeLoraWeight as RelativeLoraWeight
+from .relative import (
+    join_start as join_start,
+    RelativeLoraWeight as RelativeLoraWeight,
+)
 from .sided import (
     AbstractScaledWeight as AbstractScaledWeight,
     AbstractSidedWeight as AbstractSidedWeight,

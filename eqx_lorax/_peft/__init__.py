@@ -13,12 +13,12 @@ from .folder import (
     read_folder as read_folder,
     strip_names as strip_names,
 )
+from .forms import as_written as as_written
 from .pytorch import Names as Names
 from .reading import import_adapter as import_adapter
 from .tensors import find_in_out as find_in_out
 from .tied import check_ties as check_ties, find_tied_tables as find_tied_tables
 from .writing import (
-    as_plain_lora as as_plain_lora,
     collect_whole as collect_whole,
     export_adapter as export_adapter,
 )

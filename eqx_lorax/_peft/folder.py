@@ -18,6 +18,7 @@ from .._adapters import (
 )
 from .config import check_config
 from .pytorch import list_paths
+from .tensors import MAGNITUDE
 
 
 _T = TypeVar("_T")
@@ -26,7 +27,7 @@ PREFIX = "base_model.model."
 # Names that wrappers of a model add to its paths.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _WITH_ADAPTER_NAME = re.compile(
-    r"(.*\.(?:lora_[AB]|lora_embedding_[AB]|modules_to_save))"
+    r"(.*\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save))"
     r"\.((?!lora_|weight$|bias$)[^.]+)((?:\..*)?)"
 )
 
@@ -80,6 +81,8 @@ def strip_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
         if found is not None:
             adapters[found[2]] = None
             path = found[1].removesuffix(".modules_to_save") + found[3]
+        if path.endswith(f".{MAGNITUDE}.weight"):
+            path = path.removesuffix(".weight")
         plain[path] = x
     if len(adapters) > 1:
         raise ValueError(

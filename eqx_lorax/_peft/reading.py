@@ -4,21 +4,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from .._adapters import Adapter, DetachedWeight
-from .._modules import infer_axes
-from .._shared import accumulation_dtype, promote
+from .._adapters import Adapter
 from .._trees import Place, Places
 from .bases import find_other_bases
 from .biases import read_biases
 from .config import (
     Contents,
-    find_alpha,
     find_missing,
-    find_rank,
     is_parameter_targeted,
     warn_of_unused_patterns,
 )
@@ -43,10 +38,11 @@ from .tensors import (
     infer_order,
     InOut,
     is_possible,
+    join_layers,
+    list_names,
     make_prefix,
     make_prefixes,
-    resolve_layout,
-    warn_of_convolution,
+    read_factors,
 )
 from .tied import check_tied_tensors, Tied
 
@@ -99,19 +95,21 @@ def import_adapter(
     for path, counterpart in known.items():
         if counterpart.layout.is_parameter and path not in parameters:
             continue
-        keys = [prefix_of[path] + name for name in counterpart.layout.names]
+        ends = list_names(config, counterpart.layout)
+        keys = [prefix_of[path] + end for end in ends]
         here = [key for key in keys if key in remaining]
         arrays = [np.asarray(remaining.pop(key)) for key in here]
-        if len(here) == 1:
-            problems.append(f"of {path} there is only {here[0]}")
-        if len(here) == 2:
-            factors = _read_factors(config, path, counterpart, *arrays)
+        is_whole = len(here) == len(keys)
+        if here and not is_whole:
+            problems.append(f"of {path} there is only {', '.join(here)}")
+        if here and is_whole:
+            factors = read_factors(config, path, counterpart, *arrays)
             found.setdefault(counterpart.place, {})[counterpart.index] = factors
             if not counterpart.layout.is_parameter:
                 modules[path] = factors
         if counterpart.place in tied.heads:
             head = tied.heads[counterpart.place]
-            pair = arrays if len(here) == 2 else None
+            pair = arrays if here and is_whole else None
             problems += check_tied_tensors(
                 config, path, head, counterpart, pair, remaining
             )
@@ -144,7 +142,7 @@ def import_adapter(
         raise ValueError(_list_problems(problems))
     warn_of_unused_patterns(config, adapted)
     dropout = float(config.get("lora_dropout", 0.0))
-    joined = [_join_parts(place, parts, dropout) for place, parts in found.items()]
+    joined = [join_layers(place, parts, dropout) for place, parts in found.items()]
     return Adapter(joined, others)
 
 
@@ -180,87 +178,6 @@ def _find_parameter_prefixes(
         if depth:
             found |= make_prefixes(infer_order(paths, depth, fits, order))
     return found
-
-
-def _read_factors(
-    config: Mapping[str, Any],
-    path: str,
-    counterpart: Counterpart,
-    first: np.ndarray,
-    second: np.ndarray,
-) -> Factors:
-    warn_of_convolution(counterpart.place)
-    layout = resolve_layout(config, path, counterpart, first, second)
-    try:
-        b, a = layout.from_torch(first, second)
-    except ValueError as error:
-        raise ValueError(
-            f"{path}, of shapes {first.shape} and {second.shape}: {error}."
-        ) from error
-    rank = layout.torch_rank(b.shape[-1])
-    if (b.shape, a.shape) != counterpart.factor_shapes(b.shape[-1]):
-        raise ValueError(
-            f"{path} has factors {first.shape} and {second.shape}, which do not fit "
-            f"the weight {counterpart.shape} at {counterpart.dotted}."
-        )
-    if rank != find_rank(config, path):
-        raise ValueError(
-            f"{path} has rank {rank}, but {find_rank(config, path)} in the "
-            "configuration."
-        )
-    return Factors(b, a, find_alpha(config, path), bool(config.get("use_rslora")), rank)
-
-
-def _join_parts(
-    place: Place, parts: Mapping[Index, Factors], dropout: float
-) -> DetachedWeight:
-    """One weight here from the layers that it stacks. Layers without an adapter get
-    factors of zeros, smaller ranks are padded with zeros, and other scales are
-    multiplied into `b`."""
-    depth = len(next(iter(parts)))
-    stack = place.node.shape[:depth]
-    rows, columns = infer_axes(place)
-    like = max(parts.values(), key=lambda part: part.rank)
-    dtypes = [
-        promote(*(getattr(x, name).dtype for x in parts.values())) for name in "ba"
-    ]
-    zeros = np.zeros_like(like.b, dtypes[0]), np.zeros_like(like.a, dtypes[1])
-    of_stack = [
-        _match_scale(like, parts[index], columns) if index in parts else zeros
-        for index in np.ndindex(*stack)
-    ]
-    b, a = (
-        np.stack([x.astype(dtype) for x in arrays]).reshape(*stack, *arrays[0].shape)
-        for arrays, dtype in zip(zip(*of_stack), dtypes)
-    )
-    return DetachedWeight(
-        path=place.path,
-        method="lora",
-        shape=tuple(place.node.shape),
-        dtype=jnp.dtype(place.node.dtype).name,
-        settings={
-            "alpha": like.alpha_for(like.rank, like.rank_stabilised),
-            "rows": rows,
-            "columns": columns,
-            "rank_stabilised": like.rank_stabilised,
-        },
-        dropout=dropout,
-        arrays={"b": b, "a": a},
-    )
-
-
-def _match_scale(
-    like: Factors, part: Factors, columns: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """`(b, a)` of `part`, changed to have the rank and the scale of `like`."""
-    b, a = part.b, part.a
-    if part.scale != like.scale:
-        b = (b.astype(accumulation_dtype(b.dtype)) * (part.scale / like.scale)).astype(
-            b.dtype
-        )
-    more, axis = like.rank - part.rank, a.ndim - 1 - len(columns)
-    b = np.pad(b, [(0, 0)] * (b.ndim - 1) + [(0, more)])
-    return b, np.pad(a, [(0, more if i == axis else 0) for i in range(a.ndim)])
 
 
 def _read_whole_arrays(

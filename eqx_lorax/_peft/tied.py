@@ -127,6 +127,13 @@ def swap_for_head(
     return (second.T, first.T) if isinstance(layout, Embedding) else (first, second)
 
 
+DORA_OF_TIED = (
+    "Its magnitude is that of the outputs, which are the entries in a head and not in "
+    "an embedding, so that no DoRA of both is one of the table that they share. Untie "
+    "them here: give the head a copy of the array"
+)
+
+
 def check_tied_tensors(
     config: Mapping[str, Any],
     path: str,
@@ -141,6 +148,9 @@ def check_tied_tensors(
     keys = [f"{head}.{name}" for name in Linear.names]
     of_head = [np.asarray(remaining.pop(key)) for key in keys if key in remaining]
     if not of_head and pair is None:
+        return
+    if config.get("use_dora"):
+        yield f"{path} and {head} have DoRA. {DORA_OF_TIED}"
         return
     fix = (
         f"Here both read {counterpart.dotted}. Train it with `ensure_weight_tying` "

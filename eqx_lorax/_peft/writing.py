@@ -3,13 +3,13 @@
 import dataclasses
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 
 from .._adapters import Adapter
-from .._methods import is_weight, LoraWeight
+from .._methods import is_weight
 from .._modules import infer_axes
 from .._trees import Place, Places
 from .biases import collect_biases
@@ -33,13 +33,12 @@ from .tensors import (
     InOut,
     Layout,
     Linear,
+    MAGNITUDE,
     make_prefixes,
     warn_of_convolution,
 )
-from .tied import swap_for_head, Tied
+from .tied import DORA_OF_TIED, swap_for_head, Tied
 
-
-_Model = TypeVar("_Model")
 
 # The modules that PEFT puts inside an adapted module.
 _INSIDE = (
@@ -94,6 +93,8 @@ def export_adapter(
             if torch in factors:
                 raise ValueError(f"`names` gives {torch!r} twice.")
             if place in tied.heads:
+                if part.magnitude is not None:
+                    raise ValueError(f"{adapted.dotted} has DoRA. {DORA_OF_TIED}.")
                 heads[torch] = tied.heads[place]
             factors[torch] = layout, part
             ranks[torch] = layout.torch_rank(part.rank)
@@ -116,6 +117,10 @@ def export_adapter(
         for torch, pair in pairs.items()
         for name, array in zip(factors[torch][0].names, pair)
     }
+    for torch, (layout, part) in factors.items():
+        if part.magnitude is not None:
+            magnitude = layout.magnitude_to_torch(part.magnitude)
+            tensors[f"{torch}.{MAGNITUDE}"] = magnitude
     for torch, head in heads.items():
         pair = swap_for_head(factors[torch][0], *pairs[torch])
         tensors |= {f"{head}.{x}": y for x, y in zip(Linear.names, pair)}
@@ -127,6 +132,7 @@ def export_adapter(
         parameters=[path for paths in orders for path in paths],
         modules=modules,
         rank_stabilised=bool(adapter.weights) and is_stabilised,
+        use_dora=any(x.method == "dora" for x in adapter.weights),
         dropout=_choose_dropout(adapter, parameters),
         fan_in_fan_out=_are_all_in_out(layout for layout, _ in factors.values()),
     )
@@ -154,37 +160,30 @@ def _export_parts(
     batch = weight.batch_shape
     layout = choose_part_layout(place, torch, batch, is_in_out)
     warn_of_convolution(place)
-    b, a = (np.asarray(x) for x in jax.device_get((weight.b, weight.a)))
+    magnitude = getattr(weight, "magnitude", None)
+    if magnitude is not None:
+        _check_dora(place, layout)
+    b, a, magnitude = jax.device_get((weight.b, weight.a, magnitude))
+    b, a = np.asarray(b), np.asarray(a)
     for index, path in expand(torch, batch):
-        yield (
-            path,
-            layout,
-            Factors(
-                b[index], a[index], weight.alpha, weight.rank_stabilised, weight.rank
-            ),
+        settings = weight.alpha, weight.rank_stabilised, weight.rank
+        of_layer = None if magnitude is None else np.asarray(magnitude)[index]
+        part = Factors(b[index], a[index], *settings, of_layer, layout.outputs)
+        yield path, layout, part
+
+
+def _check_dora(place: Place, layout: Layout) -> None:
+    if problem := layout.refuse_dora():
+        raise ValueError(
+            f"{place.dotted}: {problem}. Convert it with `lorax.as_lora(model, rank)`, "
+            "or save it with `lorax.save_adapter`."
         )
-
-
-def as_plain_lora(model: _Model) -> _Model:
-    """`model`, whose adapters are all `LoraWeight`s.
-
-    **Raises:**
-
-    `ValueError` if any is of a method that is no plain LoRA, by its name.
-    """
-
-    def convert(path: Any, weight: Any) -> Any:
-        if not is_weight(weight) or isinstance(weight, LoraWeight):
-            return weight
-        if not weight.is_plain_lora:
-            raise ValueError(
-                f"`model{jax.tree_util.keystr(path)}` is adapted by the method "
-                f"{weight.method!r}, which PEFT's LoRA cannot hold. Convert it with "
-                "`lorax.as_lora(model)`, or save it with `lorax.save_adapter`."
-            )
-        return LoraWeight.from_factored(weight.factored())
-
-    return jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_weight)
+    if place.node.outputs != layout.outputs:
+        raise ValueError(
+            f"{place.dotted} has the magnitude of its {place.node.outputs}, and in "
+            f"PyTorch the outputs are its {layout.outputs}. Convert it with "
+            "`lorax.as_lora(model, rank)`, or save it with `lorax.save_adapter`."
+        )
 
 
 def collect_whole(adapter: Adapter, places: Places, names: Names) -> SavedWhole:

@@ -202,7 +202,7 @@ def test_what_peft_has_no_form_for(tmp_path, getkey):
     [
         ({"peft_type": "LOHA"}, "`peft_type` is 'LOHA'"),
         ({"peft_type": None}, "`peft_type` is None"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "of conv0 there is only"),
         ({"use_qalora": True}, "it uses use_qalora"),
         ({"layer_replication": [[0, 1]]}, "it uses layer_replication"),
         ({"trainable_token_indices": [1]}, "it uses trainable_token_indices"),

@@ -44,6 +44,7 @@ _UNDERSTOOD = {
     "r",
     "rank_pattern",
     "target_parameters",
+    "use_dora",
     "use_rslora",
 }
 # Methods that train inputs of a model, and no weights.
@@ -75,6 +76,7 @@ def make_config(
     parameters: Sequence[str],
     modules: Iterable[str],
     rank_stabilised: bool,
+    use_dora: bool,
     dropout: float,
     fan_in_fan_out: bool,
 ) -> dict[str, Any]:
@@ -112,7 +114,7 @@ def make_config(
             if x != alpha
         },
         "use_rslora": rank_stabilised,
-        "use_dora": False,
+        "use_dora": use_dora,
         "lora_dropout": dropout,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -134,8 +136,11 @@ def check_config(config: Any) -> None:
             f"its `peft_type` is {method!r}; only 'LORA' can be read. "
             + _advise(method)
         )
-    if config.get("use_dora"):
-        raise ValueError("it is DoRA (`use_dora`), which is not here yet")
+    if config.get("use_dora") and config.get("lora_bias"):
+        raise ValueError(
+            "it has both `use_dora` and `lora_bias`, which PEFT itself refuses: set to "
+            "false the one that it was not trained with"
+        )
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise ValueError(

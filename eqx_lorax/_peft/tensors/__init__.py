@@ -10,6 +10,11 @@ from .counterparts import (
     find_counterparts as find_counterparts,
 )
 from .in_out import find_in_out as find_in_out, InOut as InOut
+from .joining import (
+    join_layers as join_layers,
+    list_names as list_names,
+    read_factors as read_factors,
+)
 from .layout import (
     choose_part_layout as choose_part_layout,
     Embedding as Embedding,
@@ -17,6 +22,7 @@ from .layout import (
     Factors as Factors,
     Layout as Layout,
     Linear as Linear,
+    MAGNITUDE as MAGNITUDE,
     warn_of_convolution as warn_of_convolution,
 )
 from .nesting import (
@@ -27,4 +33,4 @@ from .nesting import (
     make_prefix as make_prefix,
     make_prefixes as make_prefixes,
 )
-from .versions import is_possible as is_possible, resolve_layout as resolve_layout
+from .versions import is_possible as is_possible

@@ -4,13 +4,17 @@ import abc
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import numpy as np
 
 from ..._layers import find_axes, list_adapted_names
 from ..._trees import Place
+
+
+# The name of DoRA's magnitude, which is that of a parameter, not of a module.
+MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,10 @@ class Factors:
     rank_stabilised: bool
     alpha_rank: int
     """The rank by which `alpha` is divided."""
+    magnitude: np.ndarray | None = None
+    """The size of each output, if the method is DoRA."""
+    outputs: Literal["rows", "columns"] = "rows"
+    """Which side of the weight here is the output of the layer in PyTorch."""
 
     @property
     def rank(self) -> int:
@@ -65,6 +73,19 @@ class Layout(abc.ABC):
         `ValueError` if the two have no such form.
         """
 
+    @property
+    def outputs(self) -> Literal["rows", "columns"]:
+        """Which side of the weight here is the output of the layer in PyTorch."""
+        return "rows"
+
+    def magnitude_to_torch(self, magnitude: np.ndarray) -> np.ndarray:
+        """The magnitude of DoRA, one number for each output, as PEFT stores it."""
+        return magnitude
+
+    def refuse_dora(self) -> str | None:
+        """Why PEFT has no DoRA for this kind of layer; `None` if it has."""
+        return "PEFT has no DoRA of parameters" if self.is_parameter else None
+
     def torch_rank(self, rank: int) -> int:
         """The rank that PEFT has for an adapter of this rank."""
         return rank
@@ -82,6 +103,10 @@ class Linear(Layout):
     a_has_rows: bool = False
     """Whether `A` is on the rows of the weight here, as for a weight `(in, out)`."""
 
+    @property
+    def outputs(self):
+        return "columns" if self.a_has_rows else "rows"
+
     def to_torch(self, b, a):
         return (b.T, a.T) if self.a_has_rows else (a, b)
 
@@ -96,6 +121,10 @@ class Embedding(Layout):
     """`A (r, entries)`, `B (size, r)`: the update in PEFT is transposed."""
 
     names = "lora_embedding_A", "lora_embedding_B"
+
+    @property
+    def outputs(self):
+        return "columns"
 
     def to_torch(self, b, a):
         return b.T, a.T
@@ -148,6 +177,16 @@ class Conv(Layout):
     """
 
     groups: int
+    window: int
+    """The number of axes of the window."""
+
+    def magnitude_to_torch(self, magnitude):
+        return magnitude.reshape(1, -1, *(1 for _ in range(self.window)))
+
+    def refuse_dora(self):
+        if self.groups > 1:
+            return "PEFT has no DoRA of grouped convolutions: it raises an error itself"
+        return None
 
     def torch_rank(self, rank):
         return rank * self.groups
@@ -197,12 +236,13 @@ def choose_layout(
         return plain
     if isinstance(module, eqx.nn.ConvTranspose):
         raise ValueError("PEFT has no transposed convolutions")
-    is_conv = find_axes(module, name, len(place.node.shape))[1] != (-1,)
+    axes = find_axes(module, name, len(place.node.shape))[1]
+    is_conv = axes != (-1,)
     is_embedding = isinstance(module, eqx.nn.Embedding)
     if experts is not None and (is_conv or is_embedding):
         raise ValueError("PEFT has no experts of this kind")
     if is_conv:
-        return Conv(getattr(module, "groups", 1))
+        return Conv(getattr(module, "groups", 1), len(axes) - 1)
     return Embedding() if is_embedding else plain
 
 

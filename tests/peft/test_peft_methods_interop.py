@@ -1,0 +1,238 @@
+"""Each method with the real PEFT, from the same arrays: outputs, gradients of all that
+is trained, and folders both ways."""
+
+import json
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_identical
+from peft_helpers import AGAINST_PEFT, in_peft, numpy, tensor
+from safetensors.numpy import load_file
+from small_pair import make_pair, make_theirs, NAMES, TOKENS
+
+import eqx_lorax as lorax
+
+
+pytestmark = AGAINST_PEFT
+
+LAYERS = ["words", "layer.0", "layer.1", "conv", "image", "classifier"]
+# Each method: the name of its configuration in PEFT, options of it, and its weight
+# here.
+METHODS = {
+    "lora": ("LoraConfig", dict(r=2, lora_alpha=3), lorax.LoraWeight),
+    "lora, stabilised": (
+        "LoraConfig",
+        dict(r=2, lora_alpha=3, use_rslora=True),
+        lorax.LoraWeight,
+    ),
+    "dora": ("LoraConfig", dict(r=2, lora_alpha=3, use_dora=True), lorax.DoraWeight),
+    "dora, patterns": (
+        "LoraConfig",
+        dict(
+            r=2,
+            lora_alpha=3,
+            use_dora=True,
+            use_rslora=True,
+            rank_pattern={"conv": 1},
+            alpha_pattern={"image": 5},
+        ),
+        lorax.DoraWeight,
+    ),
+}
+
+
+@pytest.fixture(params=METHODS)
+def case(request, tmp_path, getkey):
+    """The base here, the adapted model in PEFT with random numbers in all arrays of its
+    adapter, its folder, and the class here."""
+    config, options, kind = METHODS[request.param]
+    ours, theirs = make_pair(getkey())
+    adapted = with_random_adapter(theirs, config, options, tmp_path / "theirs")
+    return ours, adapted, tmp_path, kind
+
+
+def with_random_adapter(theirs, config, options, folder):
+    """The model with an adapter by PEFT with random numbers in all of its arrays, which
+    is saved to `folder`."""
+    import peft
+    import torch
+
+    config = getattr(peft, config)(**(dict(target_modules=LAYERS) | options))
+    adapted = peft.get_peft_model(theirs, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn(parameter.shape)
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+def gradients_of(model, folder):
+    """The gradients of `sum(outputs²)` here, by their names in PEFT: a model with
+    gradients in the place of its arrays is written as any other."""
+    params, frozen = lorax.partition(model)
+
+    @eqx.filter_grad
+    def gradient(params):
+        return jnp.sum(jax.vmap(lorax.combine(params, frozen))(TOKENS) ** 2)
+
+    lorax.peft.save(folder, lorax.combine(gradient(params), frozen), names=NAMES)
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def gradients_in_peft(model):
+    model.zero_grad()
+    (model(tensor(TOKENS)) ** 2).sum().backward()
+    return {
+        name.replace(".default", "").replace("vector.weight", "vector"): numpy(x.grad)
+        for name, x in model.named_parameters()
+        if x.grad is not None
+    }
+
+
+def outputs(model):
+    return jax.vmap(model)(jnp.asarray(TOKENS))
+
+
+def test_numbers_and_gradients(case, tmp_path):
+    ours, theirs, folder, kind = case
+    loaded = lorax.peft.load(folder / "theirs", ours, names=NAMES, trainable=True)
+    weights = [x for x in jax.tree.leaves(loaded, is_leaf=is_weight) if is_weight(x)]
+    assert weights and all(type(x) is kind for x in weights)
+    expected = numpy(theirs(tensor(TOKENS)))
+    np.testing.assert_allclose(outputs(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(outputs(ours) - expected).max() > 0.01
+    found, expected = gradients_of(loaded, tmp_path), gradients_in_peft(theirs)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(found[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_folders_both_ways(case):
+    ours, theirs, folder, _ = case
+    loaded = lorax.peft.load(folder / "theirs", ours, names=NAMES)
+    lorax.peft.save(folder / "ours", loaded, names=NAMES)
+    again = lorax.peft.load(folder / "ours", ours, names=NAMES)
+    assert_identical(again, loaded)
+    found = numpy(in_peft(make_theirs(), folder / "ours")(tensor(TOKENS)))
+    np.testing.assert_allclose(
+        found, numpy(theirs(tensor(TOKENS))), rtol=1e-5, atol=1e-5
+    )
+
+
+# A stack of which one layer has another rank, or no adapter.
+UNEVEN = {
+    "dora, ranks": (
+        "LoraConfig",
+        dict(r=2, lora_alpha=3, use_dora=True, rank_pattern={"layer.0": 1}),
+    ),
+    "dora, one layer": (
+        "LoraConfig",
+        dict(r=2, use_dora=True, target_modules=["layer.1"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("config, options", UNEVEN.values(), ids=UNEVEN)
+def test_stacks_of_which_layers_differ(config, options, tmp_path, getkey):
+    ours, theirs = make_pair(getkey())
+    adapted = with_random_adapter(theirs, config, options, tmp_path)
+    loaded = lorax.peft.load(tmp_path, ours, names=NAMES)
+    expected = numpy(adapted(tensor(TOKENS)))
+    np.testing.assert_allclose(outputs(loaded), expected, rtol=1e-5, atol=1e-5)
+
+
+# Starts that are not zero. PEFT changes its base, and here the base stays.
+STARTS = {
+    "pissa": dict(r=2, lora_alpha=3),
+    "olora": dict(r=2, lora_alpha=2),
+    "pissa, stabilised": dict(r=2, lora_alpha=3, use_rslora=True),
+}
+
+
+@pytest.mark.parametrize("name, options", STARTS.items(), ids=STARTS)
+def test_starts_that_are_not_zero(name, options, tmp_path, getkey):
+    import peft
+
+    init = name.partition(",")[0]
+    ours, theirs = make_pair(getkey())
+    linear = ["layer.0", "layer.1", "classifier"]
+    config = peft.LoraConfig(init_lora_weights=init, target_modules=linear, **options)
+    theirs = peft.get_peft_model(theirs, config)
+    model = lorax.loraify(
+        ours,
+        ["layers", "head"],
+        rank=options["r"],
+        alpha=options["lora_alpha"],
+        rank_stabilised=options.get("use_rslora", False),
+        init=init,
+        key=getkey(),
+    )
+    np.testing.assert_allclose(
+        outputs(model), numpy(theirs(tensor(TOKENS))), rtol=1e-5, atol=1e-5
+    )
+    found, expected = gradients_at_start(model), gradients_in_peft(theirs)
+    prefix = "base_model.model."
+    for path, (b, a) in found.items():
+        theirs_b, theirs_a = (
+            expected[f"{prefix}{path}.lora_{side}.weight"] for side in "BA"
+        )
+        # A singular vector has either sign.
+        np.testing.assert_allclose(b @ b.T, theirs_b @ theirs_b.T, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(a.T @ a, theirs_a.T @ theirs_a, rtol=1e-4, atol=1e-5)
+    step = lambda w: eqx.tree_at(lambda w: w.b, w, w.b + 0.1)  # noqa: E731
+    model = jax.tree.map(
+        lambda x: step(x) if is_weight(x) else x, model, is_leaf=is_weight
+    )
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    found = numpy(in_peft(make_theirs(), tmp_path)(tensor(TOKENS)))
+    np.testing.assert_allclose(found, outputs(model), rtol=1e-5, atol=1e-5)
+    assert np.abs(found - outputs(ours)).max() > 0.01
+    assert load_config(tmp_path)["r"] == 2 * options["r"]
+
+
+def gradients_at_start(model):
+    """The gradients of `sum(outputs²)` in `b` and `a`, by paths in PyTorch."""
+    params, frozen = lorax.partition(model)
+    gradient = eqx.filter_grad(
+        lambda params: jnp.sum(outputs(lorax.combine(params, frozen)) ** 2)
+    )(params)
+    layers, head = gradient.layers.weight, gradient.head.weight
+    return {
+        "layer.0": (layers.b[0], layers.a[0]),
+        "layer.1": (layers.b[1], layers.a[1]),
+        "classifier": (head.b, head.a),
+    }
+
+
+def test_dora_that_is_measured_from_its_start(tmp_path, getkey):
+    ours, theirs = make_pair(getkey())
+    filters = ["words", "layers", "conv", "image", "head"]
+    options = dict(rank=2, alpha=3.0, init="pissa", method="dora")
+    model = lorax.loraify(ours, filters, key=getkey(), **options)
+    step = lambda w: eqx.tree_at(lambda w: w.b, w, w.b + 0.1)  # noqa: E731
+    model = jax.tree.map(
+        lambda x: step(x) if is_weight(x) else x, model, is_leaf=is_weight
+    )
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    found = numpy(in_peft(theirs, tmp_path)(tensor(TOKENS)))
+    np.testing.assert_allclose(found, outputs(model), rtol=1e-5, atol=1e-5)
+    assert np.abs(found - outputs(ours)).max() > 0.01
+
+
+def moved(model):
+    """The model with another `b` in each weight."""
+    step = lambda weight: eqx.tree_at(lambda w: w.b, weight, weight.b + 0.1)  # noqa: E731
+    leaves = lambda x: step(x) if is_weight(x) else x  # noqa: E731
+    return jax.tree.map(leaves, model, is_leaf=is_weight)
+
+
+def load_config(folder):
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def is_weight(x):
+    return isinstance(x, lorax.AbstractLoraWeight)
