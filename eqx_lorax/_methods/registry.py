@@ -8,30 +8,18 @@ from typing import Any
 from .weight import AbstractLoraWeight
 
 
-def list_methods() -> dict[str, type[AbstractLoraWeight]]:
+def list_methods() -> dict[str, list[type[AbstractLoraWeight]]]:
     """The classes of weights that have a `method`, by its name: all that there are,
-    those of other packages too.
-
-    **Raises:**
-
-    `ValueError` if two classes have the same name. One that was defined again, as in a
-    notebook, counts once, as it was defined last.
-    """
-    found: dict[str, type[AbstractLoraWeight]] = {}
+    those of other packages too. One that was defined again, as in a notebook, counts
+    once, as it was defined last."""
+    found: dict[str, dict[str, type[AbstractLoraWeight]]] = {}
     left = [AbstractLoraWeight]
     while left:
         kind = left.pop(0)
         left += kind.__subclasses__()
-        if "method" not in vars(kind):
-            continue
-        other = found.setdefault(kind.method, kind)
-        if _full_name(other) != _full_name(kind):
-            raise ValueError(
-                f"Two classes have the method {kind.method!r}: {_full_name(other)} and "
-                f"{_full_name(kind)}. Give one of them another name."
-            )
-        found[kind.method] = kind
-    return found
+        if "method" in vars(kind):
+            found.setdefault(kind.method, {})[_full_name(kind)] = kind
+    return {name: list(kinds.values()) for name, kinds in found.items()}
 
 
 def _full_name(kind: type) -> str:
@@ -43,8 +31,8 @@ def find_method(method: str | type[AbstractLoraWeight]) -> type[AbstractLoraWeig
 
     **Raises:**
 
-    `ValueError` if there is none, with the near misses; `TypeError` if it is neither a
-    name nor a class of weights.
+    `ValueError` if there is none, with the near misses, or if there are two;
+    `TypeError` if it is neither a name nor a class of weights.
     """
     if isinstance(method, type) and issubclass(method, AbstractLoraWeight):
         return method
@@ -62,7 +50,13 @@ def find_method(method: str | type[AbstractLoraWeight]) -> type[AbstractLoraWeig
             f"{', '.join(map(repr, sorted(known)))}. A method of your own has to be "
             "imported first."
         )
-    return known[method]
+    kinds = known[method]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Two classes have the method {method!r}: {_full_name(kinds[0])} and "
+            f"{_full_name(kinds[1])}. Give one of them another name, or pass the class."
+        )
+    return kinds[0]
 
 
 def assign_options(

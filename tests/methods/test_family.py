@@ -133,7 +133,7 @@ def test_the_table_is_whole():
     own = {kind.method for kind in map(type, _all_weights())}
     known = {
         method
-        for method, kind in list_methods().items()
+        for method, (kind,) in list_methods().items()
         if kind.__module__.startswith("eqx_lorax.")
     }
     assert own == known == set(DEFINITIONS)
