@@ -110,7 +110,7 @@ def equimo_lora(model: Any, x: Any, rank: int) -> Program:
     return step("equimo.finetune", forward, adapted, trained, x)
 
 
-def peft_lora(layers: int, x: Any, rank: int) -> Pair:
+def peft_lora(layers: int, x: Any, rank: int, **options: Any) -> Pair:
     """Has its own floor, in PyTorch, on the device of JAX and with the precision of
     JAX."""
     import peft
@@ -134,7 +134,7 @@ def peft_lora(layers: int, x: Any, rank: int) -> Pair:
     inputs.requires_grad_(True)
     plain = make().requires_grad_(False)
     names = [str(2 * i) for i in range(layers)]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names, **options)
     adapted = peft.get_peft_model(make(), config)
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(trained, 1e-3)

@@ -43,6 +43,23 @@ def test_others():
     assert "function, gradient" in run("tracing", "--layers", "2", "--repeats", "1")
 
 
+def test_methods(tmp_path):
+    flags = [
+        "--tokens",
+        "16",
+        "--width",
+        "64",
+        "--rounds",
+        "2",
+        "--only",
+        "dora",
+        "ia3",
+    ]
+    assert "PEFT" in run("methods", *flags, "--output", str(tmp_path))
+    rows = json.loads((tmp_path / "methods.json").read_text())["rows"]
+    assert {row["name"] for row in rows} >= {"lora", "frozen", "dora", "ia3"}
+
+
 def test_growth(tmp_path):
     assert "unloraify" in run("growth", "--small", "--output", str(tmp_path))
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
