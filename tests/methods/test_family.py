@@ -192,6 +192,7 @@ def test_files_and_merging(name, tmp_path):
     assert_close(run(batched, merged, X), run(batched, trained, X))
 
 
+@pytest.mark.heavy
 @EVERY
 def test_bfloat16(name):
     """Wide factors on a narrow base: the update is not rounded before it is added."""
@@ -232,6 +233,7 @@ def test_trees_of_parameters(name):
     assert_close(back, wide(x @ tree["w"]) @ wide(form_dense(trained["w"])).T)
 
 
+@pytest.mark.heavy
 @pytest.mark.eight_devices
 @EVERY
 def test_shards(name):
