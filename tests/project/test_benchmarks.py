@@ -36,6 +36,11 @@ def test_speed(only, tmp_path):
         assert flops and all(abs(x - (1 + 3 * 8 / 1024)) < 0.003 for x in flops)
 
 
+def test_optimizers():
+    flags = "--steps 3 --seeds 2 --width 12 --only Pro".split()
+    assert run("optimizers", *flags).count("| LoRA-Pro, Adam") == 2
+
+
 def test_others():
     assert "loraify, warm" in run("outside", "--dim", "20", "--layers", "2")
     assert "merged" in run("precision")
