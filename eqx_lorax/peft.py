@@ -49,6 +49,7 @@ from ._peft import (
     PREFIX,
     read_folder,
     strip_names,
+    to_key,
 )
 from ._shared import replicate, write_once
 from ._trees import Filter, Places, rebuild
@@ -86,6 +87,10 @@ def save(
     the one here: ranks and alphas that differ go to `rank_pattern` and
     `alpha_pattern`, and the rank of a grouped convolution, whose groups share `a`, is
     multiplied by the number of groups.
+
+    The methods are LoRA, DoRA, VeRA, LoHa, LoKr, AdaLoRA and IA³, one for each folder.
+    What is measured from its start, as by `init="pissa"`, is written with twice the
+    rank, for the original base.
 
     !!! example
 
@@ -128,7 +133,8 @@ def save(
     **Raises:**
 
     `ValueError` if `names` lacks a path or gives one path twice, or if PEFT has no form
-    for an adapter: transposed convolutions, adapters on top of adapters.
+    for an adapter: other methods or several at once, transposed convolutions, adapters
+    on top of adapters.
     """
     check_whole(model, "lorax.peft.save(directory, {}, names=names)")
     model = as_written(without_views(model))
@@ -148,7 +154,7 @@ def save(
     base = fingerprint_base(places, whole.saved)
     folder = Path(directory)
     arrays = {
-        PREFIX + name: np.array(replicate(x), order="C") for name, x in tensors.items()
+        to_key(name): np.array(replicate(x), order="C") for name, x in tensors.items()
     }
     metadata = {"format": "pt", _BASE: json.dumps(base)}
     if config.get("target_parameters"):
@@ -203,11 +209,11 @@ def load(
 
     `lorax.AdapterFileError`, a `ValueError`, if any tensor has no place in the model,
     is missing or has the wrong shape, if the configuration mentions more than there is,
-    or if the adapter uses anything but LoRA or DoRA. PEFT itself ignores most of these.
-    It is raised for other files too: a pickle (`adapter_model.bin`), which is never
-    opened, an adapter in parts, a whole model, files of diffusers or kohya's scripts.
-    The message says what there is and what to do. `OSError` if nothing can be read
-    there.
+    or if the adapter uses anything that `lorax.peft.save` does not write. PEFT itself
+    ignores most of these. It is raised for other files too: a pickle
+    (`adapter_model.bin`), which is never opened, an adapter in parts, a whole model,
+    files of diffusers or kohya's scripts. The message says what there is and what to
+    do. `OSError` if nothing can be read there.
     """
     check_whole(model, "lorax.peft.load(directory, {}, names=names)")
     folder = Path(directory)

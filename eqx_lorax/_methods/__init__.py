@@ -15,6 +15,7 @@ from .family import (
     LoraFaWeight as LoraFaWeight,
     LoraXsWeight as LoraXsWeight,
     SegmentsWeight as SegmentsWeight,
+    split_size as split_size,
     TokensWeight as TokensWeight,
     VeraWeight as VeraWeight,
 )

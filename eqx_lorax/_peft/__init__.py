@@ -1,10 +1,11 @@
 """PEFT's format: a folder with a configuration and tensors, read into an adapter and
 written from one.
 
-Three rooms inside stand on each other: `pytorch` (paths and shapes there), `config`
-(the configuration) and `tensors` (the factors); the files beside them put these
-together. What formats share, such as reading safetensors or comparing bases, is in
-`_adapters`, and the public functions are in `peft.py`.
+Four rooms inside stand on each other: `pytorch` (paths and shapes there), `config`
+(the configuration), `tensors` (the factors) and `methods` (those beside LoRA and DoRA,
+one file each); the files beside them put these together. What formats share, such as
+reading safetensors or comparing bases, is in `_adapters`, and the public functions are
+in `peft.py`.
 """
 
 from .folder import (
@@ -12,6 +13,7 @@ from .folder import (
     PREFIX as PREFIX,
     read_folder as read_folder,
     strip_names as strip_names,
+    to_key as to_key,
 )
 from .forms import as_written as as_written
 from .pytorch import Names as Names

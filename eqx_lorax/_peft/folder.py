@@ -17,6 +17,7 @@ from .._adapters import (
     read_tensors,
 )
 from .config import check_config
+from .methods import BY_TYPE, OPTIONS, SHARED
 from .pytorch import list_paths
 from .tensors import MAGNITUDE
 
@@ -24,10 +25,13 @@ from .tensors import MAGNITUDE
 _T = TypeVar("_T")
 
 PREFIX = "base_model.model."
+_SHARED_PREFIX = "base_model."
 # Names that wrappers of a model add to its paths.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
+_OF_METHODS = sorted({name for x in BY_TYPE.values() for name in x.names})
 _WITH_ADAPTER_NAME = re.compile(
-    r"(.*\.(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save))"
+    r"((?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|"
+    rf"{'|'.join([*_OF_METHODS, *SHARED])}))"
     r"\.((?!lora_|weight$|bias$)[^.]+)((?:\..*)?)"
 )
 
@@ -45,7 +49,7 @@ def read_folder(
     _check_files(folder)
     try:
         config = json.loads((folder / PEFT_CONFIG).read_bytes())
-        check_config(config)
+        check_config(config, OPTIONS)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{folder / PEFT_CONFIG}: {error}.") from error
     metadata, tensors, _ = read_tensors(folder / PEFT_WEIGHTS)
@@ -58,6 +62,11 @@ def has_prefix(names: Iterable[str]) -> bool:
     return any(_strip_wrappers(name).startswith(PREFIX) for name in names)
 
 
+def to_key(name: str) -> str:
+    """The name in a file of a tensor, from its path in the model."""
+    return _SHARED_PREFIX + name if name in SHARED else PREFIX + name
+
+
 def strip_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
     """The tensors by their paths in the model alone: without PEFT's prefix, if there is
     one, the names of wrappers, and the name of the adapter.
@@ -67,8 +76,15 @@ def strip_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
     `ValueError` if these are not the same for all tensors, so that there are several
     adapters.
     """
-    others = [name for name in tensors if not has_prefix([name])]
-    if 0 < len(others) < len(tensors):
+    shared = {
+        name: name.removeprefix(_SHARED_PREFIX)
+        for name in map(_strip_wrappers, tensors)
+        if name.removeprefix(_SHARED_PREFIX).partition(".")[0] in SHARED
+    }
+    others = [
+        x for x in tensors if not has_prefix([x]) and _strip_wrappers(x) not in shared
+    ]
+    if 0 < len(others) < len(tensors) - len(shared):
         raise ValueError(
             f"some of its tensors begin with {PREFIX} and some do not: "
             f"{list_paths(others)}. Rename these in the file."
@@ -76,7 +92,8 @@ def strip_names(tensors: Mapping[str, _T]) -> dict[str, _T]:
     plain: dict[str, _T] = {}
     adapters: dict[str, None] = {}
     for name, x in tensors.items():
-        path = _strip_wrappers(name).removeprefix(PREFIX)
+        path = _strip_wrappers(name)
+        path = shared.get(path, path.removeprefix(PREFIX))
         found = _WITH_ADAPTER_NAME.fullmatch(path)
         if found is not None:
             adapters[found[2]] = None

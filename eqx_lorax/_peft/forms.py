@@ -6,6 +6,7 @@ import jax
 
 from .._methods import DoraWeight, is_weight, join_start, LoraWeight
 from .._shared import list_some
+from .methods import BY_METHOD
 
 
 _Model = TypeVar("_Model")
@@ -42,7 +43,7 @@ def as_written(model: _Model) -> _Model:
 def _convert(path: str, weight: Any) -> Any:
     if isinstance(weight, DoraWeight):
         return _without_start(weight)
-    if isinstance(weight, LoraWeight):
+    if isinstance(weight, LoraWeight) or weight.method in BY_METHOD:
         return weight
     if weight.is_plain_lora:
         return LoraWeight.from_factored(weight.factored())

@@ -1,13 +1,13 @@
 """From the tensors and the configuration of PEFT to adapters here."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from .._adapters import Adapter
+from .._adapters import Adapter, DetachedWeight
 from .._trees import Place, Places
 from .bases import find_other_bases
 from .biases import read_biases
@@ -17,6 +17,7 @@ from .config import (
     is_parameter_targeted,
     warn_of_unused_patterns,
 )
+from .methods import BY_TYPE, OPTIONS, read_layers
 from .pytorch import (
     expand,
     find_modules,
@@ -79,6 +80,80 @@ def import_adapter(
         )
     remaining = dict(zip(tensors, jax.device_get(list(tensors.values()))))
     known = dict(find_counterparts(places, names, in_out))
+    contents = Contents(tensors)
+    found = (
+        _read_lora(config, places, names, known, remaining, order, tied, contents)
+        if config["peft_type"] == "LORA"
+        else _read_other(config, known, remaining, tied)
+    )
+    problems = found.problems
+    for path in found.modules:
+        head = tied.heads.get(known[path].place)
+        for module in (path, head) if head else (path,):
+            lines = list(find_other_bases(module, known[path], remaining))
+            problems += [] if allow_other_base else lines
+    others = dict(_read_whole_arrays(places, names, remaining)) | found.biases
+    if remaining:
+        problems.append(
+            f"`names` leads nowhere in `model` for {list_paths(remaining)}. Known to "
+            f"`names`: {list_paths(known) or 'nothing'}"
+        )
+    experts = [
+        path for path, counterpart in known.items() if counterpart.layout.is_parameter
+    ]
+    problems += find_missing(
+        config,
+        contents,
+        modules=[path for path in known if path not in experts],
+        parameters=experts,
+        arrays=find_modules(places, names),
+        adapted=found.adapted,
+    )
+    if problems:
+        raise ValueError(_list_problems(problems))
+    if OPTIONS[config["peft_type"]].has_patterns:
+        warn_of_unused_patterns(config, found.adapted)
+    return Adapter(found.make_weights(), others)
+
+
+class _Found(NamedTuple):
+    """The adapted weights of a file and their biases."""
+
+    make_weights: Callable[[], list[DetachedWeight]]
+    modules: Collection[str]
+    """The paths of the adapted modules in PyTorch."""
+    adapted: list[str]
+    """The same, with those of which tensors are lost, and with parameters."""
+    biases: dict[tuple[str, ...], Any]
+    problems: list[str]
+
+
+def _read_other(
+    config: Mapping[str, Any],
+    known: Mapping[str, Counterpart],
+    remaining: dict[str, Any],
+    tied: Tied,
+) -> _Found:
+    """The weights of a method beside LoRA and DoRA."""
+    kind = config["peft_type"]
+    weights, adapted, problems = read_layers(BY_TYPE[kind], config, known, remaining)
+    for path in adapted:
+        if known[path].place in tied.heads:
+            problems.append(f"{path} is in `tied`, which can be with LoRA alone")
+    return _Found(lambda: weights, adapted, adapted, {}, problems)
+
+
+def _read_lora(
+    config: Mapping[str, Any],
+    places: Places,
+    names: Names,
+    known: Mapping[str, Counterpart],
+    remaining: dict[str, Any],
+    order: Sequence[str] | None,
+    tied: Tied,
+    contents: Contents,
+) -> _Found:
+    """The weights of LoRA or DoRA."""
     experts = [
         path for path, counterpart in known.items() if counterpart.layout.is_parameter
     ]
@@ -114,36 +189,18 @@ def import_adapter(
                 config, path, head, counterpart, pair, remaining
             )
         adapted += [path] * bool(here)
-    contents = Contents(tensors)
     biases, wrong = read_biases(
         config, places, names, remaining, adapted=modules, whole=contents.whole
     )
     problems += wrong
-    for path in modules:
-        head = tied.heads.get(known[path].place)
-        for module in (path, head) if head else (path,):
-            lines = list(find_other_bases(module, known[path], remaining))
-            problems += [] if allow_other_base else lines
-    others = dict(_read_whole_arrays(places, names, remaining)) | biases
-    if remaining:
-        problems.append(
-            f"`names` leads nowhere in `model` for {list_paths(remaining)}. Known to "
-            f"`names`: {list_paths(known) or 'nothing'}"
-        )
-    problems += find_missing(
-        config,
-        contents,
-        modules=[path for path in known if path not in experts],
-        parameters=experts,
-        arrays=find_modules(places, names),
-        adapted=adapted,
-    )
-    if problems:
-        raise ValueError(_list_problems(problems))
-    warn_of_unused_patterns(config, adapted)
     dropout = float(config.get("lora_dropout", 0.0))
-    joined = [join_layers(place, parts, dropout) for place, parts in found.items()]
-    return Adapter(joined, others)
+    return _Found(
+        lambda: [join_layers(place, parts, dropout) for place, parts in found.items()],
+        modules,
+        adapted,
+        biases,
+        problems,
+    )
 
 
 def _list_problems(problems: list[str]) -> str:

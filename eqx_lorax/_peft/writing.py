@@ -13,7 +13,8 @@ from .._methods import is_weight
 from .._modules import infer_axes
 from .._trees import Place, Places
 from .biases import collect_biases
-from .config import is_named_alone, list_ancestors, make_config
+from .config import is_named_alone, list_ancestors, make_config, make_targets
+from .methods import BY_METHOD, Layer, split_layers
 from .pytorch import (
     expand,
     find_modules,
@@ -77,6 +78,14 @@ def export_adapter(
     """The tensors and the configuration of an adapter in PEFT's format. Its
     `target_parameters` are in the order in which PEFT nests those of one module."""
     by_path = {place.path: place for place in places.all}
+    for adapted in adapter.weights:
+        if is_weight(by_path[adapted.path].node.w):
+            raise ValueError(
+                f"{adapted.dotted} has an adapter on top of an adapter, which PEFT has "
+                "not. Merge the inner one first."
+            )
+    if adapter.weights and adapter.weights[0].method in BY_METHOD:
+        return _export_other(adapter, places, names, in_out, whole, tied)
     is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.weights)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -84,11 +93,6 @@ def export_adapter(
     factors: dict[str, tuple[Layout, Factors]] = {}
     for adapted in adapter.weights:
         place = by_path[adapted.path]
-        if is_weight(place.node.w):
-            raise ValueError(
-                f"{adapted.dotted} has an adapter on top of an adapter, which PEFT has "
-                "not. Merge the inner one first."
-            )
         for torch, layout, part in _export_parts(place, names, place in in_out):
             if torch in factors:
                 raise ValueError(f"`names` gives {torch!r} twice.")
@@ -142,6 +146,55 @@ def export_adapter(
     config["modules_to_save"] = (
         choose_modules_to_save(whole, factors.keys(), modules) or None
     )
+    return tensors | whole.tensors, config
+
+
+def _export_other(
+    adapter: Adapter,
+    places: Places,
+    names: Names,
+    in_out: InOut,
+    whole: SavedWhole,
+    tied: Tied,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """As `export_adapter`, of a method beside LoRA and DoRA."""
+    format = BY_METHOD[adapter.weights[0].method]
+    by_path = {place.path: place for place in places.all}
+    if whole.bias != "none":
+        raise ValueError(
+            f"`also` names biases, and PEFT trains none beside {format.peft_type}. "
+            "Save it with `lorax.save_adapter`."
+        )
+    layers: dict[str, Layer] = {}
+    for adapted in adapter.weights:
+        place = by_path[adapted.path]
+        if place in tied.heads:
+            raise ValueError(
+                f"{adapted.dotted} is in `tied`, which can be with LoRA alone. Convert "
+                "it with `lorax.as_lora(model, rank)`, or untie the two."
+            )
+        for torch, layer in split_layers(format, place, names, in_out):
+            if torch in layers:
+                raise ValueError(f"`names` gives {torch!r} twice.")
+            layers[torch] = layer
+    tensors, options = format.write(layers)
+    modules = list_known_modules(places, names, layers)
+    config = {
+        "peft_type": format.peft_type,
+        "inference_mode": True,
+        "target_modules": make_targets(layers, modules),
+        "modules_to_save": choose_modules_to_save(whole, layers.keys(), modules)
+        or None,
+        **options,
+    }
+    if format.options.dropout is not None:
+        config[format.options.dropout] = _choose_dropout(adapter, [])
+    elif any(x.dropout for x in adapter.weights):
+        warnings.warn(
+            f"PEFT has no dropout of {format.peft_type}. Written without, which only "
+            "matters for further training.",
+            stacklevel=4,
+        )
     return tensors | whole.tensors, config
 
 

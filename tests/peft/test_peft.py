@@ -200,7 +200,7 @@ def test_what_peft_has_no_form_for(tmp_path, getkey):
 @pytest.mark.parametrize(
     "option, message",
     [
-        ({"peft_type": "LOHA"}, "`peft_type` is 'LOHA'"),
+        ({"peft_type": "OFT"}, "`peft_type` is 'OFT'"),
         ({"peft_type": None}, "`peft_type` is None"),
         ({"use_dora": True}, "of conv0 there is only"),
         ({"use_qalora": True}, "it uses use_qalora"),

@@ -271,10 +271,10 @@ def test_patterns_that_no_module_follows(saved, tmp_path):
         ({"modules_to_save": "score"}, ['`modules_to_save` is "score", where a list']),
         ({"target_parameters": "up"}, ['`target_parameters` is "up", where a list']),
         ({"peft_type": None}, ["`peft_type` is None; only 'LORA'", "which file"]),
-        ({"peft_type": "lora"}, ["`peft_type` is 'lora'; only 'LORA' can be read"]),
+        ({"peft_type": "lora"}, ["`peft_type` is 'lora'; only 'LORA'"]),
         (
-            {"peft_type": "LOKR"},
-            ["`peft_type` is 'LOKR'; only", "`merge_and_unload()`"],
+            {"peft_type": "OFT"},
+            ["`peft_type` is 'OFT'; only", "`merge_and_unload()`"],
         ),
         ({"peft_type": "PREFIX_TUNING"}, ["trains inputs of a model"]),
         ({"peft_type": ["LORA"]}, ["`peft_type` is ['LORA']; only 'LORA'"]),

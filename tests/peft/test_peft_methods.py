@@ -2,6 +2,7 @@
 refused. `test_peft_methods_interop.py` compares with the real PEFT."""
 
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -65,9 +66,10 @@ def randomised(model):
     return lorax.combine(jax.tree.map(noise, params), frozen)
 
 
-def make(getkey, targets, **options):
-    plain = Model(getkey())
-    model = lorax.loraify(plain, targets, rank=2, alpha=3.0, key=getkey(), **options)
+def make(targets, **options):
+    plain = Model(jr.key(0))
+    options = dict(rank=2, alpha=3.0) | options
+    model = lorax.loraify(plain, targets, key=jr.key(1), **options)
     return plain, randomised(model)
 
 
@@ -90,20 +92,62 @@ METHODS = {
         "LORA",
         {"lora_A.weight", "lora_B.weight", "lora_magnitude_vector"},
     ),
+    "loha": (
+        ["layers", "conv", "grouped", "project"],
+        dict(method="loha"),
+        "LOHA",
+        {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"},
+    ),
+    "lokr": (
+        ["layers", "conv", "grouped", "project"],
+        dict(method="lokr", rank=1),
+        "LOKR",
+        {"lokr_w1", "lokr_w2_a", "lokr_w2_b"},
+    ),
+    "lokr, both": (
+        ["layers", "project"],
+        dict(method="lokr", rank=1, decompose_both=True, decompose_factor=3),
+        "LOKR",
+        {"lokr_w1_a", "lokr_w1_b", "lokr_w2"},
+    ),
+    "adalora": (
+        ["layers", "project"],
+        dict(method="adalora"),
+        "ADALORA",
+        {"lora_A", "lora_B", "lora_E"},
+    ),
+    "ia3": (
+        ["layers", "project"],
+        dict(method="ia3"),
+        "IA3",
+        {"ia3_l"},
+    ),
 }
 
 
-@pytest.fixture(params=METHODS)
-def saved(request, tmp_path, getkey):
+@pytest.fixture(scope="module", params=METHODS)
+def made(request, tmp_path_factory):
     targets, options, kind, names = METHODS[request.param]
-    plain, model = make(getkey, targets, **options)
-    lorax.peft.save(tmp_path, model, names=NAMES)
+    plain, model = make(targets, **options)
+    folder = tmp_path_factory.mktemp("saved")
+    lorax.peft.save(folder, model, names=NAMES, transposed=InOut)
+    return plain, model, folder, kind, names
+
+
+@pytest.fixture
+def saved(made, tmp_path):
+    plain, model, folder, kind, names = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return plain, model, tmp_path, kind, names
+
+
+def load(folder, plain):
+    return lorax.peft.load(folder, plain, names=NAMES, transposed=InOut)
 
 
 def test_round_trip(saved):
     plain, model, folder, kind, names = saved
-    assert_identical(lorax.peft.load(folder, plain, names=NAMES), model)
+    assert_identical(load(folder, plain), model)
     config, tensors = files(folder)
     assert config["peft_type"] == kind
     start = "base_model.model.layer.1."
@@ -113,10 +157,10 @@ def test_round_trip(saved):
 def test_missing_tensors_are_refused(saved):
     plain, _, folder, _, names = saved
     config, tensors = files(folder)
-    gone = f"base_model.model.layer.1.{max(names)}"
-    write(folder, config, {x: y for x, y in tensors.items() if x != gone})
-    with pytest.raises(lorax.AdapterFileError, match=r"(?s)layer\.1.*[Cc]opy or save"):
-        lorax.peft.load(folder, plain, names=NAMES)
+    lost = f"base_model.model.layer.1.{max(names)}"
+    write(folder, config, {x: y for x, y in tensors.items() if x != lost})
+    with pytest.raises(lorax.AdapterFileError, match=r"(?s)layer\.1.*copy or save"):
+        load(folder, plain)
 
 
 def test_other_tensors_are_refused(saved):
@@ -125,8 +169,8 @@ def test_other_tensors_are_refused(saved):
     extra = f"base_model.model.layer.2.{max(names)}"
     of_layer = tensors[f"base_model.model.layer.1.{max(names)}"]
     write(folder, config, tensors | {extra: of_layer})
-    with pytest.raises(lorax.AdapterFileError, match=r"nowhere.*layer\.2"):
-        lorax.peft.load(folder, plain, names=NAMES)
+    with pytest.raises(lorax.AdapterFileError, match=r"(?s)nowhere.*layer\.2.*take it"):
+        load(folder, plain)
 
 
 def test_other_shapes_are_refused(saved):
@@ -136,16 +180,19 @@ def test_other_shapes_are_refused(saved):
         path = f"base_model.model.layer.1.{name}"
         wrong = np.concatenate([tensors[path], tensors[path]])
         write(folder, config, tensors | {path: wrong})
-        with pytest.raises(lorax.AdapterFileError, match=r"layer\.1.*model"):
-            lorax.peft.load(folder, plain, names=NAMES)
+        with pytest.raises(
+            lorax.AdapterFileError, match=r"layer\.1.*The file is for a"
+        ):
+            load(folder, plain)
 
 
 def test_unknown_options_are_refused(saved):
     plain, _, folder, _, _ = saved
     config, tensors = files(folder)
-    write(folder, config | {"use_magic": True}, tensors)
-    with pytest.raises(lorax.AdapterFileError, match="use_magic"):
-        lorax.peft.load(folder, plain, names=NAMES)
+    for option in ({"use_magic": True}, {"bias": "all_of_them"}):
+        write(folder, config | option, tensors)
+        with pytest.raises(lorax.AdapterFileError, match="magic|all_of_them"):
+            load(folder, plain)
 
 
 def test_names_of_adapters(saved):
@@ -159,42 +206,169 @@ def test_names_of_adapters(saved):
         return name.removesuffix(end) + head + ".default" + dot if end else name
 
     write(folder, config, {renamed(x): y for x, y in tensors.items()})
-    assert_identical(lorax.peft.load(folder, plain, names=NAMES), model)
+    assert_identical(load(folder, plain), model)
+
+
+# What PEFT has not, or has otherwise: each error says what to do.
+
+GIVEN_UP = "as_lora.*save_adapter"
+REFUSED = {
+    "dora, grouped": ("grouped", dict(method="dora"), "no DoRA of grouped conv"),
+    "dora, experts": ("experts", dict(method="dora"), "no DoRA of parameters"),
+    "dora, in out": (
+        "project",
+        dict(method="dora"),
+        "magnitude of its rows.*outputs are its columns",
+    ),
+    "vera, in out": ("project", dict(method="vera"), "gain of its inputs"),
+    "vera, conv": ("conv", dict(method="vera"), "VeRA of linear layers"),
+    "loha, words": ("words", dict(method="loha"), "no LoHa of embeddings"),
+    "loha, experts": ("experts", dict(method="loha"), "no 'loha' of parameters"),
+    "lokr, whole": ("conv", dict(method="lokr"), r"kron\(w2, w1\)"),
+    "adalora, conv": ("conv", dict(method="adalora"), "AdaLoRA of `Conv2d`"),
+    "ia3, conv": ("conv", dict(method="ia3", scale_inputs=True), "IA³ of `Conv1d`"),
+    "lora_xs": ("layers", dict(method="lora_xs"), "method 'lora_xs'"),
+    "several": (
+        ["layers", "conv"],
+        dict(method={"layers": "loha", "*": "lora"}),
+        "several methods",
+    ),
+}
+
+
+@pytest.mark.parametrize("target, options, message", REFUSED.values(), ids=REFUSED)
+def test_what_peft_has_not(target, options, message, tmp_path):
+    rank = lorax.LoraSpec(2, batch=(0,)) if target == "experts" else 2
+    plain = Model(jr.key(0))
+    model = lorax.loraify(plain, target, rank=rank, key=jr.key(1), **options)
+    with pytest.raises(ValueError, match=f"{message}.*{GIVEN_UP}"):
+        lorax.peft.save(tmp_path, model, names=NAMES, transposed=InOut)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scales_that_peft_has_not(tmp_path):
+    """PEFT scales the bias of a layer together with its outputs."""
+    layer = [eqx.nn.Linear(4, 6, key=jr.key(0))]
+    names = {"0": "x"}
+    free = [eqx.nn.Linear(4, 6, use_bias=False, key=jr.key(0))]
+    model = lorax.loraify(free, method="ia3", key=jr.key(1))
+    lorax.peft.save(tmp_path, model, names=names)
+    with pytest.raises(lorax.AdapterFileError, match="x: .*bias.*merge_and_unload"):
+        lorax.peft.load(tmp_path, layer, names=names, allow_other_base=True)
+
+
+OTHER_FILES = {
+    "effective convolutions": (
+        "loha",
+        {"conv.hada_t1": np.ones((2, 2, 3, 1), np.float32)},
+        {},
+        "conv: hada_t1 cannot be read here: merge it in PyTorch",
+    ),
+    "no rank": ("loha", {}, {"r": 0}, "`r` is 0, where a rank belongs"),
+    "another rank": ("loha", {}, {"r": 3}, "layer.0: `hada_w1_a` has shape"),
+    "another split": (
+        "lokr",
+        {},
+        {"decompose_factor": 1},
+        r"layer.0: `lokr_w1` has shape \(2, 2\), and .*\(1, 1\)",
+    ),
+    "a bad pattern": (
+        "adalora",
+        {},
+        {"rank_pattern": ["x"]},
+        "`rank_pattern` is no object. Save the adapter again",
+    ),
+    "pruned otherwise": (
+        "adalora",
+        {},
+        {"rank_pattern": {"layer.0.lora_E": [True, False]}},
+        r"layer.0: `lora_A` has shape \(2, 4\), and .*\(1, 4\)",
+    ),
+    "stabilised": ("adalora", {}, {"use_rslora": True}, "it uses use_rslora"),
+    "inputs": ("ia3", {}, {"feedforward_modules": ["layer.0"]}, "layer.0: `ia3_l`"),
+    "biases": ("loha", {}, {"bias": "all"}, "`bias='all'` is not known.*merge_and"),
+    "others": ("loha", {}, {"peft_type": "OFT"}, "`peft_type` is 'OFT'; only 'LORA'"),
+}
+
+
+@pytest.mark.parametrize(
+    "method, more, options, message", OTHER_FILES.values(), ids=OTHER_FILES
+)
+def test_files_that_are_refused(method, more, options, message, tmp_path):
+    targets, of_method, *_ = METHODS[method]
+    plain, model = make(targets, **of_method)
+    lorax.peft.save(tmp_path, model, names=NAMES, transposed=InOut)
+    config, tensors = files(tmp_path)
+    more = {f"base_model.model.{name}": x for name, x in more.items()}
+    write(tmp_path, config | options, tensors | more)
+    with pytest.raises(lorax.AdapterFileError, match=message):
+        load(tmp_path, plain)
+
+
+# VeRA
+
+
+def test_vera(tmp_path):
+    """A seed is written as the matrices that it says, which come back as arrays."""
+    plain, model = make("layers", method="vera", seed=3)
+    lorax.peft.save(tmp_path / "seed", model, names=NAMES)
+    _, tensors = files(tmp_path / "seed")
+    assert {"base_model.vera_A", "base_model.vera_B"} <= tensors.keys()
+    loaded = lorax.peft.load(tmp_path / "seed", plain, names=NAMES)
+    found, expected = (x.layers.weight.materialise() for x in (loaded, model))
+    np.testing.assert_array_equal(found, expected)
+    lorax.peft.save(tmp_path / "arrays", loaded, names=NAMES)
+    again = lorax.peft.load(tmp_path / "arrays", plain, names=NAMES)
+    assert_identical(again, loaded)
+
+
+def test_vera_without_matrices(tmp_path):
+    plain, model = make("layers", method="vera")
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    config, tensors = files(tmp_path)
+    shared = {"base_model.vera_A", "base_model.vera_B"}
+    write(tmp_path, config, {x: y for x, y in tensors.items() if x not in shared})
+    with pytest.raises(lorax.AdapterFileError, match="vera_A.*save_projection=True"):
+        lorax.peft.load(tmp_path, plain, names=NAMES)
+    narrow = tensors | {"base_model.vera_A": tensors["base_model.vera_A"][:, :3]}
+    write(tmp_path, config, narrow)
+    with pytest.raises(lorax.AdapterFileError, match=r"`vera_A` has shape \(2, 3\)"):
+        lorax.peft.load(tmp_path, plain, names=NAMES)
+
+
+def test_vera_with_several_matrices(tmp_path):
+    free = [eqx.nn.Linear(4, 4, use_bias=False, key=jr.key(i)) for i in range(2)]
+    model = lorax.loraify(free, rank=2, method="vera", key=jr.key(2))
+    other = lorax.loraify(free, rank=2, method="vera", seed=1, key=jr.key(2))
+    names = {"0": "x", "1": "y"}
+    mixed = [model[0], other[1]]
+    with pytest.raises(ValueError, match=r"seeds \{0, 1\}.*save_adapter"):
+        lorax.peft.save(tmp_path, mixed, names=names)
+    loaded = []
+    for one in (model, other):
+        lorax.peft.save(tmp_path, one, names=names)
+        loaded.append(lorax.peft.load(tmp_path, free, names=names))
+    mixed = [loaded[0][0], loaded[1][1]]
+    with pytest.raises(ValueError, match="those of . are not the beginnings"):
+        lorax.peft.save(tmp_path, mixed, names=names)
 
 
 # DoRA
 
 
-def test_dora_beside_lora_is_refused(tmp_path, getkey):
-    _, model = make(getkey, ["words", "conv"], method={"words": "dora", "*": "lora"})
+def test_dora_beside_lora_is_refused(tmp_path):
+    _, model = make(["words", "conv"], method={"words": "dora", "*": "lora"})
     with pytest.raises(ValueError, match="several methods, 'dora'.*'lora'.*save_adapt"):
         lorax.peft.save(tmp_path, model, names=NAMES)
 
 
-@pytest.mark.parametrize(
-    "target, message",
-    [
-        ("grouped", "no DoRA of grouped convolutions"),
-        ("experts", "no DoRA of parameters"),
-        ("project", "magnitude of its rows.*outputs are its columns"),
-    ],
-)
-def test_dora_that_peft_has_not(target, message, tmp_path, getkey):
-    rank = lorax.LoraSpec(2, batch=(0,)) if target == "experts" else 2
-    plain = Model(getkey())
-    model = lorax.loraify(plain, target, rank=rank, method="dora", key=getkey())
-    options = dict(transposed=InOut) if target == "project" else {}
-    with pytest.raises(ValueError, match=f"{message}.*as_lora.*save_adapter"):
-        lorax.peft.save(tmp_path, model, names=NAMES, **options)
-
-
-def test_dora_of_a_layer_that_is_stored_in_out(tmp_path, getkey):
-    plain, model = make(getkey, "project", method="dora")
+def test_dora_of_a_layer_that_is_stored_in_out(tmp_path):
+    plain = Model(jr.key(0))
     names = {"project": "project"}
     # With a layer `(out, in)` as the go-between: its outputs are its rows.
     turned = eqx.tree_at(lambda m: m.project.weight, plain, plain.project.weight.T)
     model = lorax.loraify(
-        turned, "project", rank=2, alpha=3.0, method="dora", key=getkey()
+        turned, "project", rank=2, alpha=3.0, method="dora", key=jr.key(1)
     )
     model = randomised(model)
     lorax.peft.save(tmp_path, model, names=names)
@@ -206,7 +380,7 @@ def test_dora_of_a_layer_that_is_stored_in_out(tmp_path, getkey):
     np.testing.assert_allclose(found.T, expected, rtol=1e-5)
 
 
-def test_dora_of_tied_embeddings_is_refused(tmp_path, getkey):
-    _, model = make(getkey, "words", method="dora")
+def test_dora_of_tied_embeddings_is_refused(tmp_path):
+    _, model = make("words", method="dora")
     with pytest.raises(ValueError, match=r"words\.weight has DoRA.*[Uu]ntie"):
         lorax.peft.save(tmp_path, model, names=NAMES, tied={"words": "lm_head"})

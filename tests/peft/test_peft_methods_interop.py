@@ -19,6 +19,8 @@ import eqx_lorax as lorax
 pytestmark = AGAINST_PEFT
 
 LAYERS = ["words", "layer.0", "layer.1", "conv", "image", "classifier"]
+LINEAR = ["layer.0", "layer.1", "classifier"]
+NO_TABLES = [*LINEAR, "conv", "image"]
 # Each method: the name of its configuration in PEFT, options of it, and its weight
 # here.
 METHODS = {
@@ -40,6 +42,55 @@ METHODS = {
             alpha_pattern={"image": 5},
         ),
         lorax.DoraWeight,
+    ),
+    "vera": (
+        "VeraConfig",
+        dict(r=3, target_modules=LINEAR),
+        lorax.VeraWeight,
+    ),
+    "loha": (
+        "LoHaConfig",
+        dict(r=2, alpha=3, target_modules=NO_TABLES, rank_pattern={"conv": 1}),
+        lorax.LohaWeight,
+    ),
+    "lokr": (
+        "LoKrConfig",
+        dict(r=1, alpha=3, target_modules=NO_TABLES, alpha_pattern={"image": 5}),
+        lorax.LokrWeight,
+    ),
+    "lokr, both": (
+        "LoKrConfig",
+        dict(
+            r=1,
+            alpha=3,
+            target_modules=NO_TABLES,
+            decompose_both=True,
+            decompose_factor=3,
+        ),
+        lorax.LokrWeight,
+    ),
+    "lokr, whole": (
+        "LoKrConfig",
+        dict(r=4, alpha=3, target_modules=[*LINEAR, "image"]),
+        lorax.LokrWeight,
+    ),
+    "adalora": (
+        "AdaLoraConfig",
+        dict(
+            init_r=3,
+            lora_alpha=5,
+            total_step=9,
+            target_modules=[*LINEAR, "image"],
+        ),
+        lorax.AdaLoraWeight,
+    ),
+    "ia3": (
+        "IA3Config",
+        dict(
+            target_modules=["classifier", "image", "layer.0", "layer.1"],
+            feedforward_modules=["image", "layer.0", "layer.1"],
+        ),
+        lorax.Ia3Weight,
     ),
 }
 
@@ -132,6 +183,25 @@ UNEVEN = {
     "dora, one layer": (
         "LoraConfig",
         dict(r=2, use_dora=True, target_modules=["layer.1"]),
+    ),
+    "loha, ranks": (
+        "LoHaConfig",
+        dict(
+            r=2,
+            alpha=3,
+            target_modules=LINEAR,
+            rank_pattern={"layer.0": 1},
+            alpha_pattern={"layer.1": 5},
+        ),
+    ),
+    "lokr, scales": (
+        "LoKrConfig",
+        dict(r=1, alpha=3, target_modules=LINEAR, alpha_pattern={"layer.1": 5}),
+    ),
+    "vera, one layer": ("VeraConfig", dict(r=2, target_modules=["layer.1"])),
+    "ia3, one layer": (
+        "IA3Config",
+        dict(target_modules=["layer.1"], feedforward_modules=["layer.1"]),
     ),
 }
 
@@ -232,6 +302,67 @@ def moved(model):
 
 def load_config(folder):
     return json.loads((folder / "adapter_config.json").read_text())
+
+
+def test_factors_that_peft_exchanges(tmp_path, getkey):
+    """PEFT's Kronecker product of a whole `w2` of a `Conv1d` has `w2` first, for want
+    of an axis of `w1`, so that it cannot be read as that of other layers."""
+    ours, theirs = make_pair(getkey())
+    options = dict(r=4, target_modules=["conv"])
+    adapted = with_random_adapter(theirs, "LoKrConfig", options, tmp_path)
+    conv = adapted.base_model.model.conv
+    w1, w2 = (numpy(x["default"]) for x in (conv.lokr_w1, conv.lokr_w2))
+    found = numpy(conv.get_delta_weight("default"))
+    scale = conv.scaling["default"]
+    exchanged = scale * np.kron(w2, w1[:, :, None])
+    np.testing.assert_allclose(found, exchanged, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(found, scale * np.kron(w1[:, :, None], w2))
+    with pytest.raises(lorax.AdapterFileError, match=r"conv: .*kron\(w2, w1\).*Merge"):
+        lorax.peft.load(tmp_path, ours, names=NAMES)
+
+
+# The matrices of VeRA that a seed says here are not those of any seed there.
+def test_seeded_vera_to_peft(tmp_path, getkey):
+    ours, theirs = make_pair(getkey())
+    model = lorax.loraify(
+        ours, ["layers", "head"], rank={"head": 2, "*": 3}, method="vera", key=getkey()
+    )
+    params, frozen = lorax.partition(model)
+    model = lorax.combine(jax.tree.map(lambda x: x + 0.3, params), frozen)
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    found = numpy(in_peft(theirs, tmp_path)(tensor(TOKENS)))
+    np.testing.assert_allclose(found, outputs(model), rtol=1e-5, atol=1e-5)
+    assert np.abs(found - outputs(ours)).max() > 0.01
+    loaded = lorax.peft.load(tmp_path, ours, names=NAMES)
+    np.testing.assert_allclose(outputs(loaded), found, rtol=1e-5, atol=1e-5)
+
+
+def test_pruned_adalora(tmp_path, getkey):
+    """Directions that were pruned are not in the file, and the scale is that of the
+    rank at the start."""
+    import torch
+
+    ours, theirs = make_pair(getkey())
+    options = dict(init_r=3, lora_alpha=5, total_step=9, target_modules=LINEAR)
+    adapted = with_random_adapter(theirs, "AdaLoraConfig", options, tmp_path / "whole")
+    left = {
+        "layer.0.lora_E.default": [True, False, True],
+        "layer.1.lora_E.default": [False, False, False],
+        "classifier.lora_E.default": [True, True, False],
+    }
+    for name, kept in left.items():
+        gates = adapted.base_model.model.get_submodule(name.partition(".lora_E")[0])
+        with torch.no_grad():
+            gates.lora_E["default"] *= torch.tensor(kept)[:, None]
+    adapted.peft_config["default"].rank_pattern = left
+    adapted.save_pretrained(tmp_path / "theirs")
+    loaded = lorax.peft.load(tmp_path / "theirs", ours, names=NAMES)
+    expected = numpy(adapted(tensor(TOKENS)))
+    np.testing.assert_allclose(outputs(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert loaded.head.weight.rank == loaded.layers.weight.rank == 2
+    lorax.peft.save(tmp_path / "ours", loaded, names=NAMES)
+    found = numpy(in_peft(make_theirs(), tmp_path / "ours")(tensor(TOKENS)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def is_weight(x):

@@ -4,7 +4,11 @@ and whether the tensors are all that it promises.
 Tensors are known here by their names alone; their contents are in `tensors`.
 """
 
-from .matching import is_named_alone as is_named_alone, list_ancestors as list_ancestors
+from .matching import (
+    is_named_alone as is_named_alone,
+    list_ancestors as list_ancestors,
+    make_targets as make_targets,
+)
 from .missing import (
     Contents as Contents,
     find_missing as find_missing,
@@ -15,5 +19,8 @@ from .options import (
     check_config as check_config,
     find_alpha as find_alpha,
     find_rank as find_rank,
+    LORA as LORA,
     make_config as make_config,
+    make_patterns as make_patterns,
+    Options as Options,
 )

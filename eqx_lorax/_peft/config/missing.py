@@ -26,6 +26,12 @@ _HEADS = {
 }
 
 
+# The names of the tensors of adapters, with the paths of their modules.
+_OF_ADAPTER = re.compile(
+    r"(.*)\.(?:lora_|hada_|lokr_|vera_lambda_|ia3_l$|ranknum$|token_adapter\.).*"
+)
+
+
 class Contents:
     """The modules of PyTorch for which a file has tensors."""
 
@@ -39,11 +45,11 @@ class Contents:
         self.whole: set[str] = set()
         """The modules with arrays of their own besides a bias."""
         for name in tensors:
-            module, lora, _ = name.rpartition(".lora_")
+            adapted = _OF_ADAPTER.fullmatch(name)
             owner, _, array = name.rpartition(".")
-            if lora:
-                self.adapted.add(_strip_wrappers(module))
-            elif array != "bias" and not owner.endswith(".base_layer"):
+            if adapted is not None:
+                self.adapted.add(_strip_wrappers(adapted[1]))
+            elif owner and array != "bias" and not owner.endswith(".base_layer"):
                 self.whole.add(owner)
 
     def has(self, entry: str) -> bool:

@@ -1,6 +1,7 @@
 """The options of `adapter_config.json`: writing, checking and looking them up."""
 
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -13,40 +14,65 @@ from .matching import follows_pattern, make_pattern, make_targets
 # The version of the format that is written: since 0.19 `A` of experts has their inputs.
 FORMAT = "0.21.0"
 
-# Options that do not change what a trained adapter computes.
-_HARMLESS = {
+# Options of all methods, which do not change what a trained adapter computes, or which
+# are used to find its modules.
+_COMMON = {
     "auto_mapping",
     "base_model_name_or_path",
-    "ensure_weight_tying",
-    "eva_config",
     "exclude_modules",
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
-    "megatron_core",
-    "qalora_group_size",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
     "revision",
     "runtime_config",
     "target_modules",
     "task_type",
 }
-_UNDERSTOOD = {
-    "alpha_pattern",
-    "bias",
-    "fan_in_fan_out",
-    "init_lora_weights",
-    "lora_alpha",
-    "lora_bias",
-    "lora_dropout",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "r",
-    "rank_pattern",
-    "target_parameters",
-    "use_dora",
-    "use_rslora",
-}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of one `peft_type`."""
+
+    others: frozenset[str]
+    """Its own options that are understood, or do not matter."""
+    rank: str | None = "r"
+    alpha: str | None = "lora_alpha"
+    dropout: str | None = "lora_dropout"
+    """The names of these options; `None` where there is none."""
+    has_patterns: bool = True
+    """Whether ranks and alphas may differ by patterns."""
+    biases: tuple[str, ...] = ("none",)
+    """The values of `bias` that are read."""
+
+    @property
+    def names(self) -> set[str]:
+        """All options that are understood."""
+        own = {self.rank, self.alpha, self.dropout} - {None}
+        patterns = {"rank_pattern", "alpha_pattern"} if self.has_patterns else set()
+        return {*_COMMON, *self.others, *(x for x in own if x), *patterns, "bias"}
+
+
+LORA = Options(
+    frozenset(
+        {
+            "ensure_weight_tying",
+            "eva_config",
+            "fan_in_fan_out",
+            "init_lora_weights",
+            "lora_bias",
+            "megatron_core",
+            "qalora_group_size",
+            "target_parameters",
+            "use_dora",
+            "use_rslora",
+        }
+    ),
+    biases=("none", "all", "lora_only"),
+)
 # Methods that train inputs of a model, and no weights.
 _ON_INPUTS = {
     "ADAPTION_PROMPT",
@@ -58,12 +84,12 @@ _ON_INPUTS = {
     "PROMPT_TUNING",
 }
 _BELONGS = {
-    "r": "where a rank belongs, a whole number above zero: that of `lora_A`",
-    "lora_alpha": (
+    "rank": "where a rank belongs, a whole number above zero: that of `lora_A`",
+    "alpha": (
         "where a number belongs: the one that the adapter was trained with, which is "
         "in its training script and often `r` or twice that"
     ),
-    "lora_dropout": "where a rate below 1 belongs: 0 will do",
+    "dropout": "where a rate below 1 belongs: 0 will do",
 }
 # With these PEFT changes the base as well.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
@@ -89,8 +115,8 @@ def make_config(
     - `parameters`: Those of these paths that are paths of parameters.
     - `modules`: The paths of all modules of the model that are known.
     """
-    rank = _find_most_common(ranks.values())
-    alpha = _find_most_common(alphas.values())
+    rank, rank_pattern = make_patterns(ranks)
+    alpha, alpha_pattern = make_patterns(alphas)
     targets = [path for path in ranks if path not in parameters]
     # The oldest versions refuse options that they do not know.
     of_parameters = {"target_parameters": list(parameters), "peft_version": FORMAT}
@@ -104,15 +130,9 @@ def make_config(
         if targets or not ranks
         else [],
         "r": rank,
-        "rank_pattern": {
-            make_pattern(k, ranks): x for k, x in ranks.items() if x != rank
-        },
-        "lora_alpha": _to_integer(alpha),
-        "alpha_pattern": {
-            make_pattern(k, alphas): _to_integer(x)
-            for k, x in alphas.items()
-            if x != alpha
-        },
+        "rank_pattern": rank_pattern,
+        "lora_alpha": alpha,
+        "alpha_pattern": alpha_pattern,
         "use_rslora": rank_stabilised,
         "use_dora": use_dora,
         "lora_dropout": dropout,
@@ -122,20 +142,37 @@ def make_config(
     }
 
 
-def check_config(config: Any) -> None:
-    """**Raises:**
+def make_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most common of some numbers, by paths, and a pattern for each path that has
+    another one."""
+    counted = collections.Counter(values.values()).most_common(1)
+    default = counted[0][0] if counted else 8
+    return _to_integer(default), {
+        make_pattern(path, values): _to_integer(x)
+        for path, x in values.items()
+        if x != default
+    }
 
-    `ValueError` if the adapter is not plain LoRA. The message names the method or the
-    option that it uses instead.
+
+def check_config(config: Any, known: Mapping[str, Options]) -> None:
+    """**Arguments:**
+
+    - `known`: The options of each `peft_type` that can be read.
+
+    **Raises:**
+
+    `ValueError` if the adapter is of none of them, or uses any other option. The
+    message names it.
     """
     if not isinstance(config, dict):
         raise ValueError("it is not a JSON object")
     method = config.get("peft_type")
-    if method != "LORA":
+    if not isinstance(method, str) or method not in known:
         raise ValueError(
-            f"its `peft_type` is {method!r}; only 'LORA' can be read. "
-            + _advise(method)
+            f"its `peft_type` is {method!r}; only {', '.join(map(repr, known))} can be "
+            f"read. {_advise(method)}"
         )
+    options = known[method]
     if config.get("use_dora") and config.get("lora_bias"):
         raise ValueError(
             "it has both `use_dora` and `lora_bias`, which PEFT itself refuses: set to "
@@ -148,16 +185,15 @@ def check_config(config: Any) -> None:
             "on. Save it in PEFT with `path_initial_model_for_weight_conversion`, "
             "which makes it plain LoRA on the original base"
         )
-    if config.get("bias") not in (None, "none", "all", "lora_only"):
-        raise ValueError(f"`bias={config['bias']!r}` is not known here")
+    bias = config.get("bias")
+    if bias is not None and bias not in options.biases:
+        raise ValueError(f"`bias={bias!r}` is not known here: {_advise(method)}")
     others = {
-        key
-        for key, value in config.items()
-        if value and key not in _HARMLESS | _UNDERSTOOD
+        key for key, value in config.items() if value and key not in options.names
     }
     if others:
         raise ValueError(f"it uses {', '.join(sorted(others))}, which is not here")
-    if wrong := list(_find_wrong_values(config)):
+    if wrong := list(_find_wrong_values(config, options)):
         raise ValueError("; ".join(wrong))
 
 
@@ -172,23 +208,25 @@ def _advise(method: Any) -> str:
     )
 
 
-def _find_wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
+def _find_wrong_values(config: Mapping[str, Any], options: Options) -> Iterator[str]:
     """A line for each option whose value is not of PEFT's type, in the words of
     JSON."""
-    for option, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
+    for kind, default in (("rank", 8), ("alpha", 8), ("dropout", 0.0)):
+        option = getattr(options, kind)
         value = config.get(option, default)
-        if not _is_number(option, value):
-            yield f"`{option}` is {json.dumps(value)}, {_BELONGS[option]}"
-    for option, number in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if option is not None and not _is_number(kind, value):
+            yield f"`{option}` is {json.dumps(value)}, {_BELONGS[kind]}"
+    numbers = (("rank_pattern", "rank"), ("alpha_pattern", "alpha"))
+    for option, kind in numbers if options.has_patterns else ():
         patterns = config.get(option) or {}
         if not isinstance(patterns, dict):
             yield f"`{option}` is {json.dumps(patterns)}, where an object belongs"
             continue
         for pattern, value in patterns.items():
-            if not _is_number(number, value):
+            if not _is_number(kind, value):
                 yield (
                     f"`{option}` has {json.dumps(value)} for {pattern!r}, "
-                    f"{_BELONGS[number]}"
+                    f"{_BELONGS[kind]}"
                 )
             yield from _check_expression(option, pattern)
     for option in ("target_modules", "exclude_modules"):
@@ -214,12 +252,12 @@ def _find_wrong_values(config: Mapping[str, Any]) -> Iterator[str]:
         yield from _check_expression("modules_to_save", entry)
 
 
-def _is_number(option: str, value: Any) -> bool:
+def _is_number(kind: str, value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    if option == "r":
+    if kind == "rank":
         return isinstance(value, int) and value > 0
-    return math.isfinite(value) and (option != "lora_dropout" or 0 <= value < 1)
+    return math.isfinite(value) and (kind != "dropout" or 0 <= value < 1)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -243,8 +281,10 @@ def find_rank(config: Mapping[str, Any], path: str) -> int:
     return int(_find_by_pattern(config.get("rank_pattern"), path, config.get("r", 8)))
 
 
-def find_alpha(config: Mapping[str, Any], path: str) -> float:
-    default = config.get("lora_alpha", 8)
+def find_alpha(
+    config: Mapping[str, Any], path: str, option: str = "lora_alpha"
+) -> float:
+    default = config.get(option, 8)
     return float(_find_by_pattern(config.get("alpha_pattern"), path, default))
 
 
@@ -257,11 +297,6 @@ def _find_by_pattern(
         if follows_pattern(pattern, path):
             return value
     return default
-
-
-def _find_most_common(values: Any) -> Any:
-    counted = collections.Counter(values).most_common(1)
-    return counted[0][0] if counted else 8
 
 
 def _to_integer(x: float) -> int | float:

@@ -17,6 +17,7 @@ from .joining import (
 )
 from .layout import (
     choose_part_layout as choose_part_layout,
+    Conv as Conv,
     Embedding as Embedding,
     Experts as Experts,
     Factors as Factors,
