@@ -28,9 +28,9 @@ def lora_plus(
     `optimizer` itself would do with a learning rate `ratio` times as large, decoupled
     weight decay included, if its update is linear in the learning rate and its state
     does not depend on it. So it is for SGD with or without momentum, Adam, AdamW, Lion,
-    Adafactor and so on, with any schedule. It is not for those that find a step size of
-    their own (line searches, Prodigy, D-Adaptation), and not for `schedule_free`, whose
-    state depends on the learning rate.
+    Adafactor without weight decay and so on, with any schedule. It is not for those
+    that find a step size of their own (line searches, Prodigy, D-Adaptation), and not
+    for `schedule_free`, whose state depends on the learning rate.
 
     In layers of modules the factor is `b`, and in embeddings it is `a`, whose columns
     are the features. For parameters of `lorax.init_lora` it is the factor that owns the

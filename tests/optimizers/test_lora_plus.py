@@ -139,12 +139,14 @@ def test_parameters_of_functions():
 
 def test_other_methods():
     """Every trained factor of the output side, and nothing else."""
-    key = jax.random.key(2)
-    model = [eqx.nn.Linear(6, 6, use_bias=False, key=key) for _ in range(5)]
-    names = ["dora", "loha", "adalora", "lora_fa", "ia3"]
-    methods = {str(i): name for i, name in enumerate(names)}
-    model = lorax.loraify(model, rank=2, method=methods, key=key)
-    params, _ = lorax.partition(model)
+
+    def make(_, key):
+        model = [eqx.nn.Linear(6, 6, use_bias=False, key=key) for _ in range(5)]
+        names = ["dora", "loha", "adalora", "lora_fa", "ia3"]
+        methods = {str(i): name for i, name in enumerate(names)}
+        return lorax.loraify(model, rank=2, method=methods, key=key)
+
+    params, _ = lorax.partition(filled(make, jnp.float32, jax.random.PRNGKey(2)))
     ones = jax.tree.map(jnp.ones_like, params)
     optimizer = lorax.lora_plus(optax.sgd(1.0), 4.0)
     updates, _ = optimizer.update(ones, optimizer.init(params), params)
