@@ -88,7 +88,8 @@ def save(
     `alpha_pattern`, and the rank of a grouped convolution, whose groups share `a`, is
     multiplied by the number of groups.
 
-    The methods are LoRA, DoRA, VeRA, LoHa, LoKr, AdaLoRA and IA³, one for each folder.
+    The methods are LoRA, DoRA, VeRA, LoHa, LoKr, AdaLoRA and IA³, one for each folder,
+    and trained tokens beside LoRA or DoRA.
     What is measured from its start, as by `init="pissa"`, is written with twice the
     rank, for the original base.
 

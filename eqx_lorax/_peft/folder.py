@@ -30,7 +30,7 @@ _SHARED_PREFIX = "base_model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module"}
 _OF_METHODS = sorted({name for x in BY_TYPE.values() for name in x.names})
 _WITH_ADAPTER_NAME = re.compile(
-    r"((?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|"
+    r"((?:.*\.)?(?:lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|modules_to_save|trainable_tokens_delta|"
     rf"{'|'.join([*_OF_METHODS, *SHARED])}))"
     r"\.((?!lora_|weight$|bias$)[^.]+)((?:\..*)?)"
 )

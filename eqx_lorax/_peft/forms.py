@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from .._methods import DoraWeight, is_weight, join_start, LoraWeight
+from .._methods import DoraWeight, is_weight, join_start, LoraWeight, TokensWeight
 from .._shared import list_some
 from .methods import BY_METHOD
 
@@ -30,7 +30,10 @@ def as_written(model: _Model) -> _Model:
         return converted
 
     converted = jax.tree_util.tree_map_with_path(convert, model, is_leaf=is_weight)
-    if len(methods) > 1:
+    beside = {LoraWeight.method, DoraWeight.method, TokensWeight.method}
+    if len(methods) > 1 and not (
+        len(methods) == 2 and set(methods) < beside and TokensWeight.method in methods
+    ):
         listed = list_some([f"{name!r} ({at})" for name, at in methods.items()])
         raise ValueError(
             f"The adapters are of several methods, {listed}, and a folder of PEFT has "
@@ -40,10 +43,17 @@ def as_written(model: _Model) -> _Model:
     return converted
 
 
+def _are_together(methods: set[str]) -> bool:
+    """Whether one folder of PEFT can have these methods: trained rows beside LoRA or
+    DoRA."""
+    others = methods - {TokensWeight.method}
+    return len(others) == 1 and others <= {LoraWeight.method, DoraWeight.method}
+
+
 def _convert(path: str, weight: Any) -> Any:
     if isinstance(weight, DoraWeight):
         return _without_start(weight)
-    if isinstance(weight, LoraWeight) or weight.method in BY_METHOD:
+    if isinstance(weight, LoraWeight | TokensWeight) or weight.method in BY_METHOD:
         return weight
     if weight.is_plain_lora:
         return LoraWeight.from_factored(weight.factored())

@@ -46,6 +46,7 @@ from .tensors import (
     read_factors,
 )
 from .tied import check_tied_tensors, Tied
+from .tokens import read_tokens
 
 
 def import_adapter(
@@ -193,9 +194,14 @@ def _read_lora(
         config, places, names, remaining, adapted=modules, whole=contents.whole
     )
     problems += wrong
+    tables, lost = read_tokens(config, known, remaining)
+    problems += lost
     dropout = float(config.get("lora_dropout", 0.0))
     return _Found(
-        lambda: [join_layers(place, parts, dropout) for place, parts in found.items()],
+        lambda: [
+            *(join_layers(place, parts, dropout) for place, parts in found.items()),
+            *tables,
+        ],
         modules,
         adapted,
         biases,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from .._adapters import Adapter
-from .._methods import is_weight
+from .._methods import is_weight, TokensWeight
 from .._modules import infer_axes
 from .._trees import Place, Places
 from .biases import collect_biases
@@ -39,6 +39,7 @@ from .tensors import (
     warn_of_convolution,
 )
 from .tied import DORA_OF_TIED, swap_for_head, Tied
+from .tokens import name_rows, write_tokens
 
 
 # The modules that PEFT puts inside an adapted module.
@@ -86,6 +87,10 @@ def export_adapter(
             )
     if adapter.weights and adapter.weights[0].method in BY_METHOD:
         return _export_other(adapter, places, names, in_out, whole, tied)
+    tables = [x for x in adapter.weights if x.method == TokensWeight.method]
+    adapter = dataclasses.replace(
+        adapter, weights=[x for x in adapter.weights if x not in tables]
+    )
     is_stabilised = all(x.settings["rank_stabilised"] for x in adapter.weights)
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
@@ -146,6 +151,13 @@ def export_adapter(
     config["modules_to_save"] = (
         choose_modules_to_save(whole, factors.keys(), modules) or None
     )
+    indices: dict[str, list[int]] = {}
+    for table in tables:
+        for torch, of_table, rows in write_tokens(by_path[table.path], names, modules):
+            indices[torch] = of_table
+            tensors[name_rows(torch)] = rows
+    if indices:
+        config["trainable_token_indices"] = indices
     return tensors | whole.tensors, config
 
 

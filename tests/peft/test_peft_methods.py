@@ -353,6 +353,68 @@ def test_vera_with_several_matrices(tmp_path):
         lorax.peft.save(tmp_path, mixed, names=names)
 
 
+# Trained rows of a table
+
+ROWS = "base_model.model.words.token_adapter.trainable_tokens_delta"
+
+
+@pytest.fixture
+def with_rows(tmp_path):
+    method = {"words": "tokens", "*": "lora"}
+    plain, model = make(["words", "layers"], method=method, indices=(4, 1))
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    return plain, model, tmp_path
+
+
+def test_trained_rows(with_rows):
+    plain, model, folder = with_rows
+    config, tensors = files(folder)
+    assert config["trainable_token_indices"] == {"words": [4, 1]}
+    new = model.words.weight.materialise()[jnp.asarray([4, 1])]
+    np.testing.assert_allclose(tensors[ROWS], new, rtol=1e-6)
+    loaded = lorax.peft.load(folder, plain, names=NAMES)
+    assert loaded.words.weight.indices == (4, 1)
+    np.testing.assert_allclose(
+        loaded.words.weight.delta, model.words.weight.delta, atol=1e-6
+    )
+    assert_identical(loaded.layers, model.layers)
+    # PEFT takes a list for the rows of the embedding of the model.
+    write(folder, config | {"trainable_token_indices": [4, 1]}, tensors)
+    assert_identical(lorax.peft.load(folder, plain, names=NAMES), loaded)
+    default = {x: y for x, y in tensors.items() if x != ROWS}
+    write(folder, config, default | {f"{ROWS}.default": tensors[ROWS]})
+    assert_identical(lorax.peft.load(folder, plain, names=NAMES), loaded)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ({"words": [4]}, r"shape \(2, 4\), and .* \(1, 4\).*The file is for a model"),
+        ({"words": [4, 9]}, r"\[4, 9\] for words.*0 to 8.*make that of `model` as"),
+        ({"words": "4"}, r"'4' for words, where a list of numbers"),
+        ({"words": [4, 1], "x": [1]}, r"has 'x', for which there is no tensor"),
+        ({"x": [4, 1]}, "nowhere.*words.token_adapter"),
+        (None, "nowhere.*words.token_adapter"),
+    ],
+)
+def test_rows_that_are_refused(option, message, with_rows):
+    plain, _, folder = with_rows
+    config, tensors = files(folder)
+    write(folder, config | {"trainable_token_indices": option}, tensors)
+    with pytest.raises(lorax.AdapterFileError, match=f"(?s){message}"):
+        lorax.peft.load(folder, plain, names=NAMES)
+
+
+def test_rows_that_peft_has_not(tmp_path):
+    _, model = make("layers", method="tokens", indices=(1,))
+    with pytest.raises(ValueError, match=r"layers\.weight .* no embedding.*save_adapt"):
+        lorax.peft.save(tmp_path, model, names=NAMES)
+    _, model = make(["words"], method="tokens", indices=(1,))
+    names = NAMES | {"conv": "more_words"}
+    with pytest.raises(ValueError, match="cannot name words alone.*save_adapter"):
+        lorax.peft.save(tmp_path, model, names=names)
+
+
 # DoRA
 
 

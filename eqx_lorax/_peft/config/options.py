@@ -67,6 +67,7 @@ LORA = Options(
             "megatron_core",
             "qalora_group_size",
             "target_parameters",
+            "trainable_token_indices",
             "use_dora",
             "use_rslora",
         }
