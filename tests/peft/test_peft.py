@@ -205,7 +205,7 @@ def test_what_peft_has_no_form_for(tmp_path, getkey):
         ({"use_dora": True}, "of conv0 there is only"),
         ({"use_qalora": True}, "it uses use_qalora"),
         ({"layer_replication": [[0, 1]]}, "it uses layer_replication"),
-        ({"trainable_token_indices": [1]}, "it uses trainable_token_indices"),
+        ({"trainable_token_indices": [1]}, r"has \[1\], for which there is no tensor"),
         ({"alora_invocation_tokens": [1]}, "it uses alora_invocation_tokens"),
         ({"of_tomorrow": {"x": 1}}, "it uses of_tomorrow"),
         ({"init_lora_weights": "pissa_niter_4"}, "has changed the base.*conversion"),

@@ -191,7 +191,7 @@ def test_unknown_options_are_refused(saved):
     config, tensors = files(folder)
     for option in ({"use_magic": True}, {"bias": "all_of_them"}):
         write(folder, config | option, tensors)
-        with pytest.raises(lorax.AdapterFileError, match="magic|all_of_them"):
+        with pytest.raises(lorax.AdapterFileError, match="(magic|all_of_them).*Merge"):
             load(folder, plain)
 
 
@@ -303,6 +303,18 @@ def test_files_that_are_refused(method, more, options, message, tmp_path):
     write(tmp_path, config | options, tensors | more)
     with pytest.raises(lorax.AdapterFileError, match=message):
         load(tmp_path, plain)
+
+
+def test_dropout_that_is_not_here(tmp_path):
+    plain, model = make("layers", method="loha")
+    lorax.peft.save(tmp_path, model, names=NAMES)
+    config, tensors = files(tmp_path)
+    write(tmp_path, config | {"rank_dropout": 0.1}, tensors)
+    with pytest.warns(UserWarning, match="`rank_dropout=0.1` of LOHA are not here"):
+        assert_identical(lorax.peft.load(tmp_path, plain, names=NAMES), model)
+    model = lorax.loraify(plain, "layers", method="loha", dropout=0.1, key=jr.key(1))
+    with pytest.warns(UserWarning, match="no dropout of LOHA"):
+        lorax.peft.save(tmp_path, model, names=NAMES)
 
 
 # VeRA

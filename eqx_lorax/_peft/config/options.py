@@ -188,12 +188,14 @@ def check_config(config: Any, known: Mapping[str, Options]) -> None:
         )
     bias = config.get("bias")
     if bias is not None and bias not in options.biases:
-        raise ValueError(f"`bias={bias!r}` is not known here: {_advise(method)}")
+        raise ValueError(f"`bias={bias!r}` is not known here. {_advise(method)}")
     others = {
         key for key, value in config.items() if value and key not in options.names
     }
     if others:
-        raise ValueError(f"it uses {', '.join(sorted(others))}, which is not here")
+        raise ValueError(
+            f"it uses {', '.join(sorted(others))}, which is not here. {_advise(method)}"
+        )
     if wrong := list(_find_wrong_values(config, options)):
         raise ValueError("; ".join(wrong))
 

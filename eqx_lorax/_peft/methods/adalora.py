@@ -83,7 +83,9 @@ class AdaLora(ScaledFormat):
         if rank == 0:  # All was pruned: there is no weight of rank 0 here.
             b, a, gate = pad(b, 1, 1), pad(a, 0, 1), pad(gate, 0, 1)
         b, a = from_torch(counterpart, b, a)
-        settings = dict(alpha=scale * len(gate), rank_stabilised=False)
+        # Without the last digits, so that what is written comes back.
+        alpha = float(f"{scale * len(gate):.12g}")
+        settings = dict(alpha=alpha, rank_stabilised=False)
         return Layer(counterpart, dict(b=b, a=a, gate=gate), settings)
 
     def write(self, layers):

@@ -41,6 +41,8 @@ class Format(abc.ABC):
     options: ClassVar[Options]
     names: ClassVar[tuple[str, ...]]
     """The last names of all tensors that a layer can have."""
+    untrained: ClassVar[tuple[str, ...]] = ()
+    """Options that are not here, and matter in training alone."""
     shared: ClassVar[tuple[str, ...]] = ()
     """The names of tensors that all layers share."""
 

@@ -1,5 +1,6 @@
 """The layers of one weight: read from tensors and joined, or split to be written."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -66,6 +67,12 @@ def read_layers(
         except ValueError as error:
             raise ValueError(f"{path}: {error}.") from error
         parts.setdefault(counterpart.place, {})[counterpart.index] = layer
+    if left := [f"`{x}={config[x]}`" for x in format.untrained if config.get(x)]:
+        warnings.warn(
+            f"{' and '.join(left)} of {format.peft_type} are not here. They only matter "
+            "for further training, which goes on without.",
+            stacklevel=5,
+        )
     dropout = float(config.get(format.options.dropout or "", 0.0))
     joined = [_join(format, place, x, dropout) for place, x in parts.items()]
     return Found(joined, adapted, problems)

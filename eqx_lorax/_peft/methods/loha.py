@@ -26,6 +26,7 @@ class Loha(ScaledFormat):
         "hada_t1",
         "hada_t2",
     )
+    untrained = ("rank_dropout", "module_dropout")
     scaled_names = ("a2",)
 
     def list_wanted(self, found):

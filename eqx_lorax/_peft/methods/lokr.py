@@ -42,6 +42,7 @@ class Lokr(ScaledFormat):
         "lokr_w2_b",
         "lokr_t2",
     )
+    untrained = ("rank_dropout", "module_dropout")
     scaled_names = ("w1", "w1_b")
 
     def list_wanted(self, found):
