@@ -317,6 +317,24 @@ def test_dropout_that_is_not_here(tmp_path):
         lorax.peft.save(tmp_path, model, names=NAMES)
 
 
+def test_sides_that_are_not_said(tmp_path):
+    """Only the code of a module tells which axis has its inputs."""
+    plain, model = make("project", method="adalora")
+    lorax.peft.save(tmp_path, model, names=NAMES, transposed=InOut)
+    with pytest.raises(lorax.AdapterFileError, match="project: `lora_A`.*`transposed`"):
+        lorax.peft.load(tmp_path, plain, names=NAMES)
+    square = {"project": InOut(jnp.ones((4, 4)))}
+    model = lorax.loraify(
+        square, "project.weight", rank=2, method="adalora", key=jr.key(1)
+    )
+    lorax.peft.save(tmp_path, model, names=NAMES, transposed=InOut)
+    config, tensors = files(tmp_path)
+    write(tmp_path, config | {"fan_in_fan_out": True}, tensors)
+    with pytest.raises(lorax.AdapterFileError, match="cannot be seen. If.*transposed"):
+        lorax.peft.load(tmp_path, square, names=NAMES)
+    assert_identical(load(tmp_path, square), model)
+
+
 # VeRA
 
 

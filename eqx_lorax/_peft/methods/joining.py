@@ -61,21 +61,40 @@ def read_layers(
         if extra := set(tensors) - set(wanted):
             problem = f"{', '.join(sorted(extra))} cannot be read here: {_MERGE}"
         try:
-            if problem:
+            if problem := problem or _find_open_order(config, counterpart):
                 raise ValueError(problem)
             layer = format.read(config, path, counterpart, tensors, shared)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}.") from error
+            hint = f" {_NAME_IT}" if counterpart.is_order_open else ""
+            raise ValueError(f"{path}: {error}.{hint}") from error
         parts.setdefault(counterpart.place, {})[counterpart.index] = layer
     if left := [f"`{x}={config[x]}`" for x in format.untrained if config.get(x)]:
         warnings.warn(
-            f"{' and '.join(left)} of {format.peft_type} are not here. They only matter "
-            "for further training, which goes on without.",
+            f"{' and '.join(left)} of {format.peft_type} are not here. They only "
+            "matter for further training, which goes on without.",
             stacklevel=5,
         )
     dropout = float(config.get(format.options.dropout or "", 0.0))
     joined = [_join(format, place, x, dropout) for place, x in parts.items()]
     return Found(joined, adapted, problems)
+
+
+_NAME_IT = (
+    "If it is stored `(..., in, out)` here, name it in `transposed`; `transposed=[]` "
+    "says that nothing is."
+)
+
+
+def _find_open_order(config: Mapping[str, Any], counterpart: Counterpart) -> str | None:
+    """What is unknown of a square array that PyTorch stores `(in, out)`: whether it is
+    stored so here."""
+    is_square = len(set(counterpart.shape)) == 1
+    if config.get("fan_in_fan_out") and counterpart.is_order_open and is_square:
+        return (
+            "it is stored `(in, out)` in PyTorch (`fan_in_fan_out`), and whether "
+            f"{counterpart.dotted} {counterpart.shape} is so too cannot be seen"
+        )
+    return None
 
 
 _MERGE = "merge it in PyTorch, by `merge_and_unload()`, and load the merged weights"
