@@ -138,6 +138,11 @@ def gradients_of(model, folder):
 def gradients_in_peft(model):
     model.zero_grad()
     (model(tensor(TOKENS)) ** 2).sum().backward()
+    return list_gradients(model)
+
+
+def list_gradients(model):
+    """The gradients in PyTorch, by their names in files."""
     return {
         name.replace(".default", "").replace("vector.weight", "vector"): numpy(x.grad)
         for name, x in model.named_parameters()
@@ -170,6 +175,58 @@ def test_folders_both_ways(case):
     assert_identical(again, loaded)
     found = numpy(in_peft(make_theirs(), folder / "ours")(tensor(TOKENS)))
     assert_close(found, numpy(theirs(tensor(TOKENS))))
+
+
+# Layers that are stored `(in, out)`, as `Conv1D` of `transformers` is.
+
+
+class InOut(eqx.Module):
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x):
+        return x @ self.weight + self.bias
+
+
+IN_OUT = {
+    "lora": ("LoraConfig", dict(r=2, lora_alpha=3)),
+    "dora": ("LoraConfig", dict(r=2, lora_alpha=3, use_dora=True)),
+    "vera": ("VeraConfig", dict(r=3)),
+    "adalora": ("AdaLoraConfig", dict(init_r=3, lora_alpha=5, total_step=9)),
+    "ia3": ("IA3Config", dict(feedforward_modules=["layer"])),
+}
+
+
+@pytest.mark.parametrize("config, options", IN_OUT.values(), ids=IN_OUT)
+def test_layers_that_are_stored_in_out(config, options, tmp_path):
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    theirs = torch.nn.ModuleDict({"layer": Conv1D(6, 4)})
+    arrays = (jnp.asarray(numpy(getattr(theirs.layer, x))) for x in ("weight", "bias"))
+    ours = {"layer": InOut(*arrays)}
+    options = dict(target_modules=["layer"], fan_in_fan_out=True) | options
+    adapted = with_random_adapter(theirs, config, options, tmp_path / "theirs")
+    given = dict(names={"layer": "layer"}, transposed=InOut)
+    loaded = lorax.peft.load(tmp_path / "theirs", ours, trainable=True, **given)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    there = adapted.base_model.model.layer(tensor(x))
+    assert_close(loaded["layer"](x), numpy(there))
+    assert np.abs(ours["layer"](x) - numpy(there)).max() > 1e-3
+    (there**2).sum().backward()
+    params, frozen = lorax.partition(loaded)
+    of_outputs = lambda p: jnp.sum(lorax.combine(p, frozen)["layer"](x) ** 2)  # noqa: E731
+    gradient = lorax.combine(eqx.filter_grad(of_outputs)(params), frozen)
+    lorax.peft.save(tmp_path / "gradients", gradient, **given)
+    found = load_file(tmp_path / "gradients" / "adapter_model.safetensors")
+    for name, expected in list_gradients(adapted).items():
+        assert_close(found[name], expected)
+    lorax.peft.save(tmp_path / "ours", loaded, **given)
+    again = torch.nn.ModuleDict({"layer": Conv1D(6, 4)})
+    again.load_state_dict(adapted.unload().state_dict())
+    again = in_peft(again, tmp_path / "ours").base_model.model
+    assert_close(numpy(again.layer(tensor(x))), numpy(there))
 
 
 # A stack of which one layer has another rank, or no adapter.
