@@ -59,6 +59,36 @@ def test_many_adapters(tmp_path, capsys):
     assert "did you mean" in capsys.readouterr().err.lower()
 
 
+def test_compare_methods(tmp_path, capsys):
+    import compare_methods
+
+    small = "--steps 6 --seeds 2 --layers 1 --length 6 --batch-size 8 --rounds 2"
+    small += " --train-rows 48 --validation-rows 16 --test-rows 32"
+    only = ["head alone", "lora, lora_ga", "adalora", "full fine-tuning"]
+    rows = compare_methods.main(
+        [*small.split(), "--only", *only, "--output", str(tmp_path)]
+    )
+    assert [row.name for row in rows] == only
+    head, lora, pruned, full = (row.trained for row in rows)
+    assert head == 384 * 2 + 2
+    assert lora == head + 2 * 4 * 768 and pruned == head + 2 * 6 * 769
+    assert full == 22_566_146
+    for row in rows:
+        best = row.validation_losses.index(min(row.validation_losses))
+        assert row.learning_rate == compare_methods.LEARNING_RATES[best]
+        assert len(row.accuracies) == 2 and row.milliseconds > 0
+    assert "full fine-tuning" in capsys.readouterr().out
+    assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+    for flags, message in [
+        ("--only lota", "is none of"),
+        ("--seeds 1", "at least 2"),
+        ("--layers 6", "at most 5"),
+    ]:
+        with pytest.raises(SystemExit):
+            compare_methods.main([*small.split(), *flags.split()])
+        assert message in capsys.readouterr().err
+
+
 def distributed(folder, *flags, **environment):
     """The example, run as from a shell, with its own devices."""
     inherited = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
