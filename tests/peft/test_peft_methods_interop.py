@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_identical
-from peft_helpers import AGAINST_PEFT, in_peft, numpy, tensor
+from peft_helpers import AGAINST_PEFT, in_peft, numpy, ours_on, tensor
 from safetensors.numpy import load_file
 from small_pair import make_pair, make_theirs, NAMES, TOKENS
 
@@ -127,6 +127,7 @@ def gradients_of(model, folder):
     gradients in the place of its arrays is written as any other."""
     params, frozen = lorax.partition(model)
 
+    @eqx.filter_jit
     @eqx.filter_grad
     def gradient(params):
         return jnp.sum(jax.vmap(lorax.combine(params, frozen))(TOKENS) ** 2)
@@ -151,7 +152,7 @@ def list_gradients(model):
 
 
 def outputs(model):
-    return jax.vmap(model)(jnp.asarray(TOKENS))
+    return ours_on(model, TOKENS)
 
 
 def test_numbers_and_gradients(case, tmp_path):
