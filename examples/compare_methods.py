@@ -39,7 +39,7 @@ with toolbox.install_hint():
     from tqdm import tqdm
 
 
-LEARNING_RATES = 1e-4, 5e-4, 2.5e-3, 1.25e-2
+LEARNING_RATES = 1e-4, 5e-4, 2.5e-3, 1.25e-2, 6.25e-2
 TARGETS = ["query", "value"]
 
 
@@ -149,7 +149,7 @@ def prune(optimizer: Any, steps: int) -> Any:
 def list_methods(model: Classifier, batches: Sequence[Texts]) -> dict[str, Method]:
     """`batches` are what starts from data see."""
     data = lorax.calibrate(loss, model, batches, TARGETS, rank=4, key=jr.key(0))
-    # The options that give 12 · 384 numbers for a weight, where that is possible.
+    # The options that give 8 · 384 numbers for each weight, where that is possible.
     options: dict[str, dict[str, Any]] = {
         "lora": dict(rank=4),
         "lora, pissa": dict(rank=4, init="pissa"),
@@ -396,8 +396,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     left.set_yticks(range(len(rows)), [row.name for row in rows])
     left.invert_yaxis()
     left.set_xlabel("held-out accuracy: each seed, and their mean")
-    right.set_xlabel("ms for a step, and how many numbers are trained")
-    right.margins(x=0.25)
+    right.set_xlabel("ms for a step; numbers trained")
+    right.margins(x=0.3)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
