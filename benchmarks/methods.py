@@ -11,6 +11,7 @@ Writes `methods.json`.
 """
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def cases(
     yield name, program("lora"), programs
     for _, lora in installed(lambda: peers.peft_lora(LAYERS, x, 8)):
         for _, dora in installed(lambda: peers.peft_lora(LAYERS, x, 8, use_dora=True)):
-            yield f"{name}, PEFT", lora, [dora]
+            named = dataclasses.replace(dora, name="dora, PEFT on PyTorch")
+            yield f"{name}, PEFT", lora, [named]
 
 
 def main() -> None:
