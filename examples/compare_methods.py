@@ -8,9 +8,14 @@ head alone, biases alone, and full fine-tuning of the whole of MiniLM.
 For each method the learning rate is the one of the lowest loss on validation rows, out
 of the same grid for all. Then it is trained with several seeds, and only then are the
 held-out rows looked at.
+
+The result of each run is appended to a file as the run ends. Start it again after an
+interruption, and it does what is missing there. So it does with more seeds, methods or
+learning rates.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +29,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
@@ -152,7 +156,10 @@ def list_methods(model: Classifier, batches: Sequence[Texts]) -> dict[str, Metho
     # The options that give 8 · 384 numbers for each weight, where that is possible.
     options: dict[str, dict[str, Any]] = {
         "lora": dict(rank=4),
+        "lora, stabilised": dict(rank=4, rank_stabilised=True),
         "lora, pissa": dict(rank=4, init="pissa"),
+        "lora, olora": dict(rank=4, init="olora"),
+        "lora, milora": dict(rank=4, init="milora"),
         "lora, eva": dict(rank=4, init=data.eva()),
         "lora, lora_ga": dict(rank=4, init=data.lora_ga()),
         "dora": dict(rank=4, method="dora"),
@@ -299,6 +306,66 @@ class Row:
         return statistics.stdev(self.accuracies)
 
 
+class Results:
+    """The lines of a file, each of which is JSON. Those of other settings are left
+    alone."""
+
+    def __init__(self, file: Path, args: argparse.Namespace):
+        self.file = file
+        # What decides the result of a run. More seeds leave the others as they are.
+        names = "steps batch_size layers length train_rows validation_rows test_rows"
+        self.settings = {name: getattr(args, name) for name in [*names.split(), "seed"]}
+        self.losses: dict[tuple[str, float], float] = {}
+        """On validation rows, for each method and learning rate."""
+        self.accuracies: dict[tuple[str, float, int], float] = {}
+        """On held-out rows, for each method, learning rate and seed."""
+        self.steps: dict[str, dict[str, Any]] = {}
+        """The costs of a step, for each method."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text() if file.exists() else ""
+        for line in text.splitlines():
+            # A run that is killed may leave half a line.
+            with contextlib.suppress(json.JSONDecodeError):
+                self._take(json.loads(line))
+        if text and not text.endswith("\n"):
+            with file.open("a") as stream:
+                stream.write("\n")
+
+    def append(self, name: str, **figures: float) -> None:
+        line = {"method": name, **figures, "settings": self.settings}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        self._take(line)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if line.get("settings") != self.settings:
+            return
+        name: str = line["method"]
+        if "validation_loss" in line:
+            self.losses[name, line["learning_rate"]] = line["validation_loss"]
+        elif "accuracy" in line:
+            key = name, line["learning_rate"], line["seed"]
+            self.accuracies[key] = line["accuracy"]
+        else:
+            costs = "trained", "megabytes", "milliseconds"
+            self.steps[name] = {key: line[key] for key in costs}
+
+    def best_rate(self, name: str) -> float:
+        return min(LEARNING_RATES, key=lambda rate: self.losses[name, rate])
+
+    def row(self, name: str, seeds: Sequence[int]) -> Row:
+        best = self.best_rate(name)
+        losses = [self.losses[name, rate] for rate in LEARNING_RATES]
+        accuracies = [self.accuracies[name, best, seed] for seed in seeds]
+        return Row(
+            name,
+            learning_rate=best,
+            validation_losses=losses,
+            accuracies=accuracies,
+            **self.steps[name],
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = _parser()
     args = parser.parse_args(argv)
@@ -322,34 +389,57 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             parser.error(f"--only {unknown[0]!r} is none of {', '.join(methods)}")
         methods = {name: methods[name] for name in args.only}
 
-    runs = len(methods) * (len(LEARNING_RATES) + args.seeds - 1)
+    @functools.cache  # Compiled only if something of the method is missing.
+    def trainer(name: str) -> Trainer:
+        method = methods[name]
+        texts = whole[0] if method.is_full else halves[0]
+        batch = toolbox.rows(texts, slice(args.batch_size))
+        return Trainer(method, make, lower, batch, args.steps)
+
+    results = Results(args.results or args.output / "compare_methods.jsonl", args)
+    runs = len(methods) * (len(LEARNING_RATES) + args.seeds)
     progress = tqdm(total=runs * args.steps, desc="Training", unit="step")
-    rows: list[Row] = []
-    trainers: list[Trainer] = []
     for name, method in methods.items():
         progress.set_postfix_str(name)
         texts, validation, test = whole if method.is_full else halves
-        batch = toolbox.rows(texts, slice(args.batch_size))
-        trainer = Trainer(method, make, lower, batch, args.steps)
-        run = functools.partial(
-            trainer.train, texts=texts, size=args.batch_size, tick=progress.update
-        )
-        models = {rate: run(args.seed, rate) for rate in LEARNING_RATES}
-        losses = [evaluate(model, validation)[0] for model in models.values()]
-        best = LEARNING_RATES[int(np.argmin(losses))]
-        others = [run(args.seed + i, best) for i in range(1, args.seeds)]
-        accuracies = [evaluate(model, test)[1] for model in [models[best], *others]]
-        row = Row(name, trainer.trained, best, losses, accuracies, trainer.megabytes)
-        tqdm.write(f"{name:18}{row.mean:.3f} ± {row.spread:.3f}")
-        rows.append(row)
-        trainers.append(trainer)
+
+        def train(seed: int, rate: float) -> Classifier:
+            size, tick = args.batch_size, progress.update
+            return trainer(name).train(seed, rate, texts, size, tick)
+
+        models: dict[float, Classifier] = {}
+        for rate in LEARNING_RATES:
+            if (name, rate) in results.losses:
+                progress.update(args.steps)
+                continue
+            models[rate] = train(args.seed, rate)
+            value, _ = evaluate(models[rate], validation)
+            results.append(name, learning_rate=rate, validation_loss=value)
+        best = results.best_rate(name)
+        for seed in range(args.seed, args.seed + args.seeds):
+            is_there = seed == args.seed and best in models
+            if (name, best, seed) in results.accuracies or is_there:
+                progress.update(args.steps)
+            if (name, best, seed) not in results.accuracies:
+                model = models[best] if is_there else train(seed, best)
+                _, accuracy = evaluate(model, test)
+                results.append(name, learning_rate=best, seed=seed, accuracy=accuracy)
     progress.close()
-    measure_seconds(rows, trainers, args.rounds)
+    if not methods.keys() <= results.steps.keys():
+        trainers = {name: trainer(name) for name in methods}
+        seconds = measure_seconds(trainers, args.rounds)
+        for name, of_one in trainers.items():
+            results.append(
+                name,
+                trained=of_one.trained,
+                megabytes=of_one.megabytes,
+                milliseconds=1000 * seconds[name],
+            )
+    seeds = range(args.seed, args.seed + args.seeds)
+    rows = [results.row(name, seeds) for name in methods]
     print_table(rows)
     draw(rows, args.output / "methods.png")
-    file = args.output / "compare_methods.json"
-    file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
-    print(f"\nChart and figures: {args.output / 'methods.png'}, {file}")
+    print(f"\nChart and figures: {args.output / 'methods.png'}, {results.file}")
     return rows
 
 
@@ -362,13 +452,12 @@ def compute_lower(lower: Lower, reviews: Reviews) -> Texts:
     return Texts(x, reviews.mask, reviews.labels)
 
 
-def measure_seconds(
-    rows: Sequence[Row], trainers: Sequence[Trainer], rounds: int
-) -> None:
-    """All take turns, so that what else the machine does is the same for all."""
-    seconds = [[trainer.seconds() for trainer in trainers] for _ in range(rounds)]
-    for row, of_one in zip(rows, zip(*seconds)):
-        row.milliseconds = 1000 * statistics.median(of_one)
+def measure_seconds(trainers: dict[str, Trainer], rounds: int) -> dict[str, float]:
+    """The median for each. All take turns, so that what else the machine does is the
+    same for all."""
+    seconds = [[one.seconds() for one in trainers.values()] for _ in range(rounds)]
+    medians = [statistics.median(of_one) for of_one in zip(*seconds)]
+    return dict(zip(trainers, medians, strict=True))
 
 
 # Output
@@ -390,6 +479,8 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         color = "tab:red" if row.name in ("lora", "full fine-tuning") else "0.35"
         left.plot(row.accuracies, [y] * len(row.accuracies), "o", color=color, ms=4)
         left.plot(row.mean, y, "|", color=color, ms=16, mew=2)
+        if row.name in ("head alone", "full fine-tuning"):
+            left.axvline(row.mean, color=color, lw=1, ls="--", alpha=0.6, zorder=0)
         right.barh(y, row.milliseconds, color=color, height=0.6)
         text = f" {row.trained:,}"
         right.text(row.milliseconds, y, text, va="center", fontsize=8)
@@ -423,6 +514,8 @@ def _parser() -> toolbox.Parser:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some methods alone")
     parser.add_argument("--seed", type=toolbox.seed, default=0, help="the first one")
     parser.add_argument("--output", type=Path, default=Path("out"), help="folder")
+    help = "where results are appended; in the folder of --output if not given"
+    parser.add_argument("--results", type=Path, metavar="FILE", help=help)
     return parser
 
 

@@ -1,5 +1,6 @@
 """The examples at small size, on their real models and data."""
 
+import dataclasses
 import importlib
 import os
 import re
@@ -79,6 +80,23 @@ def test_compare_methods(tmp_path, capsys):
         assert len(row.accuracies) == 2 and row.milliseconds > 0
     assert "full fine-tuning" in capsys.readouterr().out
     assert (tmp_path / "methods.png").read_bytes().startswith(b"\x89PNG")
+
+    # Killed in the middle, and started again: only what is missing is done.
+    file = tmp_path / "compare_methods.jsonl"
+    lines = file.read_text().splitlines()
+    rates = len(compare_methods.LEARNING_RATES)
+    assert len(lines) == 4 * (rates + 2 + 1)
+    file.write_text("\n".join([*lines[:2], lines[2][:40]]))
+    flags = [*small.split(), "--only", "head alone", "--results", str(file)]
+    (again,) = compare_methods.main([*flags, "--output", str(tmp_path)])
+    wall_time = {"milliseconds": again.milliseconds}
+    assert again == dataclasses.replace(rows[0], **wall_time)
+    fresh = file.read_text().splitlines()[3:]
+    assert fresh[:-1] == lines[2 : rates + 2] and "milliseconds" in fresh[-1]
+    before = file.read_bytes()
+    assert compare_methods.main([*flags, "--output", str(tmp_path)]) == [again]
+    assert file.read_bytes() == before
+
     for flags, message in [
         ("--only lota", "is none of"),
         ("--seeds 1", "at least 2"),
