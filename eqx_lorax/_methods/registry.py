@@ -81,7 +81,7 @@ def assign_options(
     known = {name for parameters in taken.values() for name in parameters}
     for name in options:
         if name not in known:
-            raise TypeError(_explain_unknown(name, call, taken, [*known, *others]))
+            raise TypeError(_explain_unknown(name, call, taken, [*others, *known]))
     for method, parameters in taken.items():
         for name, parameter in parameters.items():
             if parameter.default is parameter.empty and name not in options:
@@ -107,9 +107,9 @@ def _explain_unknown(
     known: Collection[str],
 ) -> str:
     near = difflib.get_close_matches(name, known, 1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
+    hint = f"here it is `{near[0]}`" if near else f"there are {', '.join(known)}"
     options = "; ".join(
         f"{kind.method!r} takes {', '.join(map('`{}`'.format, names)) or 'none'}"
         for kind, names in taken.items()
     )
-    return f"`{call}` has no argument `{name}`.{hint} Of options, {options}."
+    return f"`{call}` has no argument `{name}`: {hint}. Of options, {options}."

@@ -267,7 +267,7 @@ def set_(*keys_and_value):
     [
         (set_("format", 2), "has format 2, of eqx-lorax.*Upgrade"),
         (set_("format", "new"), "does not describe an adapter"),
-        (set_("targets", 0, "method", "dora"), "method 'dora' is not known"),
+        (set_("targets", 0, "method", "dorra"), "method 'dorra' is not known"),
         (set_("targets", 0, "path", 3), "does not describe an adapter"),
         (set_("targets", 0, "path", ["..", "..", "etc"]), "no such array"),
         (set_("targets", 0, "settings", "rows", [7]), "an axis that a `w` of 2 axes"),

@@ -408,10 +408,14 @@ def test_dropout_of_dora(kind):
     "options, error, message",
     [
         (dict(method="dorra"), ValueError, "Did you mean 'dora'"),
-        (dict(method="lokr", decompose_facto=2), TypeError, "mean `decompose_factor`"),
+        (
+            dict(method="lokr", decompose_facto=2),
+            TypeError,
+            "here it is `decompose_factor`",
+        ),
         (dict(method="dora", seed=2), TypeError, "'dora' takes none"),
         (dict(decompose_both=True), TypeError, "'lora' takes none"),
-        (dict(rnak=2), TypeError, "mean `rank`"),
+        (dict(rnak=2), TypeError, "here it is `rank`"),
         (dict(method="tokens"), TypeError, "needs the option `indices`"),
         (dict(method="tokens", indices=[8]), ValueError, "from 0 to 7.*append them"),
         (dict(method="tokens", indices=[1, 1]), ValueError, "different rows"),
@@ -459,7 +463,7 @@ def test_methods_by_pattern_of_parameters():
     assert [type(x) for x in weights(params)] == [lorax.LoraWeight, lorax.DoraWeight]
     with pytest.raises(ValueError, match="'upp'.*Did you mean 'up'"):
         make({"upp": "dora"})
-    with pytest.raises(TypeError, match="mean `seed`"):
+    with pytest.raises(TypeError, match="here it is `seed`"):
         lorax.init_lora(tree, spec, jr.key(0), method={"up": "vera"}, sed=3)
 
 

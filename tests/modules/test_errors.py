@@ -46,7 +46,10 @@ ARGUMENTS = {
     "key a seed": (dict(key=0), "`key=0` is not a key"),
     "keys": (dict(key=jr.split(jr.key(0))), r"shape \(2,\): one key is needed"),
     "legacy keys": (dict(key=jr.split(jr.PRNGKey(0))), "one key is needed"),
-    "init": (dict(init="guassian"), "`init='guassian'` is unknown. Pass 'uniform'"),
+    "init": (
+        dict(init="guassian"),
+        "`init='guassian'` is unknown. Did you mean 'gaussian'",
+    ),
     "dtype integer": (dict(dtype=jnp.int32), "`dtype=int32` cannot be that of the fac"),
     "dtype complex": (dict(dtype=jnp.complex64), "pass a real floating dtype"),
 }
