@@ -302,5 +302,5 @@ def _find_by_pattern(
     return default
 
 
-def _to_integer(x: float) -> int | float:
+def _to_integer(x: int | float) -> int | float:
     return int(x) if float(x).is_integer() else x
