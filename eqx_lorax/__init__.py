@@ -19,12 +19,13 @@ from ._arithmetic import (
     stack as stack,
     weighted_sum as weighted_sum,
 )
+from ._bases import QuantisedArray as QuantisedArray
 from ._calibration import (
     calibrate as calibrate,
     Calibration as Calibration,
     Gathered as Gathered,
 )
-from ._factored import Factored as Factored
+from ._factored import Factored as Factored, register_base as register_base
 from ._functions import (
     lora as lora,
     MaterialiseWarning as MaterialiseWarning,
@@ -68,10 +69,12 @@ from ._methods import (
     VeraWeight as VeraWeight,
 )
 from ._modules import (
+    dequantise as dequantise,
     dropout_key as dropout_key,
     loraify as loraify,
     merged_forward as merged_forward,
     PerTarget as PerTarget,
+    quantise as quantise,
     unloraify as unloraify,
 )
 from ._optimizers import (

@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._layers import is_layer
-from .._methods import AbstractLoraWeight, base_of, find_method, is_weight
+from .._methods import (
+    AbstractLoraWeight,
+    base_of,
+    find_method,
+    is_missing,
+    is_weight,
+)
 from .._modules import find_target, join_targets, make_wrapper, Target
 from .._shared import (
     inherit_sharding,
@@ -158,7 +164,7 @@ def extract_adapter(model: Any, places: Places, also: Filter) -> Adapter:
 
 def _extract_weight(place: Place) -> DetachedWeight:
     weight = place.node
-    if weight.w is None:
+    if is_missing(weight.w):
         raise ValueError(
             f"{place.dotted} has no base, by which a file knows what it belongs to. "
             "Pass the whole model, `lorax.combine(params, frozen)`."

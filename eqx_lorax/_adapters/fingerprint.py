@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from .._factored import stands_for_array
 from .._methods import is_weight
 from .._shared import as_array, count_bits, is_array, replicate
 from .._trees import join_path, Places
@@ -59,10 +60,15 @@ def _find_frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
     for place in places.all:
         if is_array(place.node):
             yield place.path, place.node
-        elif is_weight(place.node):
-            # One array, or several if the base is itself a weight.
-            for keys, array in jax.tree_util.tree_leaves_with_path(place.node.w):
-                yield (*place.path, *(key.name for key in keys)), array
+        elif stands_for_array(place.node):
+            # One array, or several if the base is itself a weight, or is quantised.
+            base = place.node.w if is_weight(place.node) else place.node
+            for keys, array in jax.tree_util.tree_leaves_with_path(base):
+                yield (*place.path, *map(_name_key, keys)), array
+
+
+def _name_key(key: Any) -> str:
+    return str(key.idx if isinstance(key, jax.tree_util.SequenceKey) else key.name)
 
 
 def _bits(x: Any) -> Array:

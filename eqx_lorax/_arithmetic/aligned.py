@@ -10,7 +10,14 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Num
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, FactoredWeight, is_weight, LoraWeight, unfuse
+from .._methods import (
+    base_of,
+    FactoredWeight,
+    is_missing,
+    is_weight,
+    LoraWeight,
+    unfuse,
+)
 from .._shared import as_array
 from .._trees import flatten_one_level, Place, Places, rebuild
 
@@ -152,7 +159,7 @@ def _find_update(place: Place, node: Any) -> Any:
         return None
     if not is_weight(node):
         # In a whole model where this is no target it is the base.
-        return None if place.node.w is not None else node
+        return None if not is_missing(place.node.w) else node
     if not jax.tree.leaves(node):
         # It is not in the `params`.
         return None
@@ -163,7 +170,7 @@ def _find_update(place: Place, node: Any) -> Any:
         return LoraWeight.from_factored(weight.form)
     # Those of another method have factors only together with their frozen part, and
     # some have a gain.
-    if weight.w is None or (form := weight.factored()).gain is not None:
+    if is_missing(weight.w) or (form := weight.factored()).gain is not None:
         return weight
     return LoraWeight.from_factored(form)
 

@@ -7,7 +7,14 @@ import equinox as eqx
 import jax
 
 from .._layers import is_layer, replace_fields
-from .._methods import base_of, find_misfits, is_weight, list_missing, unfuse
+from .._methods import (
+    base_of,
+    find_misfits,
+    is_missing,
+    is_weight,
+    list_missing,
+    unfuse,
+)
 from .._shared import is_array, list_some
 from .._trees import Place, Places, rebuild
 
@@ -100,7 +107,7 @@ def _check_params(params: Any, places: list[Place]) -> None:
         )
     if not any(base_of(weight) is not None for weight in weights):
         return
-    if any(weight.w is not None and list_missing(weight) for weight in weights):
+    if any(not is_missing(weight.w) and list_missing(weight) for weight in weights):
         raise ValueError(
             "`params` is a base without its adapters, the `frozen` of "
             "`lorax.partition`. Call `lorax.attach(model, params)` with the first "

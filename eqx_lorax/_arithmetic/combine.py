@@ -13,6 +13,7 @@ from .._methods import (
     base_of,
     FactoredWeight,
     find_misfits,
+    is_missing,
     is_weight,
     list_missing,
     LoraWeight,
@@ -79,7 +80,7 @@ def _match_kinds(params: Any, frozen: Any) -> Any:
     def match(x: Any, y: Any) -> Any:
         if not (is_weight(x) and is_weight(y)) or type(x) is type(y):
             return y
-        if x.w is not None or y.w is None or not _is_mixture(x, y):
+        if not is_missing(x.w) or is_missing(y.w) or not _is_mixture(x, y):
             return y
         return jax.tree.map(lambda _: None, x).with_base(y.w)
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, PyTree
 
-from .._methods import AbstractLoraWeight, is_weight, LoraWeight
+from .._methods import AbstractLoraWeight, is_missing, is_weight, LoraWeight
 from .._shared import as_array, check_real, create, known_sharding, zeros
 from .aligned import align, find_base_array, find_base_arrays, share_rank
 
@@ -107,7 +107,7 @@ def stack(adapters: Sequence[PyTree | None], *, base: PyTree = None) -> PyTree:
             dtype = column.first.dtype
             stacked.append(jnp.stack([as_array(x, dtype) for x in arrays]))
             continue
-        if column.first.w is not None:
+        if not is_missing(column.first.w):
             raise ValueError(
                 f"{column.place.dotted} has its frozen base with it, which `stack` "
                 "would not share. Pass the `params` of `lorax.partition`."
@@ -127,6 +127,6 @@ def _stack_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
         nothing = create(
             zeros, (array.shape, array.dtype), array, known_sharding(array)
         )
-        return jnp.stack([nothing if w is None else get(w) for w in weights])
+        return jnp.stack([nothing if is_missing(w) else get(w) for w in weights])
 
     return like.replace(b=stacked(lambda w: w.b), a=stacked(lambda w: w.a))

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._methods import LoraWeight
+from .._methods import is_missing, LoraWeight
 from .._shared import accumulation_dtype, check_real, multiply, promote, zeros
 from .aligned import (
     align,
@@ -184,7 +184,7 @@ def _check_summable(path: str, parts: Sequence[Any], is_dense: bool) -> None:
     if not others:
         return
     name = type(others[0]).__name__
-    if others[0].w is None:
+    if is_missing(others[0].w):
         raise ValueError(
             f"{path} is a {name}, which has its factors only together with its frozen "
             "part. Pass whole models, `lorax.combine(params, frozen)`."

@@ -9,7 +9,7 @@ never used, only its transpose is computed: one product of the inputs with thems
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
@@ -301,7 +301,12 @@ def _(
 
 
 @map_arrays.register
-def _(base: Probe, fn: Callable[[Any, Labels], Any], labels: Labels) -> Probe:
+def _(
+    base: Probe,
+    fn: Callable[[Any, Labels], Any],
+    labels: Labels,
+    moved: Collection[Label] = (),
+) -> Probe:
     batch, inputs = base.list_labels(labels)
     others = inputs if base.sketch is None else [RANK]
     sums = base.sums
@@ -314,7 +319,7 @@ def _(base: Probe, fn: Callable[[Any, Labels], Any], labels: Labels) -> Probe:
     sketch = base.sketch
     if sketch is not None:
         sketch = fn(sketch, [*batch, *inputs, RANK])
-    return _replace(base, map_arrays(base.w, fn, labels), sums, sketch)
+    return _replace(base, map_arrays(base.w, fn, labels, moved), sums, sketch)
 
 
 @views.convert.register

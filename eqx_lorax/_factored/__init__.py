@@ -5,13 +5,17 @@ and indices, its views, and the protocol that a base answers to. What is trained
 weight, and how its factors are made, is not known here: that is a matter of `_methods`.
 """
 
-from . import views as views
+from . import operators as operators, views as views
 from .base import (
     add as add,
+    as_form as as_form,
     dense as dense,
     find_explicit_sharding as find_explicit_sharding,
     map_arrays as map_arrays,
     materialise as materialise,
+    register_base as register_base,
+    stands_for_array as stands_for_array,
+    unpack as unpack,
 )
 from .concatenate import concatenate as concatenate
 from .contraction import (

@@ -3,19 +3,20 @@
 A base has `shape`, `dtype` and `ndim`. Its type is registered with these functions, by
 `functools.singledispatch`:
 
-- `dense` (needed always), `find_explicit_sharding` and `map_arrays`, below;
+- `dense` (needed always), `as_form`, `find_explicit_sharding` and `map_arrays`, below;
 - `contraction.contract_base`, a product with an activation;
 - `convolution.convolve_base`, the same for a kernel;
 - `gather.gather`, a lookup;
 - `views.transpose`, `views.convert`, `views.squeeze`, `views.expand`, `views.reshape`.
 
 Arrays and `Factored`, which may itself be a base, are registered where each function is
-defined. Another kind of base registers what it can do. The others then raise
-`NotFactored`, and `lora(fn)` goes on with the dense array.
+defined. Another kind of base registers what it can do. Products and convolutions need
+nothing more than `dense`: see `unpack`. The others then raise `NotFactored`, and
+`lora(fn)` goes on with the dense array.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import jax
@@ -30,12 +31,13 @@ from .._shared import (
     accumulation_dtype,
     AnyArray,
     axes_from_end,
+    is_array,
     promote,
     relabel,
     sharding,
 )
 from .form import Base, Factored
-from .products import Labels, multiply_arrays, NotFactored, scale_along
+from .products import Label, Labels, multiply_arrays, NotFactored, scale_along
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -66,6 +68,80 @@ def dense(base: Base) -> Array:
     raise TypeError(f"A {type(base).__name__} cannot be the base of an adapter.")
 
 
+def stands_for_array(x: Any) -> bool:
+    """Whether `x` is no array, but of a kind that is registered as one: an adapted
+    weight, or a base such as a quantised array."""
+    kind = type(x)
+    return dense.dispatch(kind) is not dense.dispatch(object) and not is_array(x)
+
+
+def register_base(
+    kind: type,
+) -> Callable[[Callable[[Any], Array]], Callable[[Any], Array]]:
+    """A decorator for the function that turns a `kind` of quantised array into an
+    array. Models may then hold such arrays as weights, with adapters on top or without.
+
+    !!! example
+
+        ```python
+        @lorax.register_base(qwix.QArray)
+        def dequantise(x):
+            return qwix.dequantize(x)
+        ```
+
+    **Arguments:**
+
+    - `kind`: A type. Its instances are pytrees of arrays and have `shape`, `dtype` (of
+        what they stand for) and `ndim`. If they are stacked along a leading axis, for
+        `jax.lax.scan`, slicing all of their arrays along it has to give valid ones.
+
+    **Returns:**
+
+    The decorator, which returns the function as it is. Products call the function on
+    the way in, and again in the backward pass, so that what it returns is not kept in
+    between. It is never differentiated.
+    """
+
+    def register(dequantise: Callable[[Any], Array]) -> Callable[[Any], Array]:
+        @dense.register(kind)
+        def _(base: Any) -> Array:
+            array = dequantise(base).astype(base.dtype)
+            return array.astype(accumulation_dtype(array.dtype))
+
+        return dequantise
+
+    return register
+
+
+def unpack(fn: Callable[[Array, Array], Array], base: Base, x: Array) -> Array:
+    """`fn(dense(base), x)`. The dense array is made again where a derivative needs it,
+    and not kept until then: what is kept is `base`, which is there anyway. No
+    derivative is taken in it."""
+
+    @jax.checkpoint
+    def run(base: Base, x: Array) -> Array:
+        return fn(lax.stop_gradient(dense(base)), x)
+
+    return run(base, x)
+
+
+@functools.singledispatch
+def as_form(x: Any) -> Factored:
+    """What stands for an array, in normal form. A base alone has rank zero, and neither
+    rows nor columns."""
+    shape = tuple(x.shape)
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+        empty: Any = jax.ShapeDtypeStruct((*shape, 0), x.dtype)
+    else:
+        empty = jnp.zeros((*shape, 0), x.dtype)
+    return Factored(x, empty, empty, rows=(), columns=())
+
+
+@as_form.register
+def _(x: Factored) -> Factored:
+    return x
+
+
 @register_arrays(dense)
 def _(base: AnyArray) -> Array:
     return jnp.asarray(base, accumulation_dtype(base.dtype))
@@ -75,9 +151,10 @@ def _(base: AnyArray) -> Array:
 def _(form: Factored) -> Array:
     form = form.without_gate()
     stored = axes_from_end(form.ndim)
-    base = dense(form.differentiable_base())
-    b, a = (form.b, form.b_labels(stored)), (form.a, form.a_labels(stored))
-    whole = add(base, form.scale * multiply_factors(*b, *a, stored, base))
+    whole = dense(form.differentiable_base())
+    if form.rank:
+        b, a = (form.b, form.b_labels(stored)), (form.a, form.a_labels(stored))
+        whole = add(whole, form.scale * multiply_factors(*b, *a, stored, whole))
     if form.gain is not None:
         whole = scale_along(whole, stored, form.gain, stored)
     return lax.transpose(whole, [axis % form.ndim for axis in form.logical_axes()])
@@ -128,7 +205,12 @@ def _(form: Factored) -> NamedSharding | None:
 
 
 @functools.singledispatch
-def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> Base:
+def map_arrays(
+    base: Base,
+    fn: Callable[[Any, Labels], Any],
+    labels: Labels,
+    moved: Collection[Label] = (),
+) -> Base:
     """`base` with `fn(array, labels)` in the place of each array in it.
 
     **Arguments:**
@@ -139,17 +221,29 @@ def map_arrays(base: Base, fn: Callable[[Any, Labels], Any], labels: Labels) -> 
     - `labels`: One for each axis of `base`. `fn` gets those of the array's own axes,
         with `RANK` for the rank and `None` for an axis of size one along which the
         array is broadcast.
+    - `moved`: The labels along which `fn` moves or picks entries, rather than treating
+        all alike. A base of several entries in one raises `NotFactored` for some.
     """
     raise refuse(base, "map_arrays")
 
 
 @register_arrays(map_arrays)
-def _(base: AnyArray, fn: Callable[[Any, Labels], Any], labels: Labels) -> Any:
+def _(
+    base: AnyArray,
+    fn: Callable[[Any, Labels], Any],
+    labels: Labels,
+    moved: Collection[Label] = (),
+) -> Any:
     return fn(base, labels)
 
 
 @map_arrays.register
-def _(form: Factored, fn: Callable[[Any, Labels], Any], labels: Labels) -> Factored:
+def _(
+    form: Factored,
+    fn: Callable[[Any, Labels], Any],
+    labels: Labels,
+    moved: Collection[Label] = (),
+) -> Factored:
     stored = form.stored_labels(labels)
     new = form.map_factors(fn, stored)
-    return new.replace(base=map_arrays(form.base, fn, stored))
+    return new.replace(base=map_arrays(form.base, fn, stored, moved))

@@ -18,7 +18,14 @@ from .._shared import (
     relabel,
     unshard,
 )
-from .base import add, dense, refuse, register_arrays
+from .base import (
+    add,
+    dense,
+    refuse,
+    register_arrays,
+    stands_for_array,
+    unpack,
+)
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
 from .products import (
@@ -83,7 +90,10 @@ def contract(
 def contract_base(base: Base, x: Array, **arguments: Any) -> Array:
     """`contract` for a base of any kind, without `low_rank_x`. If `is_frozen`, no
     derivative is taken in the base."""
-    raise refuse(base, "contract_base")
+    if not stands_for_array(base):
+        raise refuse(base, "contract_base")
+    arguments["is_frozen"] = True
+    return unpack(lambda w, x: contract_base(w, x, **arguments), base, x)
 
 
 @contract_base.register
@@ -211,6 +221,8 @@ def _contract_separately(
         precision=precision,
         out_sharding=out_sharding,
     )
+    if weight.rank == 0:
+        return base
     x = x if low_rank_x is None else low_rank_x
     precision = precision_for_any_dtype(precision)
     # A x, or B x where `x` is on the side of the rows.

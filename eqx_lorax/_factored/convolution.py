@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._shared import AnyArray, axes_from_end, promote
-from .base import add, dense, refuse, register_arrays
+from .base import (
+    add,
+    dense,
+    refuse,
+    register_arrays,
+    stands_for_array,
+    unpack,
+)
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
 from .products import (
@@ -91,7 +98,10 @@ def convolve(
 def convolve_base(base: Base, x: Array, **arguments: Any) -> Array:
     """`convolve` for a base of any kind, without `low_rank_x`. If `is_frozen`, no
     derivative is taken in the base."""
-    raise refuse(base, "convolve_base")
+    if not stands_for_array(base):
+        raise refuse(base, "convolve_base")
+    arguments["is_frozen"] = True
+    return unpack(lambda w, x: convolve_base(w, x, **arguments), base, x)
 
 
 @convolve_base.register
@@ -146,7 +156,7 @@ def _convolve_separately(
         x = scale_along(x, range(x.ndim), each, [feature])
         weight = weight.replace(gain=None)
     kernel_axes = tuple(logical[axis] for axis in dimension_numbers.rhs_spec)
-    mixer_owns = _mixer(weight, kernel_axes)
+    mixer_owns = _mixer(weight, kernel_axes) if weight.rank else None
     as_stored = tuple(axis % weight.base.ndim for axis in kernel_axes)
     base = convolve_base(
         weight.base,
@@ -157,6 +167,8 @@ def _convolve_separately(
         precision=precision,
         **conv,
     )
+    if weight.rank == 0:
+        return base
     branch = _outputs_mixed if mixer_owns == "outputs" else _inputs_mixed
     update = branch(
         weight,

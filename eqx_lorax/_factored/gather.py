@@ -113,12 +113,17 @@ def _(
     gain, gain_labels = x.gain, stored
     if gain is not None:
         gain, gain_labels = pick(gain, x.gain_labels(stored), 1)
-    if picked <= set(x.batch_axes()):
+    # Of a base alone, too, vectors are looked up: what is left is no weight.
+    own = [size for label, size in zip(w_labels, w.shape) if label in stored]
+    is_lookup = x.rank == 0 and sum(size > 1 for size in own) < 2
+    if picked <= set(x.batch_axes()) and not is_lookup:
         x = x.replace(base=w, b=b, a=a, gain=gain)
         return renumber(x, w_labels, out_labels)
     base = dense(w)
-    found = x.scale * multiply_factors(b, b_labels, a, a_labels, w_labels, base)
-    found = add(base, found)
+    found = base
+    if x.rank:
+        update = multiply_factors(b, b_labels, a, a_labels, w_labels, base)
+        found = add(base, x.scale * update)
     if gain is not None:
         found = scale_along(found, w_labels, gain, gain_labels)
     order = [w_labels.index(label) for label in out_labels]

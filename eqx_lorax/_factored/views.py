@@ -105,7 +105,8 @@ def slice_(
         ]
         return lax.slice(array, *zip(*own))
 
-    return map_arrays(x, of_array, range(x.ndim))
+    moved = [i for i, size in enumerate(x.shape) if bounds[i] != (0, size, 1)]
+    return map_arrays(x, of_array, range(x.ndim), moved)
 
 
 def dynamic_slice(x: Base, starts: Sequence[ArrayLike], sizes: Sequence[int]) -> Base:
@@ -118,7 +119,8 @@ def dynamic_slice(x: Base, starts: Sequence[ArrayLike], sizes: Sequence[int]) ->
         ]
         return lax.dynamic_slice(array, *zip(*own))
 
-    return map_arrays(x, of_array, range(x.ndim))
+    moved = [i for i, size in enumerate(x.shape) if sizes[i] != size]
+    return map_arrays(x, of_array, range(x.ndim), moved)
 
 
 def reverse(x: Base, dimensions: Sequence[int]) -> Base:
@@ -127,7 +129,7 @@ def reverse(x: Base, dimensions: Sequence[int]) -> Base:
     def of_array(array: Array, labels: Labels) -> Array:
         return lax.rev(array, [i for i, x in enumerate(labels) if x in dimensions])
 
-    return map_arrays(x, of_array, range(x.ndim))
+    return map_arrays(x, of_array, range(x.ndim), dimensions)
 
 
 @functools.singledispatch

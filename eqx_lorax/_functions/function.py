@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._factored import find_explicit_sharding, is_factored, materialise
-from .._methods import AbstractLoraWeight, is_weight
+from .._factored import (
+    as_form,
+    find_explicit_sharding,
+    is_factored,
+    materialise,
+    stands_for_array,
+)
 from .._shared import compat
 from .interpreter import evaluate
 from .report import Materialised, OnMaterialise, Report
@@ -31,10 +36,10 @@ def lora(
     """A function that computes what `fn` does, with factored weights in its arguments.
 
     `fn` is any JAX function, written for arrays: `fn` sees an array wherever there is
-    an `AbstractLoraWeight`, and every product with that array is computed from base and
-    factors. It is traced, as by `jax.jit`, and may itself be transformed, contain
-    transformations, and be a module, a bound method or a `functools.partial` that holds
-    weights.
+    an `AbstractLoraWeight` or a `QuantisedArray`, and every product with that array is
+    computed from base and factors, or from the quantised array. It is traced, as by
+    `jax.jit`, and may itself be transformed, contain transformations, and be a module,
+    a bound method or a `functools.partial` that holds weights.
 
     !!! example
 
@@ -104,7 +109,7 @@ def _is_opaque(node: Any) -> bool:
 class _Placeholder:
     """Stands for a weight where the function is going to see an array."""
 
-    def __init__(self, weight: AbstractLoraWeight):
+    def __init__(self, weight: Any):
         self.weight = weight
 
 
@@ -125,9 +130,9 @@ def call_with_weights(fn: Any, args: Any, kwargs: Any, options: CallOptions) -> 
     """Calls `fn`, which sees an array in the place of each weight."""
     unbound, held = _hoist_state(fn)
     marked = jax.tree.map(
-        lambda x: _Placeholder(x) if is_weight(x) else x,
+        lambda x: _Placeholder(x) if stands_for_array(x) else x,
         (held, args, kwargs),
-        is_leaf=lambda x: is_weight(x) or _is_opaque(x),
+        is_leaf=lambda x: stands_for_array(x) or _is_opaque(x),
     )
     leaves, treedef = jax.tree.flatten(marked)
     if not any(isinstance(leaf, _Placeholder) for leaf in leaves):
@@ -136,7 +141,8 @@ def call_with_weights(fn: Any, args: Any, kwargs: Any, options: CallOptions) -> 
         i for i, x in enumerate(leaves) if isinstance(x, _Placeholder | jax.Array)
     ]
     given = [_value(leaves[i]) for i in dynamic]
-    values = _stop_base_gradients([x.factored() if is_weight(x) else x for x in given])
+    forms = [as_form(x) if stands_for_array(x) else x for x in given]
+    values = _stop_base_gradients(forms)
     for value in values:
         if is_factored(value):
             value.check_shapes()

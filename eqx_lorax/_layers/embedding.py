@@ -19,6 +19,7 @@ class LoraEmbedding(AbstractLoraLayer):
     adapts = (eqx.nn.Embedding,)
     by_default = False
     has_dropout = False
+    takes_quantised = True
     is_lookup = True
 
     def __call__(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 
+from .._factored import stands_for_array
 from .._functions import call_with_weights, CallOptions
-from .._methods import is_weight
 
 
 NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
@@ -50,7 +50,7 @@ def run_module(layer: Any, fn: Callable[..., Any], /, *args: Any, **kwargs: Any)
                 **named,
             )
     is_changed = type(result) is type(module) and any(
-        map(is_weight, jax.tree.leaves(result, is_leaf=is_weight))
+        map(stands_for_array, jax.tree.leaves(result, is_leaf=stands_for_array))
     )
     return replace_fields(layer, wrapped=result) if is_changed else result
 

@@ -35,6 +35,10 @@ class AbstractLoraLayer(AbstractOpaque):
     """Whether it has the fields `dropout`, for the input of the low-rank branch, and
     `key`, the default of its calls."""
 
+    takes_quantised: ClassVar[bool] = False
+    """Whether the module's own code runs with a `lorax.QuantisedArray` in the place of
+    its weight: whether it only multiplies it by `@`, or indexes it."""
+
     is_lookup: ClassVar[bool]
     """Whether its weight is a table that is indexed, not multiplied with."""
 

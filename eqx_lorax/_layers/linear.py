@@ -30,6 +30,7 @@ class LoraLinear(AbstractLoraLayer):
     adapts = (eqx.nn.Linear,)
     by_default = True
     has_dropout = True
+    takes_quantised = True
     is_lookup = False
 
     def __call__(self, x: ArrayLike, *, key: PRNGKeyArray | None = None) -> Array:

@@ -31,6 +31,7 @@ from .initialisers import (
     words_of as words_of,
 )
 from .lora import LoraWeight as LoraWeight
+from .missing import is_missing as is_missing, list_missing as list_missing
 from .parts import (
     check_frozen as check_frozen,
     check_whole as check_whole,
@@ -62,5 +63,4 @@ from .weight import (
     base_of as base_of,
     FactoredWeight as FactoredWeight,
     is_weight as is_weight,
-    list_missing as list_missing,
 )

@@ -16,6 +16,7 @@ from .._factored import (
 )
 from .._shared import AnyArray, axes_from_end, make_unchecked, multiply, weight_document
 from .fresh import compute_scale, Fresh
+from .missing import is_missing
 from .relative import RelativeLoraWeight
 from .weight import AbstractLoraWeight, is_weight, Weight
 
@@ -147,7 +148,7 @@ class LoraWeight(AbstractLoraWeight):
         )
 
     def factored(self) -> Factored:
-        if self.w is None or self.b is None or self.a is None:
+        if is_missing(self.w) or self.b is None or self.a is None:
             self.check_whole()
         if len(self.a.shape) == len(self.columns):
             raise not_of_one_weight(self.w, self.b, self.a)

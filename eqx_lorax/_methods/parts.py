@@ -6,7 +6,8 @@ from typing import Any
 import jax
 
 from .._shared import axes_from_end, is_array
-from .weight import AbstractLoraWeight, base_of, is_weight, list_missing
+from .missing import list_missing
+from .weight import AbstractLoraWeight, base_of, is_weight
 
 
 def list_weights(tree: Any) -> list[AbstractLoraWeight]:

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike
 from .._factored import factor_shapes, Factored, Labels
 from .._shared import axes_from_end, multiply
 from .fresh import compute_scale
+from .missing import is_missing
 from .parts import find_misfits
 from .weight import AbstractLoraWeight
 
@@ -34,7 +35,7 @@ class AbstractSidedWeight(AbstractLoraWeight):
     have the same size."""
 
     def __check_init__(self):
-        if self.w is None:
+        if is_missing(self.w):
             return
         if problems := list(find_misfits(self)):
             raise ValueError(

@@ -20,18 +20,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from .._factored import (
+    as_form,
     Base,
     contract,
     dense,
     factor_axes,
     Factored,
     Labels,
+    operators,
     Precision,
     views,
 )
 from .._shared import is_inexact, multiply, replace_unchecked, weight_document
-from . import operators
 from .fresh import Fresh
+from .missing import is_missing, list_missing, missing_base, missing_factors
 
 
 # NumPy arrays are for models just read from a file, shapes for abstract models.
@@ -150,7 +152,7 @@ class AbstractLoraWeight(eqx.Module):
 
         `ValueError` if the base is missing.
         """
-        if self.w is None:
+        if is_missing(self.w):
             raise missing_base(self)
 
     @property
@@ -359,41 +361,28 @@ class FactoredWeight(AbstractLoraWeight):
         return weight_document(self, **options)
 
 
+@dense.register
+def _(base: AbstractLoraWeight) -> Array:
+    return dense(base.factored())
+
+
+@as_form.register
+def _(x: AbstractLoraWeight) -> Factored:
+    return x.factored()
+
+
 def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:
     """Whether `node` is an adapted weight."""
     return isinstance(node, AbstractLoraWeight)
 
 
 def base_of(weight: Any) -> Any:
-    """The array beneath all adapters."""
+    """The array beneath all adapters; `None` where that is missing."""
     while is_weight(weight):
         weight = weight.w
-    return weight
-
-
-def list_missing(weight: Any) -> list[str]:
-    """The names of the arrays that a weight lacks, apart from its base."""
-    names = weight.array_axes()
-    return [name for name in names if getattr(weight, name) is None]
+    return None if is_missing(weight) else weight
 
 
 def as_base(w: Any) -> Base:
     """`w`, an array or a weight, as the base of a normal form."""
     return w.factored() if is_weight(w) else w
-
-
-def missing_base(weight: Any) -> ValueError:
-    """The error where the base of a weight is needed and missing."""
-    return ValueError(
-        f"This {type(weight).__name__} has no base: it is of an adapter alone, the "
-        "`params` of `lorax.partition`. Use the whole model, "
-        "`lorax.combine(params, frozen)` or `lorax.attach(model, params)`."
-    )
-
-
-def missing_factors(weight: Any) -> ValueError:
-    """The error where the factors of a weight are needed and missing."""
-    return ValueError(
-        f"This {type(weight).__name__} has no factors: it is of the `frozen` part of "
-        "`lorax.partition`. Use the whole model, `lorax.combine(params, frozen)`."
-    )

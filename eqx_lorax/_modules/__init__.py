@@ -13,6 +13,7 @@ from .held import (
     without_views as without_views,
 )
 from .options import PerTarget as PerTarget
+from .quantising import dequantise as dequantise, quantise as quantise
 from .surgery import (
     loraify as loraify,
     make_wrapper as make_wrapper,

@@ -16,6 +16,7 @@ from .._factored import dense, scale_along, views
 from .._methods import (
     FactoredWeight,
     FusedWeight,
+    is_missing,
     is_weight,
     list_weights,
     LoraWeight,
@@ -102,7 +103,7 @@ def _check_unscaled(places: Sequence[Place]) -> None:
 def _without_view(weight: Any) -> Any:
     weight = unfuse(weight)
     # A part of a partition has the base without factors, or the factors without it.
-    if not is_weight(weight) or weight.w is None:
+    if not is_weight(weight) or is_missing(weight.w):
         return weight
     if isinstance(weight, FactoredWeight):
         if weight.gain is None and weight.b is not None:

@@ -29,6 +29,7 @@ from .fresh import make_adapter
 from .held import strip_adapters, without_views
 from .merging import merge_weights
 from .options import PerTarget, resolve_per_target
+from .quantising import settle_layer
 from .targets import find_targets, list_targets, Target
 
 
@@ -231,7 +232,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
     places = Places(model)
     weights = [place for place in places.all if is_weight(place.node)]
     layers = [place for place in places.all if is_layer(place.node)]
-    if not weights and not layers:
+    if not weights and not any(settle_layer(x.node) is not x.node for x in layers):
         raise ValueError(
             "`model` has no adapters to take out. Was it passed through "
             "`lorax.loraify`, and has it been merged before?"
@@ -249,7 +250,7 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
         place.indices: lambda _, array=array: array
         for place, array in zip(weights, arrays)
     }
-    edits |= {place.indices: lambda layer: layer.wrapped for place in layers}
+    edits |= {place.indices: settle_layer for place in layers}
     return rebuild(model, edits)
 
 

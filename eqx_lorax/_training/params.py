@@ -14,7 +14,7 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._factored import Factored
+from .._factored import Factored, stands_for_array
 from .._methods import (
     AbstractLoraWeight,
     assign_options,
@@ -193,7 +193,7 @@ def _check_adaptable(path: str, x: Any, spec: LoraSpec) -> None:
             f"{path}, of shape {x.shape}, is a vector or a scalar and cannot have the "
             f"rank {spec.rank}: give `lorax.LORA_FREEZE` or `lorax.LORA_FULL`."
         )
-    if not is_inexact(x):
+    if not (is_inexact(x) or stands_for_array(x)):
         kind = f"an array of {x.dtype}" if is_array(x) else f"a {type(x).__name__}"
         raise ValueError(
             f"{path} is {kind} and cannot have the rank {spec.rank}: give "

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from .._factored import stands_for_array
 from .._methods import (
     base_of,
     check_whole,
+    is_missing,
     is_weight,
     list_weights,
     LoraWeight,
@@ -191,7 +193,7 @@ def summary(model: PyTree, also: Filter = None, *, exclude: Filter = None) -> Su
         adam_bytes=count_bytes(adam),
         full_adam_bytes=0
         if is_alone
-        else count_bytes(_plan_adam(eqx.filter(base, is_inexact))),
+        else count_bytes(_plan_adam(eqx.filter(_drop_bits(base), is_inexact))),
         device_trained_bytes=count_device_bytes(params),
         device_frozen_bytes=count_device_bytes(frozen),
         device_adam_bytes=count_device_bytes(adam),
@@ -205,7 +207,7 @@ def _is_target(node: Any) -> bool:
 
 def _summarise_weight(place: Place, params: Any) -> TargetSummary:
     weight = unfuse(place.node)
-    is_known = weight.w is not None
+    is_known = not is_missing(weight.w)
     rank, scale = getattr(weight, "rank", None), getattr(weight, "scale", None)
     if rank is None:
         # The rank of a method may be another one than that of its normal form.
@@ -249,7 +251,21 @@ def _name_module(place: Place) -> str:
 
 
 def _count_elements(tree: PyTree) -> int:
-    return sum(math.prod(x.shape) for x in list_arrays(tree))
+    """The number of elements, which for a quantised array is what it stands for."""
+    return sum(math.prod(x.shape) for x in list_arrays(_drop_bits(tree)))
+
+
+def _drop_bits(tree: PyTree) -> PyTree:
+    """The tree with what a quantised array stands for, abstract, in its place."""
+
+    def drop(x: Any) -> Any:
+        is_bits = stands_for_array(x) and not is_weight(x) and not is_missing(x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_bits else x
+
+    def visit(x: Any) -> Any:
+        return x.with_base(visit(x.w)) if is_weight(x) else drop(x)
+
+    return jax.tree.map(visit, tree, is_leaf=stands_for_array)
 
 
 def _plan_adam(params: PyTree) -> PyTree:

@@ -11,8 +11,8 @@ import equinox as eqx
 import jax.tree_util as jtu
 import numpy as np
 
+from .._factored import stands_for_array
 from .._layers import is_known_layer
-from .._methods import is_weight
 from .._shared import list_some
 from .places import flatten_one_level, Place, Places
 
@@ -252,8 +252,9 @@ def _match_predicate(
         predicate = lambda node: isinstance(node, kind)  # noqa: E731
     else:
         label = f"the predicate `{argument}`"
-    modules = [place for place in places if isinstance(place.node, eqx.Module)]
-    found = [x for x in modules if not is_weight(x.node) and predicate(x.node)]
+    nodes = [place for place in places if not place.is_array]
+    modules = [place for place in nodes if isinstance(place.node, eqx.Module)]
+    found = [place for place in modules if predicate(place.node)]
     if not found:
         kinds = sorted({type(place.module).__name__ for place in modules})
         raise ValueError(
@@ -275,7 +276,7 @@ def _match_spec(
                 marked.append(by_indices[indices])
             return
         level = flatten_one_level(node)
-        if is_weight(node):
+        if stands_for_array(node):
             if type(spec) is type(node) and any(jtu.tree_leaves(spec)):
                 marked.append(by_indices[indices])
             return

@@ -13,8 +13,8 @@ from typing import Any
 import equinox as eqx
 import jax.tree_util as jtu
 
+from .._factored import stands_for_array
 from .._layers import is_layer
-from .._methods import is_weight
 from .._shared import is_array
 
 
@@ -45,8 +45,8 @@ class Place:
 
     @property
     def is_array(self) -> bool:
-        """Whether there is an array here, or a factored weight in the place of one."""
-        return is_weight(self.node) or is_array(self.node)
+        """Whether there is an array here, or what stands for one."""
+        return stands_for_array(self.node) or is_array(self.node)
 
     @property
     def dotted(self) -> str:
@@ -66,8 +66,8 @@ def join_path(path: Sequence[str]) -> str:
 
 def flatten_one_level(node: Any) -> tuple[list[tuple[str, Any]], Any] | None:
     """The named children of `node`, and the treedef to put it together again; `None`
-    for leaves. A factored weight counts as a leaf, since it stands for an array."""
-    if is_weight(node) or node is None:
+    for leaves. What stands for an array, such as a weight, counts as a leaf."""
+    if stands_for_array(node) or node is None:
         return None
     keyed, treedef = jtu.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
     if keyed and not keyed[0][0]:

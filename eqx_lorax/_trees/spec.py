@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .._methods import is_weight
+from .._factored import stands_for_array
 from .._shared import axes_from_end, Placement
 from .places import flatten_one_level
 
@@ -153,7 +153,7 @@ def map_spec(
     """
 
     def visit(path: tuple[str, ...], node: Any, spec: Any) -> Any:
-        ends = is_weight(node) or is_leaf is not None and is_leaf(node)
+        ends = stands_for_array(node) or is_leaf is not None and is_leaf(node)
         level = None if ends or node is None else flatten_one_level(node)
         if node is None:
             return None

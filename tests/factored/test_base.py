@@ -43,7 +43,7 @@ def _(base: Int8, x, *, is_frozen=False, **arguments):
 
 
 @map_arrays.register
-def _(base: Int8, fn, labels):
+def _(base: Int8, fn, labels, moved=()):
     return Int8(fn(base.codes, labels), fn(base.scales, labels[:-1]))
 
 

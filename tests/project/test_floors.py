@@ -12,6 +12,7 @@ from paths import ROOT
 FLOORS = (
     ("_shared",),
     ("_factored",),
+    ("_bases",),
     ("_methods",),
     ("_functions",),
     ("_layers",),

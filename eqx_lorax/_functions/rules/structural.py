@@ -30,7 +30,7 @@ def _as_activation(x: Any) -> Any:
     if not is_factored(x):
         return x
     for axes in (x.rows, x.columns):
-        if math.prod(x.base.shape[axis] for axis in axes) == 1:
+        if axes and math.prod(x.base.shape[axis] for axis in axes) == 1:
             return materialise(x)
     return x
 

@@ -1,5 +1,5 @@
-"""The array syntax of weights, `weight @ x` and `weight[index]`, in terms of their
-normal form."""
+"""The array syntax of what stands for an array, `weight @ x` and `weight[index]`, in
+terms of its normal form."""
 
 import operator
 from types import EllipsisType
@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike
 
-from .._factored import contract as contract_labels, Factored, Label, map_arrays, take
+from .base import map_arrays
+from .contraction import contract as contract_labels
+from .form import Factored
+from .gather import take
+from .products import Label, NotFactored
 
 
 def matmul(form: Factored, x: ArrayLike) -> Array:
@@ -101,7 +105,13 @@ def _slice_axis(form: Factored, position: int, one: slice) -> Factored:
     def sliced(array: Any, labels: Any) -> Any:
         return array[tuple(one if x == position else slice(None) for x in labels)]
 
-    return map_arrays(form, sliced, range(form.ndim))
+    try:
+        return map_arrays(form, sliced, range(form.ndim), [position])
+    except NotFactored as error:
+        raise TypeError(
+            f"Axis {position} of {form.shape} cannot be sliced: {error}. Form the "
+            "array first, with `materialise()` or `dequantise()`."
+        ) from error
 
 
 def _full_index(item: Any, ndim: int) -> list[Any]:

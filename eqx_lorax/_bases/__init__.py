@@ -1,0 +1,16 @@
+"""Quantised bases: arrays of few bits an entry, that stand for arrays of floats.
+
+Here is what they are made of, how arrays become quantised, how they answer to the
+protocol of bases in `_factored`, and the formats of other libraries. Which arrays of a
+model are quantised is not decided here: that is a matter of `_modules`.
+"""
+
+# Registers what can be done with it.
+from . import operations as operations
+from .array import is_quantised as is_quantised, QuantisedArray as QuantisedArray
+from .encoding import (
+    Axes as Axes,
+    find_format as find_format,
+    quantise_array as quantise_array,
+)
+from .formats import Format as Format, FORMATS as FORMATS

@@ -1,0 +1,307 @@
+"""From arrays to quantised ones: blocks along the last axes, each with its scale."""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from .._shared import axes_from_end, known_sharding
+from .array import QuantisedArray
+from .formats import Format, FORMATS, SCALES
+from .packing import pack
+
+
+_NESTED_BLOCK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """What the axes of an array are, counted from the end."""
+
+    outputs: tuple[int, ...]
+    """Those of the outputs, which have a scale each where scales are per channel."""
+
+    batch: tuple[int, ...] = ()
+    """Those along which arrays are stacked. No block goes along them."""
+
+
+def find_format(name: str | Format) -> Format:
+    """The format of this name.
+
+    **Raises:**
+
+    `ValueError` if there is none.
+    """
+    if isinstance(name, Format):
+        return name
+    if name in FORMATS:
+        return FORMATS[name]
+    near = difflib.get_close_matches(str(name), FORMATS, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"There is no `format={name!r}`: it has to be one of "
+        f"{', '.join(map(repr, FORMATS))}.{hint}"
+    )
+
+
+def quantise_array(
+    w: Any,
+    format: str | Format = "nf4",
+    *,
+    block: int = 64,
+    nested: bool = False,
+    axes: Axes | None = None,
+    name: str = "the array",
+) -> QuantisedArray:
+    """An array in another format.
+
+    **Arguments:**
+
+    - `w`: An array of float64, float32, bfloat16 or float16, or a
+        `jax.ShapeDtypeStruct`.
+    - `format`, `block`, `nested`: As in `lorax.quantise`.
+    - `axes`: What its axes are. By default the outputs are the second to last axis,
+        and there is no batch.
+    - `name`: For error messages.
+
+    **Returns:**
+
+    A `QuantisedArray` with the sharding of `w`. The scales of entries that are not
+    finite are not finite.
+
+    **Raises:**
+
+    `ValueError` or `TypeError` if the dtype is another one, if the block does not
+    divide, or if a block would be in several shards.
+    """
+    format = find_format(format)
+    _check_dtype(name, w)
+    layout = _lay_out(name, tuple(w.shape), format, block, axes or Axes((-2,)))
+    placed = _Shards(name, w, layout)
+    encode = functools.partial(_encode, layout=layout, format=format, nested=nested)
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return placed.mark(jax.eval_shape(encode, w))
+    if isinstance(w, jax.core.Tracer) or placed.sharding is None:
+        return encode(jnp.asarray(w))
+    shardings = placed.find_shardings(jax.eval_shape(encode, w))
+    return jax.jit(encode, out_shardings=shardings)(w)
+
+
+def check_block(block: Any) -> None:
+    """**Raises:**
+
+    `ValueError` if `block` cannot be the size of a block.
+    """
+    if isinstance(block, bool) or not isinstance(block, int | np.integer) or block < 2:
+        raise ValueError(f"`block={block!r}` must be an even number, such as 64.")
+    if block % 2:
+        raise ValueError(
+            f"`block={block}` is odd, and two entries of four bits share a byte. Pass "
+            f"{block + 1}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How the entries of an array are stored."""
+
+    order: tuple[int, ...]
+    """The axes of the array, counted from the end, in the order of storage."""
+    inner: tuple[int, ...]
+    block: int
+    batch: int
+    """How many of the first axes are batch axes."""
+
+    @property
+    def leading(self) -> int:
+        return len(self.order) - len(self.inner)
+
+    @property
+    def permutation(self) -> tuple[int, ...] | None:
+        ndim = len(self.order)
+        if self.order == tuple(axes_from_end(ndim)):
+            return None
+        return tuple(self.order.index(axis) - ndim for axis in axes_from_end(ndim))
+
+
+def _lay_out(
+    name: str, shape: tuple[int, ...], format: Format, block: int, axes: Axes
+) -> _Layout:
+    ndim = len(shape)
+    every = axes_from_end(ndim)
+    batch = [axis for axis in every if axis in axes.batch]
+    if format.name == "int8":
+        outputs = [axis for axis in every if axis in axes.outputs]
+        inner = [axis for axis in every if axis not in (*batch, *outputs)]
+        sizes = tuple(shape[axis] for axis in inner)
+        return _Layout((*batch, *outputs, *inner), sizes, math.prod(sizes), len(batch))
+    check_block(block)
+    inner, most = 0, ndim - (1 + max((x + ndim for x in batch), default=-1))
+    count = 1
+    while inner < most and (inner == 0 or count % block):
+        inner += 1
+        count *= shape[-inner]
+    if count % block or not count:
+        fitting = [x for x in (128, 64, 32, 16, 8, 4, 2) if x < block]
+        fits = [x for x in fitting if math.prod(shape[ndim - most :]) % x == 0]
+        fix = (
+            f"Pass `block={fits[0]}` or a divisor of it, or leave" if fits else "Leave"
+        )
+        raise ValueError(
+            f"`block={block}` does not divide the {math.prod(shape[ndim - most :])} "
+            f"entries of {name}, of shape {shape}. {fix} it out with `exclude`."
+        )
+    return _Layout(tuple(every), shape[ndim - inner :], block, len(batch))
+
+
+def _check_dtype(name: str, w: Any) -> None:
+    dtype = jnp.dtype(w.dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{name} is of dtype {dtype}, and only floats can be quantised: leave it "
+            "out with `exclude`."
+        )
+    if dtype.itemsize < 2:
+        raise TypeError(
+            f"{name} is of dtype {dtype}, which has few bits already. Leave it out "
+            "with `exclude`, or cast it to bfloat16 first if that is meant."
+        )
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "format", "nested"))
+def _encode(
+    w: Array, *, layout: _Layout, format: Format, nested: bool
+) -> QuantisedArray:
+    dtype = w.dtype
+    w = w.transpose([axis % w.ndim for axis in layout.order]).astype(jnp.float32)
+    blocks = w.reshape(*w.shape[: layout.leading], -1, layout.block)
+    codes, scales, offsets = _encode_blocks(blocks, format)
+    if nested:
+        scales = _nest(scales, layout)
+        if offsets is not None:
+            offsets = _nest(offsets, layout)
+    return QuantisedArray(
+        pack(codes, format),
+        scales,
+        offsets,
+        format,
+        layout.inner,
+        dtype,
+        layout.permutation,
+    )
+
+
+def _encode_blocks(blocks: Array, format: Format) -> tuple[Array, Array, Array | None]:
+    """Codes, scales and offsets of blocks, which are the last axis."""
+    largest = jnp.max(jnp.abs(blocks), -1)
+    if format.has_offset:
+        least, most = jnp.min(blocks, -1), jnp.max(blocks, -1)
+        # With few bits, so that `scale * code` is exact and is rounded no differently
+        # where the compiler multiplies and adds at once.
+        scales = jax.lax.reduce_precision((most - least) / 15, 8, 18)
+        shifted = blocks - least[..., None]
+        codes = jnp.round(_divide(shifted, scales)).clip(0, 15)
+        return codes.astype(jnp.uint8), scales, least
+    if format.codebook is None:
+        most = 2 ** sum(format.bits) - 1 - format.zero
+        scales = largest / most
+        codes = jnp.round(_divide(blocks, scales)).clip(-most, most) + format.zero
+        return codes.astype(jnp.uint8), scales, None
+    return _find_nearest(_divide(blocks, largest), format), largest, None
+
+
+def _divide(blocks: Array, scales: Array) -> Array:
+    """The quotient, which is zero in blocks of zeros."""
+    scales = scales[..., None]
+    return jnp.where(scales == 0, 0, blocks / jnp.where(scales == 0, 1, scales))
+
+
+def _find_nearest(x: Array, format: Format) -> Array:
+    """The code with the nearest value."""
+    order = np.argsort(format.values, kind="stable")
+    values = format.values[order].astype(np.float64)
+    middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    if len(middles) < 16:
+        ranks = sum((x > middle).astype(jnp.int32) for middle in middles)
+    else:
+        ranks = jnp.searchsorted(jnp.asarray(middles), x)
+    return jnp.asarray(order.astype(np.uint8))[ranks]
+
+
+def _nest(scales: Array, layout: _Layout) -> QuantisedArray:
+    """The scales, in turn quantised in blocks, as QLoRA's double quantisation."""
+    shape = scales.shape[layout.batch :]
+    count = math.prod(shape)
+    block = min(_NESTED_BLOCK, count)
+    flat = scales.reshape(*scales.shape[: layout.batch], count)
+    offset = jnp.mean(flat, -1, keepdims=True)
+    padding = [(0, 0)] * layout.batch + [(0, -count % block)]
+    blocks = jnp.pad(flat - offset, padding)
+    blocks = blocks.reshape(*blocks.shape[:-1], -1, block)
+    largest = jnp.max(jnp.abs(blocks), -1)
+    codes = _find_nearest(_divide(blocks, largest), SCALES)
+    offsets = jnp.broadcast_to(offset, largest.shape)
+    return QuantisedArray(
+        pack(codes, SCALES), largest, offsets, SCALES, shape, scales.dtype
+    )
+
+
+class _Shards:
+    """The sharding of an array, and those of the parts of its quantised form."""
+
+    def __init__(self, name: str, w: Any, layout: _Layout):
+        sharding = known_sharding(w)
+        self.sharding = sharding
+        self.layout = layout
+        if not isinstance(sharding, NamedSharding):
+            return
+        spec = [*sharding.spec, *(None,) * (len(w.shape) - len(sharding.spec))]
+        stored = [spec[axis] for axis in layout.order]
+        shape = sharding.shard_shape(tuple(w.shape))
+        local = [shape[axis] for axis in layout.order][layout.leading :]
+        if math.prod(local) % layout.block or tuple(local[1:]) != layout.inner[1:]:
+            axis = next(
+                x
+                for x, size in zip(layout.order[layout.leading :], local)
+                if size != w.shape[x]
+            )
+            raise ValueError(
+                f"Blocks of {layout.block} entries of {name}, of shape "
+                f"{tuple(w.shape)}, would lie across shards: its axis {axis} is "
+                f"sharded as {spec[axis]!r}. Shard another axis, take a smaller "
+                '`block` (of the format `"int8"`, which has one for each channel, '
+                '`"int8-block"`), or leave it out with `exclude`.'
+            )
+        self.spec = stored[: layout.leading + 1]
+
+    def find_shardings(self, array: QuantisedArray) -> Any:
+        """The sharding of each part of the quantised form."""
+        return jax.tree.map(lambda x: self._find(x, array), array)
+
+    def mark(self, array: QuantisedArray) -> QuantisedArray:
+        """The abstract quantised form, with shardings."""
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=self._find(x, array)
+            ),
+            array,
+        )
+
+    def _find(self, x: Any, array: QuantisedArray) -> Any:
+        if not isinstance(self.sharding, NamedSharding):
+            return self.sharding
+        own = [*array.codes, array.scales, array.offsets]
+        spec: Sequence[Any] = self.spec
+        if not any(x is part for part in own):
+            # Nested scales: batch axes, and then all others in one.
+            spec = spec[: self.layout.batch]
+        return NamedSharding(self.sharding.mesh, PartitionSpec(*spec))

@@ -1,0 +1,282 @@
+"""Quantising the weights of a model, and going back."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+
+from .._bases import Axes, is_quantised, quantise_array
+from .._factored import dense, stands_for_array
+from .._layers import is_layer
+from .._methods import base_of, is_weight
+from .._shared import is_array, list_some
+from .._trees import (
+    exclude_places,
+    Filter,
+    list_available,
+    match_filter,
+    Place,
+    Places,
+    rebuild,
+)
+from .form import infer_axes
+from .targets import find_targets, Target
+
+
+_Model = TypeVar("_Model")
+
+
+def quantise(
+    model: _Model,
+    filter: Filter = None,
+    format: str = "nf4",
+    *,
+    block: int = 64,
+    nested: bool = False,
+    exclude: Filter = None,
+) -> _Model:
+    """Stores weights of a model in few bits. They become `lorax.QuantisedArray`s, which
+    are frozen. The model runs as before, on what these stand for, and `lorax.loraify`
+    adapts it.
+
+    !!! example
+
+        ```python
+        model = lorax.quantise(model, exclude="head")
+        model = lorax.loraify(model, rank=8, key=key)
+        ```
+
+    **Arguments:**
+
+    - `model`: Any pytree: a model with Equinox modules in it, or the parameters of a
+        model of Flax or Haiku, which `lorax.lora(fn)` then runs.
+    - `filter`: What is quantised, as in `lorax.loraify`. `None` is for every
+        `equinox.nn.Linear` and convolution. In a tree without any module it is for
+        every array of two axes or more.
+    - `format`: For weights of which the largest in each block, or channel, is `m`:
+        - `"nf4"`: sixteen quantiles of the normal distribution times `m`, 0.5625 bytes
+            a weight. Relative error 0.09 for normal weights.
+        - `"fp4"`: floats of four bits times `m`; error 0.12.
+        - `"int4"`: sixteen even steps from the smallest to the largest; 0.625 bytes,
+            error 0.09.
+        - `"int8"`: 255 even steps of `m / 127`, with one `m` for each output channel;
+            one byte, error 0.008.
+        - `"int8-block"`: the same with one `m` for each block; 1.0625 bytes, error
+            0.006.
+    - `block`: The number of weights that share a scale, which is float32. Blocks go
+        along the last axis, or, where it does not divide that, along the last axes
+        together.
+    - `nested`: Whether the scales are quantised too, to 8 bits in blocks of 256, as
+        QLoRA's double quantisation: 0.516 bytes a weight with `"nf4"`.
+    - `exclude`: A filter for what is not quantised.
+
+    **Returns:**
+
+    The model. Linear layers and embeddings are of the same type as before and hold a
+    `QuantisedArray` as their weight; other modules are run by a `lorax.LoraConv` or
+    `lorax.LoraModule`, which passes for them. The base of an adapter that is there
+    already is quantised beneath it. A weight has the sharding that it had. `model` is
+    not changed, so its arrays are freed when it is.
+
+    **Raises:**
+
+    `ValueError` or `TypeError`, before anything is done, if any part of a filter names
+    nothing, if there is no such format, if the block does not divide a weight or would
+    lie across shards, or if a weight is quantised already or of another dtype than
+    float64, float32, bfloat16 or float16. `ValueError` if a weight is not finite.
+
+    ??? cite
+
+        [QLoRA: Efficient Finetuning of Quantized LLMs](https://arxiv.org/abs/2305.14314),
+        section 3, for `"nf4"` and `nested`;
+        [LLM.int8()](https://arxiv.org/abs/2208.07339), section 2, for `"int8"`.
+    """
+    places = Places(model)
+    targets: list[Target] = []
+    nodes = [place.node for place in places.all if not place.is_array]
+    if any(isinstance(node, eqx.Module) for node in nodes):
+        targets, _ = find_targets(model, places, filter, exclude)
+        arrays = [array for target in targets for array in target.arrays]
+        axes = {array: _find_axes(array, target) for target, array in _pair(targets)}
+    else:
+        arrays = _find_bare(model, places, filter, exclude)
+        axes = {array: Axes((-1,)) for array in arrays}
+    _check_plain(arrays)
+
+    def make(array: Place, like: Any) -> Any:
+        return quantise_array(
+            like,
+            format,
+            block=block,
+            nested=nested,
+            axes=axes[array],
+            name=array.dotted,
+        )
+
+    bases = {array: base_of(array.node) for array in arrays}
+    for array in arrays:
+        # All errors come before anything is done.
+        make(array, _to_shape(bases[array]))
+    # One array in several places is quantised once.
+    made: dict[Any, Any] = {}
+    new = {}
+    for array in arrays:
+        key = (id(bases[array]), axes[array])
+        if key not in made:
+            made[key] = make(array, bases[array])
+        new[array] = made[key]
+    _check_finite(new)
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        array.indices: lambda node, base=base: _with_base(node, base)
+        for array, base in new.items()
+    }
+    for target in targets:
+        if not (is_layer(target.place.node) or target.layer.takes_quantised):
+            edits[target.place.indices] = target.layer
+    return rebuild(model, edits)
+
+
+def dequantise(model: _Model) -> _Model:
+    """The model with arrays in the place of quantised ones, also beneath adapters.
+
+    **Arguments:**
+
+    - `model`: What `lorax.quantise` returned, or any pytree with quantised arrays.
+
+    **Returns:**
+
+    The model with the types and dtypes from before `lorax.quantise`. The arrays are
+    those that the quantised ones stand for: what was rounded stays rounded.
+
+    **Raises:**
+
+    `ValueError` if nothing is quantised.
+    """
+    places = Places(model)
+    arrays = [
+        place
+        for place in places.all
+        if place.is_array and stands_for_array(base_of(place.node))
+    ]
+    if not arrays:
+        raise ValueError("`model` has no quantised arrays. Was it dequantised before?")
+    edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
+        place.indices: lambda node: _with_base(node, _form_array(base_of(node)))
+        for place in arrays
+    }
+    for place in places.all:
+        if is_layer(place.node):
+            edits[place.indices] = settle_layer
+    return rebuild(model, edits)
+
+
+def settle_layer(layer: Any) -> Any:
+    """The module in a layer, without the layer if it runs by itself: if there is
+    neither an adapter in it nor a quantised array that its code cannot take."""
+    held = jax.tree.leaves(layer.wrapped, is_leaf=stands_for_array)
+    if any(map(is_weight, held)):
+        return layer
+    kind = type(layer)
+    if any(map(stands_for_array, held)) and not kind.takes_quantised:
+        # Without dropout, which is for the low-rank branch.
+        return kind(layer.wrapped) if kind.has_dropout and layer.dropout else layer
+    return layer.wrapped
+
+
+def _pair(targets: Sequence[Target]) -> list[tuple[Target, Place]]:
+    return [(target, array) for target in targets for array in target.arrays]
+
+
+def _find_axes(array: Place, target: Target) -> Axes:
+    rows, columns = infer_axes(array)
+    every = range(-len(array.node.shape), 0)
+    batch = tuple(axis for axis in every if axis not in (*rows, *columns))
+    return Axes(rows, batch)
+
+
+def _find_bare(
+    model: Any, places: Places, filter: Filter, exclude: Filter
+) -> list[Place]:
+    """The arrays that are named in a tree of parameters."""
+    if filter is None:
+        found = [place for place in places.all if _could_be_quantised(place)]
+    else:
+        parts = match_filter(model, places, filter, "filter", _could_be_quantised)
+        covered = [list(part.find_covered(places)) for part in parts]
+        for part, inside in zip(parts, covered):
+            if not any(map(_could_be_quantised, inside)):
+                raise ValueError(
+                    f"{part.label} names nothing of two axes or more. Available: "
+                    f"{list_available(places, _could_be_quantised)}."
+                )
+        named = {place for inside in covered for place in inside}
+        found = [x for x in places.all if x in named and _could_be_quantised(x)]
+    if not found:
+        raise ValueError("There is nothing to quantise: no array of two axes or more.")
+    return exclude_places(model, places, exclude, found, _could_be_quantised)
+
+
+def _could_be_quantised(place: Place) -> bool:
+    if not place.is_array or len(place.node.shape) < 2 or 0 in place.node.shape:
+        return False
+    return jnp.issubdtype(place.node.dtype, jnp.floating)
+
+
+def _check_plain(arrays: Sequence[Place]) -> None:
+    done = [x.dotted for x in arrays if stands_for_array(base_of(x.node))]
+    if done:
+        raise ValueError(
+            f"{list_some(done)} is quantised already. Leave it out with `exclude`, or "
+            "go back first, with `lorax.dequantise(model)`."
+        )
+    missing = [x.dotted for x in arrays if not is_array(base_of(x.node))]
+    if missing:
+        raise ValueError(
+            f"{list_some(missing)} has no base: this is an adapter alone. Pass "
+            "`lorax.combine(params, frozen)`."
+        )
+
+
+def _to_shape(x: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+        sharding = x.sharding if x.committed else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _check_finite(arrays: dict[Place, Any]) -> None:
+    bad = []
+    for place, array in arrays.items():
+        scales = array.scales.scales if is_quantised(array.scales) else array.scales
+        if isinstance(scales, jax.Array) and not isinstance(scales, jax.core.Tracer):
+            if not np.asarray(jax.device_get(jnp.isfinite(scales).all())):
+                bad.append(place.dotted)
+    if bad:
+        raise ValueError(
+            f"{list_some(bad)} has values that are not finite, and nothing was "
+            "quantised. Look for NaN or overflow in the model as it was loaded."
+        )
+
+
+def _with_base(node: Any, base: Any) -> Any:
+    if not is_weight(node):
+        return base
+    return node.with_base(_with_base(node.w, base))
+
+
+def _form_array(base: Any) -> Any:
+    if is_quantised(base):
+        is_abstract = isinstance(base.codes[0], jax.ShapeDtypeStruct)
+        return jax.eval_shape(_form_dense, base) if is_abstract else base.dequantise()
+    return _form_dense(base)
+
+
+@jax.jit
+def _form_dense(base: Any) -> Any:
+    return dense(base).astype(base.dtype)
