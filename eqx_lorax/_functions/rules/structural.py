@@ -29,8 +29,11 @@ def _as_activation(x: Any) -> Any:
     was looked up is no longer a weight but an activation."""
     if not is_factored(x):
         return x
+    if x.rank == 0:
+        # A base alone has neither rows nor columns.
+        return x if sum(size > 1 for size in x.shape) > 1 else materialise(x)
     for axes in (x.rows, x.columns):
-        if axes and math.prod(x.base.shape[axis] for axis in axes) == 1:
+        if math.prod(x.base.shape[axis] for axis in axes) == 1:
             return materialise(x)
     return x
 
