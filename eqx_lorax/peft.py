@@ -45,9 +45,11 @@ from ._peft import (
     find_tied_tables,
     has_prefix,
     import_adapter,
+    load_weights as load_weights,
     Names as Names,
     PREFIX,
     read_folder,
+    save_weights as save_weights,
     strip_names,
     to_key,
 )
@@ -55,7 +57,7 @@ from ._shared import replicate, write_once
 from ._trees import Filter, Places, rebuild
 
 
-__all__ = ["load", "Names", "save"]
+__all__ = ["load", "load_weights", "Names", "save", "save_weights"]
 
 _Model = TypeVar("_Model")
 

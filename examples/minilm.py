@@ -1,4 +1,4 @@
-"""MiniLM, a small BERT with real weights, in plain Equinox. Nothing here refers to
+"""MiniLM, a small BERT with real weights, in plain Equinox. The model does not refer to
 LoRA.
 
 The weights, the configuration and the tokenizer are files in the Python package
@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TYPE_CHECKING
+from typing import Self, TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
-from safetensors import safe_open
 
+import eqx_lorax as lorax
 import toolbox
 
 
@@ -189,20 +189,18 @@ def mean_pool(
 
 
 def load_minilm() -> Bert:
-    """MiniLM with its trained weights.
-
-    Raises `ValueError` unless each tensor in the file has a parameter in the model,
-    each parameter has a tensor, and all shapes agree with the configuration.
-    """
-    config = BertConfig.read(_file("config.json"))
+    """MiniLM with its trained weights."""
     # Abstract, so that no random weights are allocated only to be replaced.
-    model = eqx.filter_eval_shape(Bert, config, key=jr.key(0))
-    weights = _file("model.safetensors")
-    with safe_open(weights, framework="numpy") as tensors:
-        _check_tensors(model, tensors, weights)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: jnp.asarray(tensors.get_tensor(_tensor_name(path))), model
-        )
+    model = eqx.filter_eval_shape(
+        Bert, BertConfig.read(_file("config.json")), key=jr.key(0)
+    )
+    return lorax.peft.load_weights(
+        _file("model.safetensors"),
+        model,
+        names=torch_name,
+        # `position_ids` counts from 0 to 511; the pooler is for BERT's next sentences.
+        ignore=["embeddings.position_ids", "pooler.*"],
+    )
 
 
 def load_tokenizer(length: int) -> "Tokenizer":
@@ -251,9 +249,6 @@ _NAMES = {
     "feed_forward.norm": "output.LayerNorm",
 }
 
-# `position_ids` counts from 0 to 511; the pooler belongs to BERT's next-sentence task.
-_UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
-
 
 def torch_name(path: str) -> str | None:
     """The name of the module at `path` in PyTorch's BERT, for `lorax.peft`; `None` if
@@ -262,29 +257,3 @@ def torch_name(path: str) -> str | None:
         if f".{path}".endswith(f".{ours}"):
             return (path.removesuffix(ours) + theirs).replace("layers.", "layer.")
     return None
-
-
-def _tensor_name(path: Any) -> str:
-    dotted = jax.tree_util.keystr(path, simple=True, separator=".")
-    module, _, parameter = dotted.rpartition(".")
-    return f"{torch_name(module)}.{parameter}"
-
-
-def _check_tensors(model: Bert, tensors: Any, file: Path) -> None:
-    wanted = {
-        _tensor_name(path): list(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(model)
-    }
-    found = {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
-    problems = [f"{name} is missing" for name in wanted.keys() - found.keys()]
-    problems += [
-        f"{name} has no place in the model"
-        for name in found.keys() - wanted.keys() - _UNUSED
-    ]
-    problems += [
-        f"{name} has shape {found[name]}, not {wanted[name]}"
-        for name in wanted.keys() & found.keys()
-        if found[name] != wanted[name]
-    ]
-    if problems:
-        raise ValueError(f"{file} does not fit: {'; '.join(sorted(problems))}.")

@@ -16,6 +16,8 @@ from .checkpoint import Checkpoints as Checkpoints
 from .files import (
     AdapterFileError as AdapterFileError,
     check_base as check_base,
+    map_tensors as map_tensors,
+    name_dtype as name_dtype,
     parse_content as parse_content,
     read_tensors as read_tensors,
 )

@@ -48,7 +48,8 @@ _MALFORMED = (
 
 
 class AdapterFileError(ValueError):
-    """A file is no adapter, is damaged, or belongs to another model."""
+    """A file is no adapter, or no checkpoint, is damaged, or belongs to another
+    model."""
 
 
 # Tensors
@@ -56,13 +57,19 @@ class AdapterFileError(ValueError):
 
 def is_storable(dtype: Any) -> bool:
     """Whether safetensors has this dtype."""
-    return any(dtype == np.dtype(known) for known in _DTYPES.values())
+    return name_dtype(dtype) is not None
 
 
-def read_tensors(
+def name_dtype(dtype: Any) -> str | None:
+    """The name of the dtype in safetensors files; `None` if they do not have it."""
+    return next((x for x, known in _DTYPES.items() if dtype == np.dtype(known)), None)
+
+
+def map_tensors(
     path: Path,
-) -> tuple[dict[str, str], dict[str, Array], dict[str, str]]:
-    """The metadata, the tensors and the hashes of the tensors of a safetensors file.
+) -> tuple[dict[str, str], dict[str, np.ndarray], mmap.mmap]:
+    """The metadata and the tensors of a safetensors file. The tensors are views of its
+    memory map, which comes last: nothing but the header is read yet.
 
     **Raises:**
 
@@ -83,8 +90,7 @@ def read_tensors(
         ) from error
     entries.pop("__metadata__", None)
     content = np.frombuffer(mapped, np.uint8)[8 + length :]
-    tensors: dict[str, Array] = {}
-    hashes: dict[str, str] = {}
+    tensors: dict[str, np.ndarray] = {}
     for name, entry in entries.items():
         dtype = _DTYPES.get(entry["dtype"])
         if dtype is None:
@@ -92,8 +98,22 @@ def read_tensors(
                 f"{path}: {name} has the dtype {entry['dtype']}, unknown here."
             )
         bits = content[slice(*entry["data_offsets"])]
-        hashes[name] = hash_content(bits)
-        tensors[name] = _on_device(path, name, bits.view(dtype).reshape(entry["shape"]))
+        tensors[name] = bits.view(dtype).reshape(entry["shape"])
+    return metadata, tensors, mapped
+
+
+def read_tensors(
+    path: Path,
+) -> tuple[dict[str, str], dict[str, Array], dict[str, str]]:
+    """The metadata, the tensors and the hashes of the tensors of a safetensors file.
+
+    **Raises:**
+
+    `AdapterFileError` if the file is not one, or not a whole one.
+    """
+    metadata, views, _ = map_tensors(path)
+    hashes = {name: hash_content(view) for name, view in views.items()}
+    tensors = {name: _on_device(path, name, view) for name, view in views.items()}
     return metadata, tensors, hashes
 
 

@@ -43,7 +43,11 @@ from .printing import (
     layer_document as layer_document,
     weight_document as weight_document,
 )
-from .processes import replicate as replicate, write_once as write_once
+from .processes import (
+    replicate as replicate,
+    spans_processes as spans_processes,
+    write_once as write_once,
+)
 from .progress import follow as follow
 from .sharding import (
     committed_sharding as committed_sharding,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -160,7 +161,7 @@ def test_configurations_of_two_versions_are_the_same():
 @pytest.mark.interop
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family):
+def test_logits_are_those_of_transformers(family, tmp_path):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -172,11 +173,9 @@ def test_logits_are_those_of_transformers(family):
         torch.nn.init.normal_(parameter, 0.5 * (parameter.ndim == 1), 0.2)
     read = llama.LlamaConfig.from_dict(config.to_dict())
     assert read == llama.LlamaConfig.from_dict(raw)
-    tensors = theirs.state_dict()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
     model = eqx.filter_eval_shape(llama.Llama, read, key=jr.key(0))
-    model = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _filled(tensors, path, leaf), model
-    )
+    model = lorax.peft.load_weights(tmp_path / "theirs", model, names=llama.torch_name)
     tokens = some_tokens(2, 13)
     mask = np.stack([np.arange(13) >= 0, np.arange(13) >= 3])  # padding in the second
     with torch.no_grad():
@@ -194,10 +193,19 @@ def test_logits_are_those_of_transformers(family):
     # Logits at padding mean nothing.
     np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5, rtol=1e-5)
 
-
-def _filled(tensors, path, leaf):
-    *module, name = [key.name for key in path]
-    torch = f"{llama.torch_name('.'.join(module))}.{name}"
-    layers = [torch.format(i) for i in range(SIZES["num_hidden_layers"])]
-    arrays = [tensors[layer].numpy() for layer in layers]
-    return jnp.asarray(np.stack(arrays) if "{}" in torch else arrays[0], leaf.dtype)
+    # Adapted, merged and written: they compute the same again.
+    adapted = lorax.loraify(model, rank=2, key=jr.key(1))
+    merged = lorax.unloraify(trained(adapted))
+    lorax.peft.save_weights(
+        tmp_path / "ours", merged, names=llama.torch_name, max_shard_size="20kB"
+    )
+    shutil.copy(tmp_path / "theirs/config.json", tmp_path / "ours")
+    assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 2
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert again.dtype == torch.float32
+    with torch.no_grad():
+        expected = again(torch.tensor(tokens[0])[None]).logits[0].numpy()
+    with jax.default_matmul_precision("highest"):
+        found = np.asarray(run(merged, tokens[0]))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,123 @@
+"""Whether a checkpoint and a model fit, before anything but headers is read."""
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..._shared import is_array, list_some, star_numbers
+from .pairing import Slot
+
+
+# More lines than any reader wants; siblings that differ in numbers are one line.
+_MOST = 40
+
+
+def explain_misfits(
+    slots: Collection[Slot],
+    tensors: Mapping[str, np.ndarray],
+    unfilled: Iterable[str],
+    unread: Collection[str],
+) -> str:
+    """All that does not fit, as text; empty if everything does.
+
+    **Arguments:**
+
+    - `unfilled`: The paths of arrays that nothing fills.
+    - `unread`: The names of tensors that fill nothing.
+    """
+    wanted = [(name, slot) for slot in slots for _, name in slot.tensors]
+    missing = [name for name, _ in wanted if name not in tensors]
+    shapes: dict[str, list[str]] = {}
+    for name, slot in wanted:
+        if name in tensors and (line := _explain_misfit(slot, tensors[name])):
+            shapes.setdefault(f"{star_numbers(name)} {line}", []).append(name)
+    near = _find_near(missing, unread)
+    blocks = {
+        "Not in the checkpoint": [
+            f"{line}{near.get(key, '')}" for key, line in _group(missing).items()
+        ],
+        "Without a place in the model": list(_group(unread).values()),
+        "Arrays for which `names` has no path": list(_group(unfilled).values()),
+        "Of another shape or dtype": [
+            f"{line}{_times(names)}" for line, names in shapes.items()
+        ],
+    }
+    return "".join(
+        f"\n{title}:\n  {list_some(lines, _MOST, chr(10) + '  ')}"
+        for title, lines in blocks.items()
+        if lines
+    )
+
+
+def _explain_misfit(slot: Slot, tensor: np.ndarray) -> str | None:
+    dtype, shape = slot.place.node.dtype, slot.torch_shape
+    here = f"{slot.place.dotted} here"
+    if tensor.shape != shape:
+        hint = ""
+        if len(shape) > 1 and tensor.shape == (*shape[:-2], shape[-1], shape[-2]):
+            hint = (
+                ", the other way round: name it in `file_transposed` if the checkpoint "
+                "has `(in, out)`, as of a `Conv1D`, and with it square ones, whose "
+                "shapes do not tell"
+            )
+        elif tensor.ndim == 2 and tensor.shape[1] == 1 and tensor.dtype == np.uint8:
+            hint = ", which looks like four-bit weights of bitsandbytes"
+        return f"{tensor.shape} is not {shape}, as of {here}{hint}"
+    if _rank_of_kind(tensor.dtype) > _rank_of_kind(dtype) or (
+        _rank_of_kind(tensor.dtype) < 2 <= _rank_of_kind(dtype)
+    ):
+        return f"{tensor.dtype} cannot be {dtype}, as of {here}"
+    return None
+
+
+def _rank_of_kind(dtype: Any) -> int:
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    found = [i for i, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)]
+    return found[0] if found else len(kinds)
+
+
+def _group(names: Iterable[str]) -> dict[str, str]:
+    """A line for all names that differ in numbers alone, by these with stars."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(star_numbers(name), []).append(name)
+    return {
+        key: f"{key}{_times(found)}" if len(found) > 1 else found[0]
+        for key, found in groups.items()
+    }
+
+
+def _times(found: Collection[str]) -> str:
+    return f" × {len(found)}" if len(found) > 1 else ""
+
+
+def _find_near(missing: Iterable[str], unread: Iterable[str]) -> dict[str, str]:
+    """The near misses, by the names that are missing, both with stars."""
+    candidates = list(_group(unread))
+    found: dict[str, str] = {}
+    for key in _group(missing):
+        longer = [x for x in candidates if x.endswith(f".{key}")]
+        shorter = [x for x in candidates if key.endswith(f".{x}")]
+        near = longer or shorter or difflib.get_close_matches(key, candidates, 1)
+        if near:
+            found[key] = f" (did you mean {near[0]}?)"
+    return found
+
+
+def find_unplaced(others: Iterable[Any], kept: Collection[Any]) -> Iterator[str]:
+    """The paths of arrays that nothing fills and that cannot stay as they are: numbers
+    that `keep` does not name, and any that are abstract."""
+    for place in others:
+        is_abstract = isinstance(place.node, jax.ShapeDtypeStruct)
+        if is_abstract and place in kept:
+            yield f"{place.dotted} (`keep` names it, and it is abstract)"
+        elif place not in kept and (is_abstract or _is_number(place.node)):
+            yield place.dotted
+
+
+def _is_number(x: Any) -> bool:
+    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)
