@@ -10,11 +10,12 @@ import jax.random as jr
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_identical, filled
+from helpers import assert_close, assert_identical, filled
 from jax.sharding import NamedSharding, PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import eqx_lorax as lorax
+from eqx_lorax._peft.weights import reading
 
 
 class Block(eqx.Module):
@@ -170,6 +171,71 @@ def test_arrays_have_the_sharding_of_the_model(tmp_path):
     # And back: parts are put together.
     save(tmp_path / "again", model)
     assert load_file(tmp_path / "again/model.safetensors").keys() == SHAPES.keys()
+
+
+# Quantised on the way
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block": 4},
+        {"block": 8, "nested": True},
+        {"format": "int8"},
+        {"format": "int4", "block": 16, "nested": True},
+        {"format": "int8", "filter": ["layers.project", "words"]},
+    ],
+    ids=str,
+)
+def test_what_is_quantised_on_the_way(options, tmp_path, monkeypatch):
+    save_file(tensors(ml_dtypes.bfloat16), tmp_path / "model.safetensors")
+    options = {"filter": "layers.project"} | options
+    expected = lorax.quantise(load(tmp_path, abstract()), **options)
+    made = []
+    make_aligned = reading._make_aligned
+    monkeypatch.setattr(
+        reading, "_make_aligned", lambda *x: made.append(x[0]) or make_aligned(*x)
+    )
+    model = load(tmp_path, abstract(), quantise=options)
+    assert jax.tree.structure(model) == jax.tree.structure(expected)
+    # Of nested scales a mean is stored, whose sum may be in another order.
+    assert_equal = assert_close if options.get("nested") else assert_identical
+    assert_equal(lorax.dequantise(model), lorax.dequantise(expected))
+    # A stack is never there in full.
+    assert (1, 4, 4) in made and (3, 4, 4) not in made
+    given = lorax.quantise(abstract(), **options)
+    assert_identical(load(tmp_path, given), model)
+    # What it stands for is written.
+    save(tmp_path / "again", model)
+    again = load(tmp_path / "again", abstract())
+    assert_identical(again, lorax.dequantise(model))
+
+
+def test_quantised_convolutions_and_raw_stacks(tmp_path):
+    save_file(tensors(), tmp_path / "model.safetensors")
+    options = {"format": "int8", "filter": ["conv", "layers.project"]}
+    assert_identical(
+        load(tmp_path, abstract(jnp.bfloat16), quantise=options),
+        lorax.quantise(load(tmp_path, abstract(jnp.bfloat16)), **options),
+    )
+    # In a tree of parameters, blocks may go over several layers.
+    raw = {"start": load(tmp_path, abstract()).layers.project.weight[:, :, :2]}
+    options = {"block": 24}
+    save(tmp_path / "raw", raw, names={"start": "{}.x"})
+    assert_identical(
+        load(tmp_path / "raw", raw, names={"start": "{}.x"}, quantise=options),
+        lorax.quantise(raw, **options),
+    )
+
+
+def test_what_cannot_be_quantised(tmp_path):
+    given = tensors()
+    given["h.1.proj.weight"][0, 0] = np.nan
+    save_file(given, tmp_path / "model.safetensors")
+    with pytest.raises(lorax.AdapterFileError, match="h.1.proj.weight has values that"):
+        load(tmp_path, abstract(), quantise={"filter": "layers.project", "block": 4})
+    with pytest.raises(ValueError, match="There is no `format='nf5'`"):
+        load(tmp_path, abstract(), quantise="nf5")
 
 
 # The order of axes

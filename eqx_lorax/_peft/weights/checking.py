@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..._shared import is_array, list_some, star_numbers
+from ..._shared import list_some, star_numbers
 from .pairing import Slot
+from .quantised import is_abstract, is_number
 
 
 # More lines than any reader wants; siblings that differ in numbers are one line.
@@ -112,12 +112,7 @@ def find_unplaced(others: Iterable[Any], kept: Collection[Any]) -> Iterator[str]
     """The paths of arrays that nothing fills and that cannot stay as they are: numbers
     that `keep` does not name, and any that are abstract."""
     for place in others:
-        is_abstract = isinstance(place.node, jax.ShapeDtypeStruct)
-        if is_abstract and place in kept:
+        if is_abstract(place.node) and place in kept:
             yield f"{place.dotted} (`keep` names it, and it is abstract)"
-        elif place not in kept and (is_abstract or _is_number(place.node)):
+        elif place not in kept and (is_abstract(place.node) or is_number(place.node)):
             yield place.dotted
-
-
-def _is_number(x: Any) -> bool:
-    return is_array(x) and jnp.issubdtype(x.dtype, jnp.inexact)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..._adapters import AdapterFileError
+from ..._bases import is_quantised
 from ..._methods import is_weight
 from ..._shared import follow, is_array
 from ..._trees import Filter, match_filter, Place, Places, rebuild
@@ -16,6 +17,7 @@ from ..pytorch import Names
 from .checking import explain_misfits, find_unplaced
 from .files import Checkpoint
 from .pairing import find_slots, find_ties, Slot
+from .quantised import is_abstract, is_number, with_quantised_places
 from .reading import check_ties, read_array
 
 
@@ -32,6 +34,7 @@ def load_weights(
     file_transposed: Filter = None,
     keep: Filter = None,
     ignore: str | Sequence[str] = (),
+    quantise: str | Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> _Model:
     """Fills a model with the weights of a checkpoint in safetensors files, such as one
@@ -74,6 +77,10 @@ def load_weights(
         read as it is. Nothing shows the order of a square matrix.
     - `keep`: A filter for arrays that stay as they are, such as those of a new head.
     - `ignore`: Patterns with `*` for the names of tensors that are not needed.
+    - `quantise`: The format, or the arguments of `lorax.quantise`, such as
+        `{"format": "nf4", "exclude": "lm_head"}`. Each layer is quantised as it is
+        read, so that a whole stack is never there in full. The same happens where the
+        model has quantised arrays already, as `lorax.quantise(abstract_model)` has.
     - `progress`: Whether there is a progress bar. By default there is one on terminals,
         where tqdm is installed.
 
@@ -89,6 +96,9 @@ def load_weights(
     tensor twice, if a filter names nothing, or if `model` has adapters. `OSError` if
     nothing can be read there.
     """
+    if quantise is not None:
+        _check_plain(Places(model))
+        model = with_quantised_places(model, quantise)
     places = Places(model)
     _check_plain(places)
     path = Path(path)
@@ -136,13 +146,23 @@ def _check_plain(places: Places) -> None:
             f"`model` has adapters, such as that of {adapted[0].dotted}. Load the "
             "weights into the plain model first, and `lorax.loraify` it then."
         )
+    foreign = [x for x in places.all if x.is_array and not _can_be_filled(x.node)]
+    if foreign:
+        raise ValueError(
+            f"{foreign[0].dotted} is a {type(foreign[0].node).__name__}, which cannot "
+            "be filled. Load the weights into the model from before."
+        )
+
+
+def _can_be_filled(node: Any) -> bool:
+    return is_array(node) or is_quantised(node)
 
 
 def _find_kept(places: Places, keep: Filter) -> set[Place]:
     if keep is None:
         return set()
     matched = match_filter(
-        places.root.node, places, keep, "keep", lambda place: is_array(place.node)
+        places.root.node, places, keep, "keep", lambda place: place.is_array
     )
     return {place for named in matched for place in named.find_covered(places)}
 
@@ -150,11 +170,9 @@ def _find_kept(places: Places, keep: Filter) -> set[Place]:
 def _stays(slot: Slot, tensors: Mapping[str, np.ndarray]) -> bool:
     """Whether this is no weight but an array such as a counter, which checkpoints often
     leave out, and which is there already."""
-    is_there = isinstance(slot.place.node, np.ndarray) or hasattr(
-        slot.place.node, "devices"
-    )
+    node = slot.place.node
     is_missing = all(name not in tensors for _, name in slot.tensors)
-    return is_there and is_missing and np.dtype(slot.place.node.dtype).kind in "biu"
+    return is_missing and not is_abstract(node) and not is_number(node)
 
 
 def _follow_ties(

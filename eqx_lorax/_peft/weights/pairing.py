@@ -10,7 +10,6 @@ import numpy as np
 
 from ..._layers import list_adapted_names
 from ..._modules import find_target, infer_axes
-from ..._shared import is_array, is_inexact
 from ..._trees import Filter, match_filter, Place, Places
 from ..pytorch import expand, find_template, Index, Names, to_torch_shape
 from ..tensors import find_in_out
@@ -84,7 +83,7 @@ def find_slots(
     others: list[Place] = []
     taken: dict[str, Place] = {}
     for place in places.all:
-        if not is_array(place.node):
+        if not place.is_array:
             continue
         # Keys of random numbers are in no checkpoint.
         is_plain = isinstance(place.node.dtype, np.dtype)
@@ -204,7 +203,7 @@ def _find_matrices(places: Places, filter: Filter) -> set[Place]:
 
 
 def _is_matrix(place: Place) -> bool:
-    if not is_inexact(place.node) or len(place.node.shape) < 2:
+    if not place.is_array or len(place.node.shape) < 2:
         return False
     if place.owner is None:
         return True

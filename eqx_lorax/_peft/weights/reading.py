@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..._adapters import AdapterFileError
+from ..._bases import is_quantised
 from ..._shared import committed_sharding
 from .files import Checkpoint
 from .pairing import Slot
+from .quantised import read_quantised
 
 
 # What XLA's CPU client needs in order to take the memory of an array of NumPy over.
@@ -22,6 +24,8 @@ def read_array(checkpoint: Checkpoint, slot: Slot) -> Any:
     """The array of a slot, in the dtype and with the sharding of the one that is there.
     Of one that is sharded, each device gets its part alone."""
     like = slot.place.node
+    if is_quantised(like):
+        return read_quantised(checkpoint, slot, _read_layer)
     sharding = committed_sharding(like)
     whole = tuple(slice(0, size) for size in like.shape)
     if isinstance(like, np.ndarray):
@@ -34,6 +38,17 @@ def read_array(checkpoint: Checkpoint, slot: Slot) -> Any:
         sharding,
         lambda index: _read_part(checkpoint, slot, index or ()),
     )
+
+
+def _read_layer(
+    checkpoint: Checkpoint, slot: Slot, position: tuple[int, ...] | None
+) -> np.ndarray:
+    """One layer of a stack, without the axes of the stack, or all of it."""
+    index = [slice(0, size) for size in slot.place.node.shape]
+    for axis, i in enumerate(position or ()):
+        index[axis] = slice(i, i + 1)
+    found = _read_part(checkpoint, slot, tuple(index))
+    return found if position is None else found.reshape(slot.shape)
 
 
 def _read_part(

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import DTypeLike
 
 from ..._adapters import name_dtype
+from ..._factored import dense, stands_for_array
 from ..._methods import check_whole, is_weight
 from ..._shared import (
     follow,
-    is_inexact,
     list_some,
     replicate,
     spans_processes,
@@ -24,6 +24,7 @@ from ..._shared import (
 from ..._trees import Filter, Places
 from ..pytorch import Names
 from .pairing import find_slots, find_ties, Slot
+from .quantised import is_abstract, is_number
 from .writing import Entry, write_checkpoint
 
 
@@ -62,7 +63,8 @@ def save_weights(
     **Arguments:**
 
     - `path`: The folder, which is made if it is not there.
-    - `model`: A model without adapters.
+    - `model`: A model without adapters. Quantised arrays are written as what they stand
+        for.
     - `names`, `transposed`, `file_transposed`: See `lorax.peft.load_weights`. A matrix
         of a module of another kind for whose own path `names` has a path is the
         `weight` of a module there, unless that path ends in `weight`, or the matrix has
@@ -89,7 +91,7 @@ def save_weights(
     slots, others = find_slots(
         places, names, transposed=transposed, file_transposed=file_transposed
     )
-    lacking = [x.dotted for x in others if is_inexact(x.node)]
+    lacking = [x.dotted for x in others if is_number(x.node)]
     if lacking:
         raise ValueError(
             f"`names` has nothing for {list_some(lacking)}. All weights of a "
@@ -144,7 +146,7 @@ def _check_merged(places: Places) -> None:
 
 def _find_dtype(slot: Slot, wanted: DTypeLike | None) -> np.dtype:
     node = slot.place.node
-    if isinstance(node, jax.ShapeDtypeStruct):
+    if is_abstract(node):
         raise TypeError(
             f"{slot.place.dotted} is abstract. Fill the model first, by "
             "`lorax.peft.load_weights`."
@@ -166,7 +168,7 @@ def _find_equal_heads(slots: list[Slot], ties: list[tuple[str, str]]) -> list[Sl
     for table, head in ties:
         if head in by_name:
             x, y = by_name[table].place.node, by_name[head].place.node
-            if x.shape != y.shape or not bool(replicate((x == y).all())):
+            if not np.array_equal(_take(x, ()), _take(y, ())):
                 raise ValueError(
                     f"{by_name[head].place.dotted} is not {by_name[table].place.dotted}"
                     ", so the two are not tied. Leave it out of `tied`, and set "
@@ -182,7 +184,8 @@ def _take(array: Any, index: tuple[int, ...]) -> Any:
         # On the CPU this is the memory of the array itself.
         is_local = {device.platform for device in array.devices()} == {"cpu"}
         array = np.asarray(array) if is_local else array
-    return jax.device_get(replicate(array[index] if index else array))
+    part = array[index] if index else array
+    return jax.device_get(replicate(dense(part) if stands_for_array(part) else part))
 
 
 def _divide(entries: list[Entry], limit: int) -> list[list[Entry]]:
