@@ -35,6 +35,8 @@ class Program:
     """What the compiled program reads and writes."""
     temporary: int | None = None
     """The bytes that it needs besides its arguments and results."""
+    arguments: int | None = None
+    """The bytes of its arguments."""
     lowering: float | None = None
     """Seconds to trace and lower it."""
     compiling: float | None = None
@@ -64,6 +66,7 @@ def compiled(name: str, fn: Callable[..., Any], *args: Any) -> Program:
         flops=cost.get("flops"),
         bytes=cost.get("bytes accessed"),
         temporary=memory and memory.temp_size_in_bytes,
+        arguments=memory and memory.argument_size_in_bytes,
         lowering=middle - begin,
         compiling=end - middle,
     )

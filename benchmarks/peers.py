@@ -61,14 +61,17 @@ def nnx_lora(layers: int, x: Any, rank: int) -> Program:
     return _nnx_programs("flax.nnx.LoRALinear", model, nnx.LoRAParam, x)
 
 
-def qwix_lora(layers: int, x: Any, rank: int) -> Program:
+def qwix_lora(layers: int, x: Any, rank: int, **options: Any) -> Program:
+    """With `weight_qtype="nf4", tile_size=64` it is QLoRA."""
     import qwix
     from flax import nnx
 
-    provider = qwix.LoraProvider(module_path=".*", rank=rank, alpha=rank)
+    rule = dict(module_path=".*", rank=rank, alpha=rank, **options)
+    provider = qwix.LoraProvider(**rule)
     model = _nnx_stack(layers, nnx.Linear, x)
     model = qwix.apply_lora_to_model(model, provider, x[:2], rngs=nnx.Rngs(1))
-    return _nnx_programs("qwix on nnx", model, nnx.LoRAParam, x)
+    name = " ".join(["qwix on nnx", *options.get("weight_qtype", "").split()])
+    return _nnx_programs(name, model, nnx.LoRAParam, x)
 
 
 def quax_lora(model: Any, x: Any, rank: int) -> Program:

@@ -15,7 +15,6 @@ from .base import (
     materialise as materialise,
     register_base as register_base,
     stands_for_array as stands_for_array,
-    unpack as unpack,
 )
 from .concatenate import concatenate as concatenate
 from .contraction import (

@@ -11,8 +11,8 @@ A base has `shape`, `dtype` and `ndim`. Its type is registered with these functi
 
 Arrays and `Factored`, which may itself be a base, are registered where each function is
 defined. Another kind of base registers what it can do. Products and convolutions need
-nothing more than `dense`: see `unpack`. The others then raise `NotFactored`, and
-`lora(fn)` goes on with the dense array.
+nothing more than `dense`: see `primitives.unpack`. The others then raise `NotFactored`,
+and `lora(fn)` goes on with the dense array.
 """
 
 import functools
@@ -111,18 +111,6 @@ def register_base(
         return dequantise
 
     return register
-
-
-def unpack(fn: Callable[[Array, Array], Array], base: Base, x: Array) -> Array:
-    """`fn(dense(base), x)`. The dense array is made again where a derivative needs it,
-    and not kept until then: what is kept is `base`, which is there anyway. No
-    derivative is taken in it."""
-
-    @jax.checkpoint
-    def run(base: Base, x: Array) -> Array:
-        return fn(lax.stop_gradient(dense(base)), x)
-
-    return run(base, x)
 
 
 @functools.singledispatch

@@ -24,10 +24,10 @@ from .base import (
     refuse,
     register_arrays,
     stands_for_array,
-    unpack,
 )
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
+from .primitives import Product, unpack
 from .products import (
     drop_constant_axes,
     Label,
@@ -93,7 +93,11 @@ def contract_base(base: Base, x: Array, **arguments: Any) -> Array:
     if not stands_for_array(base):
         raise refuse(base, "contract_base")
     arguments["is_frozen"] = True
-    return unpack(lambda w, x: contract_base(w, x, **arguments), base, x)
+    return unpack(Product(_contract_dense, tuple(arguments.items())), base, x)
+
+
+def _contract_dense(base: Base, x: Array, **arguments: Any) -> Array:
+    return contract_base(lax.stop_gradient(dense(base)), x, **arguments)
 
 
 @contract_base.register

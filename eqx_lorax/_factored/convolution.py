@@ -15,10 +15,10 @@ from .base import (
     refuse,
     register_arrays,
     stands_for_array,
-    unpack,
 )
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
+from .primitives import Product, unpack
 from .products import (
     convolve_arrays,
     Label,
@@ -101,7 +101,19 @@ def convolve_base(base: Base, x: Array, **arguments: Any) -> Array:
     if not stands_for_array(base):
         raise refuse(base, "convolve_base")
     arguments["is_frozen"] = True
-    return unpack(lambda w, x: convolve_base(w, x, **arguments), base, x)
+    fixed = [
+        (name, tuple(map(_freeze, x)) if isinstance(x, list) else x)
+        for name, x in arguments.items()
+    ]
+    return unpack(Product(_convolve_dense, tuple(fixed)), base, x)
+
+
+def _convolve_dense(base: Base, x: Array, **arguments: Any) -> Array:
+    return convolve_base(lax.stop_gradient(dense(base)), x, **arguments)
+
+
+def _freeze(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x
 
 
 @convolve_base.register

@@ -18,14 +18,12 @@ import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._shared import accumulation_dtype, relabel
-from .tangent import product_with_factor
+from .primitives import apart_on_cpu, product_with_factor
 
 
 Label: TypeAlias = Hashable
@@ -213,29 +211,3 @@ def convolve_arrays(
         )
 
     return _multiply(convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)
-
-
-def apart_on_cpu(x: Array) -> Array:
-    """`x`, whose axes the compiler for the CPU may not move any more: a way around a
-    fault of it.
-
-    It decides early which products of bfloat16 arrays it can accumulate in float32 as
-    they are. If it then folds a transpose of the first operand into one of them, as
-    after an activation of `w @ x` below `vmap`, it has no code for that product, and
-    running it ends with "UNIMPLEMENTED: Unsupported element type for DotThunk". Casts
-    to float32 would help too, but hold a wide copy of the frozen base.
-    """
-    return _apart.bind(x)
-
-
-_apart = Primitive("lorax_apart_on_cpu")
-_apart.def_impl(lambda x: x)
-_apart.def_abstract_eval(lambda x: x)
-ad.deflinear2(_apart, lambda cotangent, _: [cotangent])
-batching.primitive_batchers[_apart] = lambda xs, dims: (apart_on_cpu(*xs), *dims)
-mlir.register_lowering(_apart, mlir.lower_fun(lambda x: x, multiple_results=False))
-mlir.register_lowering(
-    _apart,
-    mlir.lower_fun(lax.optimization_barrier, multiple_results=False),
-    platform="cpu",
-)

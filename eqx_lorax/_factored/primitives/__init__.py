@@ -1,0 +1,5 @@
+"""Primitives of our own, for what JAX or its compiler would not do well unaided."""
+
+from .barrier import apart_on_cpu as apart_on_cpu
+from .tangent import product_with_factor as product_with_factor
+from .unpacking import Product as Product, unpack as unpack
