@@ -16,7 +16,7 @@ from helpers import assert_close, assert_no_dense, dense_weight, equations, run,
 from hypothesis import given, settings, strategies as st
 
 import eqx_lorax as lorax
-from eqx_lorax._factored.tangent import product_with_factor
+from eqx_lorax._factored.primitives import product_with_factor
 from eqx_lorax._methods import FactoredWeight
 
 

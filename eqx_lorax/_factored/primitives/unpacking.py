@@ -106,13 +106,25 @@ def _run(x: Array, *leaves: Array, run: _Run) -> Array:
 
 
 def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
-    one = x[(0,) * x.ndim]
-    zero = one > jnp.asarray(jnp.inf, one.dtype)
-    leaves = [
-        y ^ zero.astype(y.dtype) if jnp.issubdtype(y.dtype, jnp.integer) else y
-        for y in leaves
-    ]
-    return run(x, *leaves)
+    """The same, with a base that depends on `x`, for the compiler for the CPU.
+
+    It would make the dense arrays of all layers at the start, since they need nothing
+    but bases, and keep them until they are used: 2.5 times the temporary memory, in
+    place of one buffer that stays in the cache. An optimization barrier does not stop
+    it, as the compiler drops those before it orders the operations. So the codes are
+    combined with a zero of which it cannot know that it is one.
+    """
+    is_real = jnp.issubdtype(x.dtype, jnp.floating)
+    # On several devices, one entry of `x` would have to be sent around.
+    if not is_real or x.size == 0 or jax.local_device_count("cpu") > 1:
+        return run(x, *leaves)
+    zero = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
+
+    def depend(leaf: Array) -> Array:
+        is_codes = jnp.issubdtype(leaf.dtype, jnp.integer)
+        return leaf ^ zero.astype(leaf.dtype) if is_codes else leaf
+
+    return run(x, *map(depend, leaves))
 
 
 def _abstract(x: Any, *leaves: Any, run: _Run) -> Any:
