@@ -5,9 +5,9 @@ import warnings
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import llama
 import numpy as np
 import pytest
+import tiny_llama
 
 from eqx_lorax._peft.pytorch import expand, find_own_arrays, find_template
 from eqx_lorax._trees import Places
@@ -119,7 +119,7 @@ def llama_pair(key, *, is_tied=False, **sizes):
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     named = dict(theirs.named_parameters(remove_duplicate=False))
-    ours = llama.Llama(
+    ours = tiny_llama.Llama(
         config.vocab_size,
         config.hidden_size,
         config.intermediate_size,
@@ -128,4 +128,4 @@ def llama_pair(key, *, is_tied=False, **sizes):
         config.num_key_value_heads,
         key,
     )
-    return filled_from(ours, named, llama.NAMES), theirs
+    return filled_from(ours, named, tiny_llama.NAMES), theirs

@@ -5,9 +5,9 @@ import json
 
 import gpt2
 import jax.random as jr
-import llama
 import numpy as np
 import pytest
+import tiny_llama
 from helpers import assert_identical, trained
 from peft_helpers import (
     AGAINST_PEFT,
@@ -200,8 +200,8 @@ def test_tied_words_of_a_llama(tmp_path):
         intermediate_size=32,
         num_hidden_layers=1,
     )
-    plain = llama.Tied(plain)
-    names = {f"shared.pytree.{x}": y for x, y in llama.NAMES.items()}
+    plain = tiny_llama.Tied(plain)
+    names = {f"shared.pytree.{x}": y for x, y in tiny_llama.NAMES.items()}
     tied = {"shared.pytree.words": "lm_head"}
     options = dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
     model = by_peft(model, tmp_path / "theirs", r=4, lora_alpha=1, **options)

@@ -9,9 +9,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import llama
 import numpy as np
 import pytest
+import tiny_llama
 from helpers import trained
 from peft_helpers import (
     AGAINST_PEFT,
@@ -399,7 +399,7 @@ def test_a_causal_model_to_peft(causal, tmp_path):
     key = jr.key(1)
     adapted = trained(lorax.loraify(ours, "blocks", rank=4, alpha=2, key=key))
     lorax.peft.save(
-        tmp_path, adapted, names=llama.NAMES, also="norm", task_type="CAUSAL_LM"
+        tmp_path, adapted, names=tiny_llama.NAMES, also="norm", task_type="CAUSAL_LM"
     )
     expected = numpy(in_peft(theirs, tmp_path)(tensor(tokens)).logits)
     found = ours_on(adapted, tokens)
@@ -419,7 +419,7 @@ def test_a_causal_model_from_peft(causal, tmp_path):
         task_type="CAUSAL_LM",
     )
     expected = numpy(model(tensor(tokens)).logits)
-    loaded = lorax.peft.load(tmp_path, ours, names=llama.NAMES)
+    loaded = lorax.peft.load(tmp_path, ours, names=tiny_llama.NAMES)
     np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=1e-5)
     assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
 
@@ -442,13 +442,13 @@ def test_what_is_exchanged_of_a_causal_model(causal, tmp_path):
     bases = [name for name in load_file(path) if name.endswith("base_layer.weight")]
     assert len(bases) == 2
     expected = numpy(model(tensor(tokens)).logits)
-    loaded = lorax.peft.load(tmp_path / "theirs", ours, names=llama.NAMES)
+    loaded = lorax.peft.load(tmp_path / "theirs", ours, names=tiny_llama.NAMES)
     np.testing.assert_allclose(ours_on(loaded, tokens), expected, atol=2e-5)
     assert np.abs(ours_on(ours, tokens) - expected).max() > 0.1
-    lorax.peft.save(tmp_path / "ours", loaded, names=llama.NAMES)
+    lorax.peft.save(tmp_path / "ours", loaded, names=tiny_llama.NAMES)
     theirs = in_peft(model.unload(), tmp_path / "ours")
     found = numpy(theirs(tensor(tokens)).logits)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     other = eqx.tree_at(lambda m: m.words.weight, ours, replace_fn=lambda x: 2 * x)
     with pytest.raises(lorax.AdapterFileError, match="embed_tokens.base_layer.weight"):
-        lorax.peft.load(tmp_path / "theirs", other, names=llama.NAMES)
+        lorax.peft.load(tmp_path / "theirs", other, names=tiny_llama.NAMES)

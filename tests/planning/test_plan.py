@@ -8,7 +8,7 @@ import jax.random as jr
 import optax
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
-from llama import Llama
+from tiny_llama import Llama
 
 import eqx_lorax as lorax
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from helpers import is_weight
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from llama import Llama
+from tiny_llama import Llama
 
 import eqx_lorax as lorax
 
