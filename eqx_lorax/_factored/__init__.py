@@ -37,6 +37,7 @@ from .form import (
     not_of_one_weight as not_of_one_weight,
 )
 from .gather import gather as gather, take as take
+from .primitives import trace_unpack as trace_unpack
 from .products import (
     Label as Label,
     Labels as Labels,

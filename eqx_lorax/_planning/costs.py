@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.extend.core as jec
 
+from .._factored import trace_unpack
 from .._shared import close, Jaxpr, manual_axes, scan_counts
 
 
@@ -50,6 +51,9 @@ class Operation:
     """How often the inner programs run."""
     everywhere: int = 1
     """On how many devices the inner programs run, each with arrays of its own."""
+    unpacked: int | None = None
+    """The bytes of the array that a product makes of a quantised one; `None` for
+    everything else."""
 
     @property
     def name(self) -> str:
@@ -103,6 +107,7 @@ def find_peak(program: Program) -> int:
         freed = sum(v.nbytes for v in dying)
         gathered = sum(map(_count_gathered_bytes, _find_weights(op)))
         during = max((find_peak(inner) for inner in op.inner), default=0) + gathered
+        during += op.unpacked or 0
         most = max(most, live + new + during)
         live += new - freed
     return most
@@ -130,7 +135,7 @@ def _sum_inner(op: Operation, cost: Callable[[Program], int]) -> int:
 
 def _find_weights(op: Operation) -> Iterator[tuple[Value, StoredWeight, int]]:
     """The weights of a product, and their numbers of elements."""
-    if op.is_product:
+    if op.is_product or op.unpacked is not None:
         for v, variable in zip(op.reads, op.equation.invars):
             if v.weight is not None:
                 yield v, v.weight, math.prod(variable.aval.shape)
@@ -185,6 +190,8 @@ def _make_operation(
 ) -> Operation:
     inner: list[Program] = []
     times = everywhere = 1
+    if (called := trace_unpack(equation)) is not None:
+        return _make_unpacked(equation, reads, writes, called)
     match equation.primitive.name, equation.params:
         case "scan", params:
             inner, times = [_build_round(equation, reads)], params["length"]
@@ -201,6 +208,21 @@ def _make_operation(
             everywhere = math.prod(sizes[name] for name in manual_axes(params))
     return Operation(
         equation, tuple(reads), tuple(writes), tuple(inner), times, everywhere
+    )
+
+
+def _make_unpacked(
+    equation: Any, reads: Sequence[Value], writes: Sequence[Value], called: Jaxpr
+) -> Operation:
+    """A product with a quantised array. It makes the dense one in a single loop, so
+    that of all steps in between only the result is an array."""
+    inputs = [Value(_count_bytes(x.aval)) for x in called.jaxpr.invars]
+    program = build_program(called, inputs)
+    products = tuple(op for op in program.operations if op.is_product)
+    made = [x.nbytes for op in products for x in op.reads if x not in inputs]
+    inner = Program(products, program.outputs)
+    return Operation(
+        equation, tuple(reads), tuple(writes), (inner,), unpacked=max(made, default=0)
     )
 
 

@@ -2,4 +2,8 @@
 
 from .barrier import apart_on_cpu as apart_on_cpu
 from .tangent import product_with_factor as product_with_factor
-from .unpacking import Product as Product, unpack as unpack
+from .unpacking import (
+    Product as Product,
+    trace_unpack as trace_unpack,
+    unpack as unpack,
+)

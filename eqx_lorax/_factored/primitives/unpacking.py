@@ -47,6 +47,15 @@ def _is_typed(*arrays: Any) -> bool:
     return bool(kinds - {AxisType.Auto})
 
 
+def trace_unpack(equation: Any) -> Any:
+    """The program of an equation that `unpack` has made, which works with the dense
+    array; `None` for other equations."""
+    if equation.primitive is not _unpack:
+        return None
+    avals = [variable.aval for variable in equation.invars]
+    return jax.make_jaxpr(equation.params["run"])(*avals)
+
+
 class _Run(abc.ABC):
     """What the primitive computes, of an activation and the leaves of the base."""
 
