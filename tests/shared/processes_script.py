@@ -23,6 +23,7 @@ jax.distributed.initialize(args.coordinator, args.processes, index)
 
 import meshes  # noqa: E402
 from jax.experimental import multihost_utils  # noqa: E402
+from tiny_llama import NAMES  # noqa: E402
 
 import eqx_lorax as lorax  # noqa: E402
 
@@ -60,6 +61,31 @@ except OSError as error:
     assert is_first != ("first process" in str(error)), error
 else:
     raise AssertionError("It was written below a file.")
+
+# Whole models, layer by layer and in several files.
+checkpoint, whole = folder / "checkpoint", lorax.unloraify(read)
+lorax.peft.save_weights(checkpoint, whole, names=NAMES, max_shard_size="20kB")
+abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), whole
+)
+again = lorax.peft.load_weights(checkpoint, abstract, names=NAMES)
+for x, y in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+    assert x.sharding == y.sharding
+    for ours, theirs in zip(x.addressable_shards, y.addressable_shards, strict=True):
+        assert np.array_equal(ours.data, theirs.data)
+try:
+    lorax.peft.save_weights(file / "not a folder", whole, names=NAMES)
+except OSError as error:
+    assert (index == 0) != ("first process" in str(error)), error
+else:
+    raise AssertionError("It was written below a file.")
+options = {"filter": "blocks", "format": "int8"}
+quantised = lorax.peft.load_weights(checkpoint, abstract, names=NAMES, quantise=options)
+expected = lorax.quantise(whole, **options)
+for x, y in zip(jax.tree.leaves(quantised), jax.tree.leaves(expected), strict=True):
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+    for ours, theirs in zip(x.addressable_shards, y.addressable_shards, strict=True):
+        assert np.array_equal(ours.data, theirs.data)
 
 merged = lorax.unloraify(read, donate=True)
 assert merged.blocks.gate.weight.sharding == model.blocks.gate.weight.sharding

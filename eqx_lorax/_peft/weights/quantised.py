@@ -68,7 +68,7 @@ def read_quantised(checkpoint: Checkpoint, slot: Slot, read_part: ReadPart) -> A
     parts = slot.tensors if is_divided else (((), slot.tensors[0][1]),)
     for position, name in parts:
         part = read_part(checkpoint, slot, position if is_divided else None)
-        encoded = jax.device_get(jax.tree.leaves(encode(part)))
+        encoded = jax.device_get(jax.tree.leaves(encode(jax.device_put(part))))
         if not all(np.isfinite(x).all() for x in encoded if x.dtype != np.uint8):
             raise AdapterFileError(
                 f"{checkpoint.path}: {name} has values that are not finite, and cannot "
