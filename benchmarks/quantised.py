@@ -2,6 +2,7 @@
 
     python benchmarks/quantised.py [--tokens 256 2048] [--rounds 9] [--only nf4 int8]
 
+- Bytes a weight, and the error of rounding for normal and for heavy-tailed weights.
 - A step of LoRA on the stack of linear layers of `run.py`, over the same step on
   float32 weights, and, if qwix is installed, over its QLoRA.
 - A step of a scanned stack, 24 × 1024²: the memory of arguments and temporary arrays.
@@ -108,6 +109,28 @@ def decoding_cases(formats: dict[str, Any]) -> Iterator[Case]:
     yield name, program("float32", model), programs
 
 
+def print_errors(formats: dict[str, Any]) -> None:
+    """Prints bytes a weight, and relative errors: the root of the mean square of the
+    difference, over that of the weights."""
+    shape = (WIDTH, WIDTH)
+    weights = {
+        "normal": jr.normal(jr.key(0), shape),
+        "Student's t, 4": jr.t(jr.key(1), 4.0, shape),
+        "with outliers": jr.normal(jr.key(0), shape)
+        * jnp.where(jr.bernoulli(jr.key(1), 1e-3, shape), 20, 1),
+    }
+    print(f"\n{'relative error':<30}{'bytes':>9}{'':>3}{'   '.join(weights)}")
+    for name, options in formats.items():
+        line = f"{name:<30}"
+        for kind, w in weights.items():
+            array = lorax.quantise({"w": w}, **options)["w"]
+            error = jnp.std(array.dequantise() - w) / jnp.std(w)
+            if kind == "normal":
+                line += f"{array.nbytes / array.size:>9.4f}   "
+            line += f"{float(error):<{len(kind) + 3}.4f}"
+        print(line)
+
+
 def print_memory(programs: list[Program]) -> None:
     """Prints the memory of arguments and temporary arrays, over that of the first."""
     sizes = [(x.arguments or 0) + (x.temporary or 0) for x in programs]
@@ -132,6 +155,7 @@ def main() -> None:
         for name, options in FORMATS.items()
         if any(part in name for part in args.only)
     }
+    print_errors(formats)
     rows: list[Row] = []
 
     def measure(cases: Iterator[Case]) -> None:
