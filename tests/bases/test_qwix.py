@@ -22,7 +22,8 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def qwix():
-    qwix = pytest.importorskip("qwix")
+    import qwix
+
     lorax.register_base(qwix.QArray)(qwix.dequantize)
     return qwix
 
