@@ -25,6 +25,11 @@ FACTORS, _ = lorax.partition(ADAPTED)
 BANK = lorax.AdapterBank([PARAMS, SMALLER])
 TREE = {"w": normal(4, 4), "bias": normal(4)}
 X = normal(4)
+STACKED = {
+    "x": eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(jr.split(KEY)),
+    "y": eqx.nn.Linear(4, 4, key=OTHER),
+}
+QUANTISED = lorax.quantise(STACKED, "x", "int8")
 names = {"layers.*": "layers.{}"}
 
 
@@ -37,6 +42,18 @@ def saved(folder) -> Any:
 def in_folders_of_peft(folder) -> Any:
     lorax.peft.save(folder, ADAPTED, names=names)
     return lorax.peft.load(folder, PLAIN, names=names)
+
+
+def as_checkpoints_of_hugging_face(folder) -> Any:
+    for written in (QUANTISED, STACKED):
+        lorax.peft.save_weights(folder, written, names={"x": "x.{}", "y": "y"})
+    options = {"format": "nf4", "filter": "x", "block": 4}
+    return [
+        lorax.peft.load_weights(
+            folder, like, names={"x": "x.{}", "y": "y"}, quantise=quantise
+        )
+        for like, quantise in [(STACKED, None), (QUANTISED, None), (STACKED, options)]
+    ]
 
 
 def checkpointed(folder) -> Any:
@@ -93,6 +110,7 @@ CALLS = {
     "an optimizer": stepped,
     "files": saved,
     "folders of PEFT": in_folders_of_peft,
+    "whole models": as_checkpoints_of_hugging_face,
     "checkpoints": checkpointed,
 }
 MIXTURE = BANK.mix([0.5, 2])

@@ -104,7 +104,7 @@ def save_weights(
         for slot in slots
         for index, name in slot.tensors
     ]
-    leaves = [slot.place.node for slot in slots]
+    leaves = jax.tree.leaves([slot.place.node for slot in slots])
 
     def produce() -> Iterator[np.ndarray]:
         bar = follow(ordered, progress, title="Saving", unit="tensor")
@@ -184,8 +184,16 @@ def _take(array: Any, index: tuple[int, ...]) -> Any:
         # On the CPU this is the memory of the array itself.
         is_local = {device.platform for device in array.devices()} == {"cpu"}
         array = np.asarray(array) if is_local else array
-    part = array[index] if index else array
-    return jax.device_get(replicate(dense(part) if stands_for_array(part) else part))
+    if isinstance(array, np.ndarray):
+        return array[index]
+    index = jax.device_put([np.int32(i) for i in index])
+    return jax.device_get(replicate(_pick(array, index)))
+
+
+@jax.jit
+def _pick(array: Any, index: list[Any]) -> Any:
+    part = array[tuple(index)] if index else array
+    return dense(part) if stands_for_array(part) else part
 
 
 def _divide(entries: list[Entry], limit: int) -> list[list[Entry]]:
