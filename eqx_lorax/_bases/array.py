@@ -75,12 +75,14 @@ class QuantisedArray(eqx.Module):
 
         `ValueError` if the arrays do not fit each other.
         """
+        if self.codes[0].ndim < 2:
+            raise self._not_whole()
         *leading, blocks, _ = self.codes[0].shape
         size, rest = math.prod(self.inner), math.prod(self.inner[1:])
         first = self.inner[0]
         if blocks != -(-size // self.block):
             first, left = divmod(blocks * self.block, rest)
-            if left:
+            if left or not first or self.inner[0] % first:
                 raise self._not_whole()
         if tuple(self.scales.shape) != (*leading, blocks):
             raise self._not_whole()
@@ -234,8 +236,9 @@ class QuantisedArray(eqx.Module):
         # The caller has imported it already.
         import wadler_lindig as wl
 
-        if not all(hasattr(x, "shape") for x in (self.codes[0], self.scales)):
-            return None
+        if not hasattr(self.codes[0], "shape"):
+            # Of the parts of a partition, or of a filter spec.
+            return wl.TextDoc(f"QuantisedArray({self.codes[0]})")
         like = wl.array_summary(self.shape, jnp.dtype(self.dtype).name, kind=None)
         return (
             wl.TextDoc("QuantisedArray(")

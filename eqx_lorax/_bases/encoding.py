@@ -202,12 +202,15 @@ def _encode(
 
 def _encode_blocks(blocks: Array, format: Format) -> tuple[Array, Array, Array | None]:
     """Codes, scales and offsets of blocks, which are the last axis."""
-    largest = jnp.max(jnp.abs(blocks), -1)
+    # XLA's maximum on the CPU passes over what is not a number.
+    is_finite = jnp.isfinite(blocks).all(-1)
+    largest = jnp.where(is_finite, jnp.max(jnp.abs(blocks), -1), jnp.nan)
     if format.has_offset:
         least, most = jnp.min(blocks, -1), jnp.max(blocks, -1)
         # With few bits, so that `scale * code` is exact and is rounded no differently
         # where the compiler multiplies and adds at once.
         scales = jax.lax.reduce_precision((most - least) / 15, 8, 18)
+        scales = jnp.where(is_finite, scales, jnp.nan)
         shifted = blocks - least[..., None]
         codes = jnp.round(_divide(shifted, scales)).clip(0, 15)
         return codes.astype(jnp.uint8), scales, least

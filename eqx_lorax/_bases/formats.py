@@ -20,7 +20,7 @@ class Format:
     """The number of bits in each plane, the lowest bits first. A code of five bits has
     four of them in one array and one in another."""
 
-    codebook: tuple[float, ...] | None = None
+    codebook: tuple[float, ...] | None = dataclasses.field(default=None, repr=False)
     """The value of each code, in float32."""
 
     zero: int = 0

@@ -145,7 +145,7 @@ def _checked_index(index: Any, size: int) -> ArrayLike:
 
 def _unsupported_index(item: Any) -> TypeError:
     return TypeError(
-        f"A factored weight cannot be indexed by {item!r}: integers, integer arrays "
-        "(one at a time, after the leading integers) and slices can. For anything else "
-        "form the array: `weight.materialise()[...]`."
+        f"A weight cannot be indexed by {item!r}: integers, integer arrays (one at a "
+        "time, after the leading integers) and slices can. For anything else form the "
+        "array, with `materialise()` or, of a quantised one, `dequantise()`."
     )

@@ -216,7 +216,9 @@ def _find_bare(
         named = {place for inside in covered for place in inside}
         found = [x for x in places.all if x in named and _could_be_quantised(x)]
     if not found:
-        raise ValueError("There is nothing to quantise: no array of two axes or more.")
+        raise ValueError(
+            "There is nothing to quantise: no array of real floats of two axes or more."
+        )
     return exclude_places(model, places, exclude, found, _could_be_quantised)
 
 

@@ -192,3 +192,8 @@ def test_unrolled_layers_share_one_buffer(array, monkeypatch):
     dense = width * width * 4
     held = memory.temp_size_in_bytes / dense
     assert held < 2.5 if array == "quantised" else held > layers - 1
+
+
+def test_slices_along_another_axis_are_noticed():
+    with pytest.raises(ValueError, match="do not belong together.* another axis"):
+        jax.vmap(lambda w: w @ X[0], 1)(ARRAY)
