@@ -3,7 +3,10 @@ the real PEFT writes and reads: matrices in either layout, and tied embeddings."
 
 import json
 
+import equinox as eqx
 import gpt2
+import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -115,6 +118,31 @@ def test_either_way_from_peft(here, there, tmp_path):
     transposed = "blocks" if here else None
     loaded = lorax.peft.load(tmp_path, plain, names=gpt2.NAMES, transposed=transposed)
     assert_same(loaded, model, plain)
+
+
+@EITHER_WAY
+@pytest.mark.parametrize("is_tied", [False, True], ids=["untied", "tied"])
+def test_whole_models_either_way(here, there, is_tied, tmp_path):
+    model = theirs(in_out=bool(there), is_tied=is_tied)
+    plain = ours_like(model, in_out=bool(here), is_tied=is_tied)
+    kwargs = {
+        "names": gpt2.NAMES,
+        "transposed": "blocks" if here else None,
+        "file_transposed": [f"blocks.*.{x}" for x in PROJECTIONS] if there else None,
+        "tied": TIED if is_tied else None,
+    }
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20kB")
+    # The head of a tied one is not in the files, and another model may have one.
+    whole = gpt2.untied(plain) if is_tied else plain
+    blank = jax.tree.map(lambda x: jnp.zeros_like(x) if eqx.is_array(x) else x, whole)
+    loaded = lorax.peft.load_weights(tmp_path / "theirs", blank, **kwargs)
+    assert_identical(loaded, whole)
+    # And back, as far as `transformers` has this layout.
+    lorax.peft.save_weights(tmp_path / "ours", loaded, max_shard_size="20kB", **kwargs)
+    if there:
+        again = type(model).from_pretrained(tmp_path / "ours", config=model.config)
+        expected = numpy(again.eval()(tensor(TOKENS)).logits)
+        np.testing.assert_allclose(ours_on(plain, TOKENS), expected, atol=2e-5)
 
 
 def test_square_ones_have_to_be_named(tmp_path):
