@@ -66,7 +66,7 @@ def qwix_lora(layers: int, x: Any, rank: int, **options: Any) -> Program:
     import qwix
     from flax import nnx
 
-    rule = dict(module_path=".*", rank=rank, alpha=rank, **options)
+    rule: dict[str, Any] = dict(module_path=".*", rank=rank, alpha=rank, **options)
     provider = qwix.LoraProvider(**rule)
     model = _nnx_stack(layers, nnx.Linear, x)
     model = qwix.apply_lora_to_model(model, provider, x[:2], rngs=nnx.Rngs(1))

@@ -123,7 +123,7 @@ def print_errors(formats: dict[str, Any]) -> None:
     for name, options in formats.items():
         line = f"{name:<30}"
         for kind, w in weights.items():
-            array = lorax.quantise({"w": w}, **options)["w"]
+            array: Any = lorax.quantise({"w": w}, **options)["w"]
             error = jnp.std(array.dequantise() - w) / jnp.std(w)
             if kind == "normal":
                 line += f"{array.nbytes / array.size:>9.4f}   "

@@ -33,7 +33,8 @@ from .packing import unpack_values
 def _(base: QuantisedArray) -> Array:
     if (sharding := find_explicit_sharding(base)) is None:
         return _form_dense(base)
-    return jax.sharding.auto_axes(_form_dense, out_sharding=sharding)(base)
+    form_dense: Any = jax.sharding.auto_axes(_form_dense, out_sharding=sharding)
+    return form_dense(base)
 
 
 def _form_dense(base: QuantisedArray) -> Array:

@@ -25,7 +25,7 @@ def pack(codes: AnyArray, format: Format) -> tuple[Array, ...]:
         count = 8 // bits
         plane = (codes >> shift) & (2**bits - 1)
         parts = plane.reshape(*plane.shape[:-1], plane.shape[-1] // count, count)
-        packed = sum(parts[..., i] << (8 - bits * (i + 1)) for i in range(count))
+        packed: Any = sum(parts[..., i] << (8 - bits * (i + 1)) for i in range(count))
         planes.append(packed.astype(jnp.uint8))
         shift += bits
     return tuple(planes)

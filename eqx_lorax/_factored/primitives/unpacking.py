@@ -145,7 +145,7 @@ def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, run: _Run) -> Any:
     x, *leaves = primals
     out = _unpack.bind(x, *leaves, run=run)
     if type(tangents[0]) is ad.Zero:
-        return out, ad.Zero.from_primal_value(out)
+        return out, ad.Zero(jax.typeof(out))
     return out, _unpack.bind(tangents[0], *leaves, run=run)
 
 
