@@ -87,13 +87,18 @@ def quantise_array(
     _check_dtype(name, w)
     layout = _lay_out(name, tuple(w.shape), format, block, axes or Axes((-2,)))
     placed = _Shards(name, w, layout)
-    encode = functools.partial(_encode, layout=layout, format=format, nested=nested)
+    encode = functools.partial(_encode, layout=layout, format=format)
     if isinstance(w, jax.ShapeDtypeStruct):
-        return placed.mark(jax.eval_shape(encode, w))
+        array = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
+        array = jax.eval_shape(_nest, array, layout) if nested else array
+        return placed.mark(array)
     if isinstance(w, jax.core.Tracer) or placed.sharding is None:
-        return encode(jnp.asarray(w))
-    shardings = placed.find_shardings(jax.eval_shape(encode, w))
-    return jax.jit(encode, out_shardings=shardings)(w)
+        array = encode(jnp.asarray(w))
+        return _nest(array, layout) if nested else array
+    like = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    shardings = placed.find_shardings(like)
+    array = jax.jit(encode, out_shardings=shardings)(w)
+    return _nest(placed.gather_scales(array), layout) if nested else array
 
 
 def check_block(block: Any) -> None:
@@ -177,18 +182,12 @@ def _check_dtype(name: str, w: Any) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "format", "nested"))
-def _encode(
-    w: Array, *, layout: _Layout, format: Format, nested: bool
-) -> QuantisedArray:
+@functools.partial(jax.jit, static_argnames=("layout", "format"))
+def _encode(w: Array, *, layout: _Layout, format: Format) -> QuantisedArray:
     dtype = w.dtype
     w = w.transpose([axis % w.ndim for axis in layout.order]).astype(jnp.float32)
     blocks = w.reshape(*w.shape[: layout.leading], -1, layout.block)
     codes, scales, offsets = _encode_blocks(blocks, format)
-    if nested:
-        scales = _nest(scales, layout)
-        if offsets is not None:
-            offsets = _nest(offsets, layout)
     return QuantisedArray(
         pack(codes, format),
         scales,
@@ -233,15 +232,28 @@ def _find_nearest(x: Array, format: Format) -> Array:
     order = np.argsort(format.values, kind="stable")
     values = format.values[order].astype(np.float64)
     middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
-    if len(middles) < 16:
-        ranks = sum((x > middle).astype(jnp.int32) for middle in middles)
-    else:
+    if len(middles) > 16:
         ranks = jnp.searchsorted(jnp.asarray(middles), x)
-    return jnp.asarray(order.astype(np.uint8))[ranks]
+        return jnp.asarray(order.astype(np.uint8))[ranks]
+    # Steps from each code to the next: on meshes with explicit axes there is no lookup.
+    codes: Any = int(order[0])
+    for middle, step in zip(middles, np.diff(order)):
+        codes = codes + int(step) * (x > middle).astype(jnp.int32)
+    return codes.astype(jnp.uint8)
 
 
-def _nest(scales: Array, layout: _Layout) -> QuantisedArray:
-    """The scales, in turn quantised in blocks, as QLoRA's double quantisation."""
+@functools.partial(jax.jit, static_argnames="layout")
+def _nest(array: QuantisedArray, layout: _Layout) -> QuantisedArray:
+    """The array with scales and offsets that are quantised in turn, as in QLoRA's
+    double quantisation."""
+    offsets = array.offsets
+    return array.replace(
+        scales=_nest_scales(array.scales, layout),
+        offsets=None if offsets is None else _nest_scales(offsets, layout),
+    )
+
+
+def _nest_scales(scales: Array, layout: _Layout) -> QuantisedArray:
     shape = scales.shape[layout.batch :]
     count = math.prod(shape)
     block = min(_NESTED_BLOCK, count)
@@ -289,6 +301,19 @@ class _Shards:
     def find_shardings(self, array: QuantisedArray) -> Any:
         """The sharding of each part of the quantised form."""
         return jax.tree.map(lambda x: self._find(x, array), array)
+
+    def gather_scales(self, array: QuantisedArray) -> QuantisedArray:
+        """The array with whole scales on each device, so that their mean is summed up
+        in the same order on any mesh."""
+        if not isinstance(self.sharding, NamedSharding):
+            return array
+        whole = NamedSharding(
+            self.sharding.mesh, PartitionSpec(*self.spec[: self.layout.batch])
+        )
+        return array.replace(
+            scales=jax.device_put(array.scales, whole),
+            offsets=jax.device_put(array.offsets, whole),
+        )
 
     def mark(self, array: QuantisedArray) -> QuantisedArray:
         """The abstract quantised form, with shardings."""
