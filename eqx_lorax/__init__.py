@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from . import constants as constants, peft as peft
+from . import constants as constants, peft as peft, quantised as quantised
 from ._adapters import (
     adapter_info as adapter_info,
     AdapterFileError as AdapterFileError,

@@ -14,3 +14,4 @@ from .encoding import (
     quantise_array as quantise_array,
 )
 from .formats import Format as Format, FORMATS as FORMATS
+from .reading import from_bitsandbytes as from_bitsandbytes, from_gguf as from_gguf

@@ -25,7 +25,6 @@ from .._factored import (
 )
 from .._shared import accumulation_dtype, axes_from_end, explicit_sharding, relabel
 from .array import is_quantised, QuantisedArray
-from .formats import SCALES
 from .packing import unpack_values
 
 
@@ -45,9 +44,10 @@ def _form_dense(base: QuantisedArray) -> Array:
         unpack_values(base.codes, base.format) * scales.astype(jnp.float32)[..., None]
     )
     if offsets is not None:
-        if base.format == SCALES:
+        if base.format.codebook is not None:
             # Otherwise the compiler would round product and sum once, as a fused
-            # multiply-add, where bitsandbytes rounds twice.
+            # multiply-add, where bitsandbytes rounds twice. Of whole numbers and short
+            # scales the product is exact.
             array = lax.optimization_barrier(array)
         array = array + offsets.astype(jnp.float32)[..., None]
     count = len(base.inner)
@@ -129,6 +129,19 @@ def _(
         raise NotFactored("it picks parts of the blocks of a quantised array")
 
     def pick(array: Any, fill: Any = 0) -> Any:
+        if array is None:
+            return None
+        if is_quantised(array):
+            # Nested scales, of which the same axes come first.
+            if array.ndim - len(array.inner) < count:
+                return pick(dense(array), fill)
+            parts = (array.codes, array.scales, array.offsets)
+            codes, scales, offsets = parts
+            return array.replace(
+                codes=tuple(map(pick, codes)),
+                scales=pick(scales, fill),
+                offsets=pick(offsets, fill),
+            )
         extra = array.ndim - count
         of_array = numbers._replace(
             offset_dims=tuple(range(first, first + kept - len(x.inner) + extra))
@@ -137,14 +150,9 @@ def _(
         # What is out of bounds has a scale that is not a number, and a code of zero.
         return lax.gather(array, indices, of_array, sizes, fill_value=fill, **options)
 
-    scales, offsets = _plain(x.scales), _plain(x.offsets)
     if fill_value not in (None, 0):
         raise NotFactored("what is out of bounds would be scaled too")
-    return x.replace(
-        codes=tuple(map(pick, x.codes)),
-        scales=pick(scales, fill_value),
-        offsets=None if offsets is None else pick(offsets, fill_value),
-    )
+    return pick(x, fill_value)
 
 
 @views.transpose.register

@@ -21,7 +21,7 @@ FLOORS = (
     ("_training", "_optimizers", "_arithmetic", "_calibration"),
     ("_adapters", "_planning", "_inspection"),
     ("_peft",),
-    ("peft.py", "constants.py"),
+    ("peft.py", "quantised.py", "constants.py"),
     ("__init__.py",),
 )
 
