@@ -17,7 +17,7 @@ from jaxtyping import Array
 from .._shared import axes_from_end, known_sharding
 from .array import QuantisedArray
 from .formats import Format, FORMATS, SCALES
-from .packing import pack
+from .packing import pack, round_apart
 
 
 _NESTED_BLOCK = 256
@@ -232,9 +232,6 @@ def _find_nearest(x: Array, format: Format) -> Array:
     order = np.argsort(format.values, kind="stable")
     values = format.values[order].astype(np.float64)
     middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
-    if len(middles) > 16:
-        ranks = jnp.searchsorted(jnp.asarray(middles), x)
-        return jnp.asarray(order.astype(np.uint8))[ranks]
     # Steps from each code to the next: on meshes with explicit axes there is no lookup.
     codes: Any = int(order[0])
     for middle, step in zip(middles, np.diff(order)):
@@ -263,11 +260,27 @@ def _nest_scales(scales: Array, layout: _Layout) -> QuantisedArray:
     blocks = jnp.pad(flat - offset, padding)
     blocks = blocks.reshape(*blocks.shape[:-1], -1, block)
     largest = jnp.max(jnp.abs(blocks), -1)
-    codes = _find_nearest(_divide(blocks, largest), SCALES)
+    codes = _look_up_nearest(_divide(blocks, largest))
     offsets = jnp.broadcast_to(offset, largest.shape)
     return QuantisedArray(
         pack(codes, SCALES), largest, offsets, SCALES, shape, scales.dtype
     )
+
+
+@functools.lru_cache
+def _make_table() -> np.ndarray:
+    """The nearest code of `SCALES` for each of 65,536 even steps from -1 to 1."""
+    values = SCALES.values.astype(np.float64)
+    middles = (values[1:] + values[:-1]) / 2
+    steps = np.arange(65536) / 32767.5 - 1
+    return np.searchsorted(middles, steps).astype(np.uint8)
+
+
+def _look_up_nearest(x: Array) -> Array:
+    """The code of `SCALES` with the nearest value, as bitsandbytes looks it up on the
+    CPU: for the nearest of 65,536 steps."""
+    steps = jnp.floor(round_apart((x + 1) * 32767.5) + 0.5).astype(jnp.int32)
+    return jnp.asarray(_make_table())[steps]
 
 
 class _Shards:

@@ -25,7 +25,7 @@ from .._factored import (
 )
 from .._shared import accumulation_dtype, axes_from_end, explicit_sharding, relabel
 from .array import is_quantised, QuantisedArray
-from .packing import unpack_values
+from .packing import round_apart, unpack_values
 
 
 @dense.register
@@ -45,10 +45,9 @@ def _form_dense(base: QuantisedArray) -> Array:
     )
     if offsets is not None:
         if base.format.codebook is not None:
-            # Otherwise the compiler would round product and sum once, as a fused
-            # multiply-add, where bitsandbytes rounds twice. Of whole numbers and short
-            # scales the product is exact.
-            array = lax.optimization_barrier(array)
+            # As bitsandbytes does. Of whole numbers and short scales the product is
+            # exact.
+            array = round_apart(array)
         array = array + offsets.astype(jnp.float32)[..., None]
     count = len(base.inner)
     array = array.reshape(*array.shape[:-2], -1)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.lax as lax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
@@ -69,3 +70,13 @@ def _interleave(parts: Sequence[Array]) -> Array:
         return parts[0]
     stacked = jnp.stack(parts, -1)
     return stacked.reshape(*stacked.shape[:-2], -1)
+
+
+def round_apart(product: Array) -> Array:
+    """A product in float32 to which something is added, rounded before that. The
+    compiler for the CPU would multiply and add at once, and round once. It does so
+    across a barrier too, but not where bits are set in between, even if only in what is
+    not a number anyway."""
+    bit = jnp.isnan(product).astype(jnp.uint32)
+    bits = lax.bitcast_convert_type(product, jnp.uint32) | bit
+    return lax.bitcast_convert_type(bits, jnp.float32)
