@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._factored import stands_for_array
+from .._factored import is_factored, stands_for_array
 from .._methods import (
     base_of,
     check_whole,
@@ -258,14 +258,14 @@ def _count_elements(tree: PyTree) -> int:
 def _drop_bits(tree: PyTree) -> PyTree:
     """The tree with what a quantised array stands for, abstract, in its place."""
 
+    def is_bits(x: Any) -> bool:
+        is_form = is_weight(x) or is_factored(x)
+        return stands_for_array(x) and not is_form and not is_missing(x)
+
     def drop(x: Any) -> Any:
-        is_bits = stands_for_array(x) and not is_weight(x) and not is_missing(x)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_bits else x
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_bits(x) else x
 
-    def visit(x: Any) -> Any:
-        return x.with_base(visit(x.w)) if is_weight(x) else drop(x)
-
-    return jax.tree.map(visit, tree, is_leaf=stands_for_array)
+    return jax.tree.map(drop, tree, is_leaf=is_bits)
 
 
 def _plan_adam(params: PyTree) -> PyTree:
