@@ -18,7 +18,7 @@ from safetensors import safe_open, SafetensorError
 
 from .._shared import list_some
 from .._trees import Places
-from .fingerprint import fingerprint_base, hash_content
+from .fingerprint import fingerprint_base, hash_content, read_format
 
 
 _Value = TypeVar("_Value")
@@ -146,14 +146,17 @@ def parse_content(path: Any, parse: Callable[[], _Value]) -> _Value:
 
 
 def find_differences(
-    written: Mapping[str, Any], found: Mapping[str, Any]
+    written: Mapping[str, Any],
+    found: Mapping[str, Any],
+    explain: Callable[[Any, Any], str] = lambda *_: "",
 ) -> Iterator[str]:
-    """A line for each name whose values in the two mappings differ."""
+    """A line for each name whose values in the two mappings differ, with what `explain`
+    says of these values."""
     for name in written:
         if name not in found:
             yield f"{name} is missing"
         elif written[name] != found[name]:
-            yield f"{name} differs"
+            yield f"{name} differs{explain(written[name], found[name])}"
     for name in found:
         if name not in written:
             yield f"{name} is not of it"
@@ -185,10 +188,20 @@ def check_base(
 
     `AdapterFileError` if an array differs, is missing, or was not there.
     """
-    wrong = list(find_differences(written, fingerprint_base(places, without)))
+    found = fingerprint_base(places, without)
+    wrong = list(find_differences(written, found, _explain_formats))
     if wrong:
         raise AdapterFileError(
             f"{path} was trained on another base than `model`: "
             f"{list_problems(wrong)}. Load it into the model that it was trained on, "
             "or pass `allow_other_base=True` if these differences are meant."
         )
+
+
+def _explain_formats(written: str, found: str) -> str:
+    """Which of two bases is quantised, where that is what differs."""
+    then, now = (read_format(x) for x in (written, found))
+    if then == now:
+        return "" if now is None else f" (quantised as {now} both times)"
+    then, now = ("not quantised" if x is None else x for x in (then, now))
+    return f" ({then} when the adapter was trained, {now} in `model`)"

@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from .._bases import is_quantised
 from .._factored import stands_for_array
 from .._methods import is_weight
 from .._shared import as_array, count_bits, is_array, replicate
@@ -27,12 +28,35 @@ def fingerprint_base(
     places: Places, without: Collection[tuple[str, ...]]
 ) -> dict[str, str]:
     """A fingerprint of every frozen array of a model, by its path in the plain model:
-    of all arrays but the factors of adapters and those at the paths in `without`."""
+    of all arrays but the factors of adapters and those at the paths in `without`. That
+    of a quantised array begins with its format, as in `"nf4 ..."`."""
     return {
-        join_path(path): fingerprint(array)
-        for path, array in _find_frozen(places)
+        join_path(path): _fingerprint_bits(x) if _is_quantised(x) else fingerprint(x)
+        for path, x in _find_frozen(places)
         if path not in without
     }
+
+
+def read_format(fingerprint: str) -> str | None:
+    """The format of the quantised array with this fingerprint; `None` of arrays."""
+    *format, _ = fingerprint.rsplit(" ", 1)
+    return format[0] if format else None
+
+
+def _is_quantised(x: Any) -> bool:
+    return stands_for_array(x) and not is_weight(x)
+
+
+def _fingerprint_bits(x: Any) -> str:
+    """A fingerprint of what is stored, and of what that stands for."""
+    parts = [fingerprint(array) for array in jax.tree.leaves(x)]
+    name = type(x).__name__
+    if is_quantised(x):
+        name, layout = x.format.name, (x.block, x.inner, x.permutation)
+        # The codes of nested scales have a single format.
+        parts.append(f"{layout} {x.format.values.tolist()}")
+    parts.append(f"{name} {jnp.dtype(x.dtype)} {tuple(x.shape)}")
+    return f"{name} {hash_content(' '.join(parts))[:16]}"
 
 
 def fingerprint(array: Any) -> str:
@@ -61,10 +85,10 @@ def _find_frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
         if is_array(place.node):
             yield place.path, place.node
         elif stands_for_array(place.node):
-            # One array, or several if the base is itself a weight, or is quantised.
+            # One array, or several if the base is itself a weight.
             base = place.node.w if is_weight(place.node) else place.node
-            for keys, array in jax.tree_util.tree_leaves_with_path(base):
-                yield (*place.path, *map(_name_key, keys)), array
+            for keys, x in jax.tree_util.tree_leaves_with_path(base, _is_quantised):
+                yield (*place.path, *map(_name_key, keys)), x
 
 
 def _name_key(key: Any) -> str:

@@ -170,7 +170,12 @@ def _find_update(place: Place, node: Any) -> Any:
         return LoraWeight.from_factored(weight.form)
     # Those of another method have factors only together with their frozen part, and
     # some have a gain.
-    if is_missing(weight.w) or (form := weight.factored()).gain is not None:
+    if is_missing(weight.w):
+        # Of some the base may be quantised, which its structure still tells.
+        w = unfuse(place.node).w
+        is_same = is_weight(w) or is_weight(weight.w) or not is_missing(w)
+        return weight if is_same else weight.with_base(w)
+    if (form := weight.factored()).gain is not None:
         return weight
     return LoraWeight.from_factored(form)
 

@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import numpy as np
 
+from .._factored import stands_for_array
 from .._layers import is_layer
 from .._methods import (
     base_of,
@@ -50,6 +51,7 @@ def combine(params: _Model, frozen: _Model) -> _Model:
     or have different settings, if an array is in both, or in neither, or if factors do
     not have the shapes that go with their base.
     """
+    params = _match_bases(params, frozen)
     frozen = _match_kinds(params, frozen)
     new, structure = jax.tree.flatten(params, is_leaf=_is_none)
     old, there = jax.tree.flatten(frozen, is_leaf=_is_none)
@@ -67,6 +69,26 @@ def combine(params: _Model, frozen: _Model) -> _Model:
 
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _match_bases(params: Any, frozen: Any) -> Any:
+    """`params` with bases missing as they are in `frozen`. One may be of a model with
+    quantised bases, and the other one of a model without."""
+    new, structure = jax.tree.flatten(params, is_leaf=_is_weight_or_none)
+    old, there = jax.tree.flatten(frozen, is_leaf=_is_weight_or_none)
+    if structure != there:
+        return params
+    return structure.unflatten(list(map(_match_base, new, old)))
+
+
+def _match_base(x: Any, y: Any) -> Any:
+    if not (is_weight(x) and is_weight(y)) or is_missing(y.w):
+        return x
+    if is_weight(y.w):
+        return x.with_base(_match_base(x.w, y.w)) if is_weight(x.w) else x
+    missing = jax.tree.map(lambda _: None, y.w)
+    is_other = jax.tree.structure(x.w) != jax.tree.structure(missing)
+    return x.with_base(missing) if is_missing(x.w) and is_other else x
 
 
 def _match_kinds(params: Any, frozen: Any) -> Any:
@@ -174,7 +196,7 @@ def _wrong(weight: Any) -> Iterator[str]:
     lacking = list_missing(weight)
     if lacking:
         yield f"{', '.join(f'`{name}`' for name in lacking)} in neither"
-    elif is_array(base_of(weight)):
+    elif is_array(base_of(weight)) or stands_for_array(base_of(weight)):
         yield from find_misfits(weight)
     if is_weight(weight.w):
         yield from _wrong(weight.w)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from .._factored import as_form, dense, Factored, NotFactored, operators, views
+from .._factored import as_form, dense, Factored, operators, views
 from .._shared import axes_from_end, relabel, replace_unchecked
 from .formats import Format
 
@@ -209,13 +209,7 @@ class QuantisedArray(eqx.Module):
 
         `TypeError` for an axis along which the blocks lie.
         """
-        try:
-            found = operators.index(as_form(self), item)
-        except NotFactored as error:
-            raise TypeError(
-                f"A QuantisedArray {self.shape} cannot be indexed by {item!r}: "
-                f"{error}. Write `array.dequantise()[...]`."
-            ) from error
+        found = operators.index(as_form(self), item)
         if not isinstance(found, Factored):
             return found
         return views.store_in_order(found).base

@@ -31,6 +31,7 @@ from .._shared import (
     accumulation_dtype,
     AnyArray,
     axes_from_end,
+    is_abstract,
     is_array,
     promote,
     relabel,
@@ -118,7 +119,7 @@ def as_form(x: Any) -> Factored:
     """What stands for an array, in normal form. A base alone has rank zero, and neither
     rows nor columns."""
     shape = tuple(x.shape)
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(x)):
+    if is_abstract(x):
         empty: Any = jax.ShapeDtypeStruct((*shape, 0), x.dtype)
     else:
         empty = jnp.zeros((*shape, 0), x.dtype)

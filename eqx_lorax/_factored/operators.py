@@ -98,7 +98,10 @@ def index(form: Factored, item: Any) -> Factored | Array:
         assert isinstance(first, Factored) or isinstance(first, jax.Array)
         rest = tuple(items[1:])
         return index(first, rest) if isinstance(first, Factored) else first[rest]
-    return take(form, position, one)
+    try:
+        return take(form, position, one)
+    except NotFactored as error:
+        raise _cannot_pick(form, position, error) from error
 
 
 def _slice_axis(form: Factored, position: int, one: slice) -> Factored:
@@ -108,10 +111,15 @@ def _slice_axis(form: Factored, position: int, one: slice) -> Factored:
     try:
         return map_arrays(form, sliced, range(form.ndim), [position])
     except NotFactored as error:
-        raise TypeError(
-            f"Axis {position} of {form.shape} cannot be sliced: {error}. Form the "
-            "array first, with `materialise()` or `dequantise()`."
-        ) from error
+        raise _cannot_pick(form, position, error) from error
+
+
+def _cannot_pick(form: Factored, position: int, error: NotFactored) -> TypeError:
+    return TypeError(
+        f"Axis {position} of {form.shape} cannot be indexed: {error}. Form the array "
+        "first, with `materialise()` or `dequantise()`, or quantise it with a `block` "
+        "that divides its last axis."
+    )
 
 
 def _full_index(item: Any, ndim: int) -> list[Any]:

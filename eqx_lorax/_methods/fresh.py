@@ -20,6 +20,7 @@ from .._shared import (
     axes_from_end,
     create,
     inherit_sharding,
+    is_abstract,
     known_sharding,
     move_array,
     Placement,
@@ -198,7 +199,7 @@ class Fresh:
         """The factors `b` and `a` that `compute(matrices())` returns, placed."""
         axes = self.b_axes, self.a_axes
         placed = zip(axes, self.factor_placements)
-        if isinstance(self.base, jax.ShapeDtypeStruct):
+        if is_abstract(self.base):
             b, a = (self.zeros(*one) for one in placed)
             return b, a
         with jax.default_matmul_precision("highest"):
@@ -222,7 +223,7 @@ class Fresh:
         - `axes`, `placement`: As in `zeros`.
         - `dtype`: The dtype of the array. By default that of what is trained.
         """
-        if isinstance(self.base, jax.ShapeDtypeStruct):
+        if is_abstract(self.base):
             return dataclasses.replace(self, dtype=dtype or self.dtype).zeros(
                 axes, placement
             )

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
-import jax
 from jaxtyping import Array
 
 from .._factored import dense, scale_along, views
@@ -22,7 +21,7 @@ from .._methods import (
     LoraWeight,
     unfuse,
 )
-from .._shared import axes_from_end
+from .._shared import axes_from_end, is_abstract
 from .._trees import Place, Places, rebuild
 
 
@@ -123,6 +122,6 @@ def _without_gate(weight: Any) -> Any:
 
 def _when_abstract(fn: Any, form: Any) -> Any:
     """`fn(form)`, also where there are shapes in the place of arrays."""
-    if any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(form)):
+    if is_abstract(form):
         return eqx.filter_eval_shape(fn, form)
     return fn(form)

@@ -9,7 +9,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from .._bases import Axes, is_quantised, quantise_array
+from .._bases import Axes, is_quantised, quantise_array, QuantisedArray
 from .._factored import dense, stands_for_array
 from .._layers import is_layer
 from .._methods import base_of, is_weight
@@ -85,9 +85,10 @@ def quantise(
     **Raises:**
 
     `ValueError` or `TypeError`, before anything is done, if any part of a filter names
-    nothing, if there is no such format, if the block does not divide a weight or would
-    lie across shards, or if a weight is quantised already or of another dtype than
-    float64, float32, bfloat16 or float16. `ValueError` if a weight is not finite.
+    nothing, if there is no such format, if the block does not divide a weight, or a row
+    of a table, or would lie across shards, or if a weight is quantised already or of
+    another dtype than float64, float32, bfloat16 or float16. `ValueError` if a weight
+    is not finite.
 
     ??? cite
 
@@ -118,9 +119,11 @@ def quantise(
         )
 
     bases = {array: base_of(array.node) for array in arrays}
-    for array in arrays:
-        # All errors come before anything is done.
-        make(array, _to_shape(bases[array]))
+    # All errors come before anything is done.
+    planned = {array: make(array, _to_shape(bases[array])) for array in arrays}
+    for target, array in _pair(targets):
+        if target.layer.is_lookup:
+            _check_rows(array, planned[array], block)
     # One array in several places is quantised once.
     made: dict[Any, Any] = {}
     new = {}
@@ -241,6 +244,20 @@ def _check_plain(arrays: Sequence[Place]) -> None:
             f"{list_some(missing)} has no base: this is an adapter alone. Pass "
             "`lorax.combine(params, frozen)`."
         )
+
+
+def _check_rows(table: Place, planned: QuantisedArray, block: int) -> None:
+    """Checks that no block goes over the end of a row, as rows are looked up."""
+    if len(planned.inner) == 1:
+        return
+    row = table.node.shape[-1]
+    fits = next((x for x in range(block - block % 2, 0, -2) if row % x == 0), None)
+    fix = f"`block={fits}` or " if fits else ""
+    raise ValueError(
+        f"`block={block}` does not divide the {row} entries of a row of "
+        f"{table.dotted}, of shape {tuple(table.node.shape)}, and rows are looked up "
+        f'in it. Pass {fix}`format="int8"`, or leave it out with `exclude`.'
+    )
 
 
 def _to_shape(x: Any) -> Any:

@@ -3,6 +3,7 @@
 from typing import Any, TYPE_CHECKING, TypeAlias, TypeGuard
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -20,6 +21,17 @@ else:
 def is_array(x: Any) -> TypeGuard[Array]:
     """Whether `x` is an array of JAX or NumPy, or a `jax.ShapeDtypeStruct`."""
     return isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether there are shapes and dtypes alone, `jax.ShapeDtypeStruct`, in an array or
+    in what stands for one."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether there are tracers in an array or in what stands for one."""
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def axes_from_end(ndim: int) -> range:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-from .arrays import as_array, axes_from_end
+from .arrays import as_array, axes_from_end, is_abstract, is_traced
 
 
 ShardingLike: TypeAlias = Sharding | PartitionSpec | None
@@ -154,12 +154,12 @@ def create(
     - `base`: If this is abstract, so is the result.
     - `sharding`: The sharding of the result.
     """
-    if isinstance(base, jax.ShapeDtypeStruct):
+    if is_abstract(base):
         made = jax.eval_shape(lambda: make(*arguments))
         return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=sharding)
     if sharding is None:
         return make(*arguments)
-    if isinstance(base, jax.core.Tracer):
+    if is_traced(base):
         return move_array(make(*arguments), sharding)
     static = [i for i, x in enumerate(arguments) if not isinstance(x, jax.Array)]
     return _compile(make, tuple(static), sharding)(*arguments)

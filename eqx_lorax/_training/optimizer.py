@@ -8,6 +8,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
+from .._factored import stands_for_array
 from .._methods import is_weight
 from .._trees import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 
@@ -161,4 +162,18 @@ def _select_trained(path: str, x: Any, spec: SpecValue) -> Any:
             f"`spec` has {spec!r} at {path}, where there is no adapter but an array. "
             "Were these parameters passed through `lorax.init_lora`?"
         )
+    check_can_be_trained(path, x, spec)
     return x if spec == LORA_FULL else None
+
+
+def check_can_be_trained(path: str, x: Any, spec: SpecValue) -> None:
+    """**Raises:**
+
+    `ValueError` if the spec says that a quantised parameter is trained.
+    """
+    if spec == LORA_FULL and stands_for_array(x) and not is_weight(x):
+        raise ValueError(
+            f"`spec` has `lorax.LORA_FULL` at {path}, which is quantised and so has no "
+            "derivative. Give it a rank, or leave it out of `lorax.quantise`, by "
+            "`exclude`."
+        )

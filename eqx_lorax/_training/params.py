@@ -39,6 +39,7 @@ from .._trees import (
     matches_around,
     SpecValue,
 )
+from .optimizer import check_can_be_trained
 
 
 def init_lora(
@@ -88,7 +89,7 @@ def init_lora(
 
     `ValueError`, naming the parameter, if a vector has a rank; if a rank is larger than
     the smaller side, or negative; if the parameter is not inexact or has an adapter; if
-    the spec does not fit the tree.
+    a quantised one is `lorax.LORA_FULL`; if the spec does not fit the tree.
     """
 
     kinds = _find_methods(method, param_tree, spec, is_leaf)
@@ -100,6 +101,7 @@ def init_lora(
     def adapt(path: str, x: Any, spec: SpecValue) -> Any:
         if not isinstance(spec, LoraSpec):
             if spec in (LORA_FREEZE, LORA_FULL):
+                check_can_be_trained(path, x, spec)
                 return x
             spec = LoraSpec(int(spec))
         _check_adaptable(path, x, spec)

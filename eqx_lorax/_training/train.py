@@ -2,17 +2,18 @@
 tree that is differentiated."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from .._factored import stands_for_array
 from .._layers import is_layer
 from .._methods import check_whole, is_weight
 from .._modules import without_gates
-from .._shared import is_inexact
+from .._shared import is_inexact, list_some
 from .._trees import (
     exclude_places,
     Filter,
@@ -52,8 +53,8 @@ def trainable(
     **Raises:**
 
     `ValueError` if nothing would be trained, if any part of `also` names an adapted
-    layer or no array that could be trained, or if any part of `exclude` excludes
-    nothing.
+    layer, a quantised array or no array that could be trained, or if any part of
+    `exclude` excludes nothing.
     """
     check_whole(model, "lorax.partition({})", or_params=True)
     spec = mark_factors(model)
@@ -66,9 +67,12 @@ def trainable(
         return spec
     places = Places(model)
     also_trained = find_trained_places(model, places, also)
+    quantised = _find_quantised(model, places, also)
     adapters = [place for place in places.all if is_weight(place.node)]
-    chosen = [*adapters, *also_trained]
+    chosen = [*adapters, *also_trained, *quantised]
     left = set(exclude_places(model, places, exclude, chosen, set(chosen).__contains__))
+    if stuck := [place.dotted for place in quantised if place in left]:
+        raise ValueError(_explain_quantised(stuck))
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {
         place.indices: lambda _: True for place in also_trained if place in left
     }
@@ -201,6 +205,8 @@ def find_trained_places(model: PyTree, places: Places, also: Filter) -> list[Pla
         _check_not_adapted(named, places)
         arrays = [x for x in named.find_covered(places) if _could_be_trained(x)]
         if not arrays:
+            if stuck := list(filter(_is_quantised, named.find_covered(places))):
+                raise ValueError(_explain_quantised([x.dotted for x in stuck]))
             raise ValueError(
                 f"{named.label} names no array that could be trained: there are only "
                 "adapters, which are trained anyway, their frozen bases, or none. "
@@ -208,6 +214,27 @@ def find_trained_places(model: PyTree, places: Places, also: Filter) -> list[Pla
             )
         found.update(dict.fromkeys(arrays))
     return list(found)
+
+
+def _find_quantised(model: PyTree, places: Places, also: Filter) -> list[Place]:
+    """The quantised arrays that `also` names, each once."""
+    if also is None or not any(map(_is_quantised, places.all)):
+        return []
+    matches = match_filter(model, places, also, "also", _could_be_trained)
+    covered = (x for match in matches for x in match.find_covered(places))
+    return list(dict.fromkeys(filter(_is_quantised, covered)))
+
+
+def _is_quantised(place: Place) -> bool:
+    return stands_for_array(place.node) and not is_weight(place.node)
+
+
+def _explain_quantised(dotted: Sequence[str]) -> str:
+    return (
+        f"`also` names {list_some(dotted)}, which is quantised and so has no "
+        "derivative. To train it leave it out of `lorax.quantise`, by `exclude`. To "
+        "train only what is beside it, name that, or name this one in `exclude`."
+    )
 
 
 def _could_be_trained(place: Place) -> bool:
