@@ -1,6 +1,8 @@
 """Every method on every format of base: what it computes and trains is what it does on
 the dense array that the base stands for, and the bits of the base never change."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -266,7 +268,7 @@ def test_weight_decay_changes_no_bits(as_for_users):
         lorax.split_lora_params(params, {"w": 2})
     )
     updates, _ = optimizer.update(gradient, state, params)
-    new = optax.apply_updates(params, updates)
+    new: Any = optax.apply_updates(params, updates)
     assert np.any(new["w"].b != params["w"].b)
     assert_identical(lorax.unloraify(new, merge=False), tree)
 
