@@ -96,6 +96,8 @@ class QuantisedArray(eqx.Module):
             return tuple(axes_from_end(ndim))
         # As in `Factored.logical_axes`: leading axes come and go.
         kept = tuple(axis for axis in self.permutation if axis >= -ndim)
+        if self.permutation[len(self.permutation) - len(kept) :] != kept:
+            raise self._not_whole()
         return (*range(-ndim, -len(kept)), *kept)
 
     @property

@@ -159,6 +159,11 @@ def _(x: QuantisedArray, permutation: Sequence[int]) -> QuantisedArray:
     return x.transpose(permutation)
 
 
+@views.is_led_by_first_axis.register
+def _(x: QuantisedArray) -> bool:
+    return x.stored_axes[0] == -x.ndim and x.ndim > len(x.inner)
+
+
 @views.convert.register
 def _(x: QuantisedArray, dtype: DTypeLike) -> QuantisedArray:
     if not jnp.issubdtype(dtype, jnp.floating):

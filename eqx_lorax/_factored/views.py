@@ -293,6 +293,21 @@ def _group_axes(
     return groups
 
 
+@functools.singledispatch
+def is_led_by_first_axis(x: Base) -> bool:
+    """Whether slicing all arrays in `x` along their first axes slices `x` along its
+    first axis, as `scan` needs it. So it is for arrays, and has to be for all bases
+    that do not register otherwise."""
+    return True
+
+
+@is_led_by_first_axis.register
+def _(x: Factored) -> bool:
+    first = x.logical_axes()[0]
+    is_led = first == -x.ndim and first in x.batch_axes()
+    return is_led and is_led_by_first_axis(x.base)
+
+
 def store_in_order(x: Factored) -> Factored:
     """The same, its base stored in the order of `shape`, and the axes of rows and of
     columns in that order too."""

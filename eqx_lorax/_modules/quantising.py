@@ -67,6 +67,8 @@ def quantise(
             one byte, error 0.008.
         - `"int8-block"`: the same with one `m` for each block; 1.0625 bytes, error
             0.006.
+        In a tree without modules the outputs are the last axis, and axes before the
+        last two number matrices.
     - `block`: The number of weights that share a scale, which is float32. Blocks go
         along the last axis, or, where it does not divide that, along the last axes
         together.
@@ -100,12 +102,16 @@ def quantise(
     targets: list[Target] = []
     nodes = [place.node for place in places.all if not place.is_array]
     if any(isinstance(node, eqx.Module) for node in nodes):
-        targets, _ = find_targets(model, places, filter, exclude)
+        targets, _ = find_targets(model, places, filter, exclude, verb="quantise")
         arrays = [array for target in targets for array in target.arrays]
         axes = {array: _find_axes(array, target) for target, array in _pair(targets)}
     else:
         arrays = _find_bare(model, places, filter, exclude)
-        axes = {array: Axes((-1,)) for array in arrays}
+        # As elsewhere, the last two axes of an unknown array are a matrix.
+        axes = {
+            array: Axes((-1,), tuple(range(-len(array.node.shape), -2)))
+            for array in arrays
+        }
     _check_plain(arrays)
 
     def make(array: Place, like: Any) -> Any:

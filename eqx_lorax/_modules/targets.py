@@ -70,7 +70,12 @@ _Item: TypeAlias = Target | Unadaptable
 
 
 def find_targets(
-    model: Any, places: Places, filter: Filter, exclude: Filter = None
+    model: Any,
+    places: Places,
+    filter: Filter,
+    exclude: Filter = None,
+    *,
+    verb: str = "adapt",
 ) -> tuple[list[Target], list[str]]:
     """Finds the targets that `filter` names and `exclude` does not, in the order of the
     model, and the reasons why layers are passed over that nobody excluded.
@@ -107,9 +112,9 @@ def find_targets(
     if not targets:
         listed = "".join(f" {reason}." for reason in reasons["warning"][:5])
         raise ValueError(
-            "There is nothing to adapt. `filter=None`, or naming a container, adapts "
+            f"There is nothing to {verb}. `filter=None`, or naming a container, means "
             f"every `eqx.nn.Linear` and convolution in it, and there is none.{listed} "
-            f"Name what to adapt: {list_available(places, is_target)}."
+            f"Name what to {verb}: {list_available(places, is_target)}."
         )
     return targets, reasons["warning"]
 

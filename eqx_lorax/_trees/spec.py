@@ -136,7 +136,11 @@ def simple_spec(
             return LORA_FULL if tune_vectors else LORA_FREEZE
         return LORA_FREEZE if decision_fn is None else decision_fn(KeyPath(path), x)
 
-    return jax.tree_util.tree_map_with_path(decide, params, is_leaf=is_leaf)
+    return jax.tree_util.tree_map_with_path(
+        decide,
+        params,
+        is_leaf=lambda x: stands_for_array(x) or (is_leaf is not None and is_leaf(x)),
+    )
 
 
 def map_spec(

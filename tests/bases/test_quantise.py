@@ -177,3 +177,47 @@ def test_errors(name):
     do, message = ERRORS[name]
     with pytest.raises((TypeError, ValueError), match=message):
         do()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_stacks_in_trees_of_parameters(format):
+    w = lorax.quantise({"w": jr.normal(KEY, (3, 16, 16))}, **FORMATS[format])["w"]
+
+    def apply(w, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    wanted = apply(w.dequantise(), X)
+    assert_close(apply(w, X), wanted, 1e-4)
+    assert_close(lorax.lora(apply, on_materialise="error")(w, X), wanted, 1e-4)
+
+
+@pytest.mark.parametrize("transform", ["scan", "vmap"])
+def test_loops_along_an_axis_that_is_not_stored_first(transform):
+    # As many rows as columns, so that the shapes alone would not tell.
+    table = {"w": jr.normal(KEY, (16, 16))}
+    views = [
+        lorax.quantise(table, block=16)["w"].T,
+        lorax.quantise(table, format="int8")["w"],
+    ]
+
+    def read(w):
+        if transform == "vmap":
+            return jax.vmap(lambda row: row.dequantise())(w)
+        return jax.lax.scan(lambda _, row: (None, row.dequantise()), None, w)[1]
+
+    def add(w):
+        return jax.lax.scan(lambda _, row: (None, jnp.sum(row)), None, w)[1]
+
+    for view in views:
+        with pytest.raises(ValueError, match="do not belong together.*another axis"):
+            read(view)
+        with pytest.warns(lorax.MaterialiseWarning, match="not the first one"):
+            found = lorax.lora(add)(view)
+        assert_close(found, jnp.sum(view.dequantise(), 1), 1e-4)
+    assert_close(read(views[0].T), views[0].T.dequantise())
+
+
+def test_specs_see_one_array():
+    quantised = lorax.quantise({"w": jr.normal(KEY, (16, 16))}, block=16)
+    spec = lorax.simple_spec(quantised, decision_fn=lambda path, array: array.ndim)
+    assert spec == {"w": 2}

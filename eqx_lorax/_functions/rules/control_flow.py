@@ -182,7 +182,11 @@ def _sliceable(equation: Equation, x: Any) -> Any:
         reason = "a loop goes along its rows or columns (layers that are stacked there "
         reason += "are adapted with `lorax.LoraSpec(rank, batch=(0,))`)"
         return equation.dense(x, reason)
-    return x if first == -x.ndim else views.store_in_order(x)
+    x = x if first == -x.ndim else views.store_in_order(x)
+    if not views.is_led_by_first_axis(x):
+        reason = "a loop goes along an axis that is not the first one in its storage"
+        return equation.dense(x, reason)
+    return x
 
 
 @rule("shard_map", makes_functions=True)
