@@ -199,6 +199,14 @@ def test_eight_bits_of_bitsandbytes():
         lorax.quantised.from_bitsandbytes(tensors, "")
 
 
+@pytest.mark.parametrize("storage", [jnp.bfloat16, np.float32])
+def test_four_bits_stored_as_other_dtypes(storage):
+    tensors, values = make_file()
+    tensors["a.weight"] = tensors["a.weight"].view(np.uint8).reshape(-1).view(storage)
+    array = lorax.quantised.from_bitsandbytes(tensors, "a")
+    np.testing.assert_array_equal(array.dequantise(), values)
+
+
 def test_a_codebook_of_the_file():
     tensors, _ = make_file()
     tensors["a.weight.quant_map"] = np.linspace(-1, 1, 16, dtype=np.float32)
@@ -232,15 +240,31 @@ def cast(tensors):
     tensors["a.weight.absmax"] = tensors["a.weight.absmax"].astype(np.float64)
 
 
+def damaged(text):
+    def change(tensors):
+        tensors[STATE] = np.frombuffer(text.encode(), np.uint8)
+
+    return change
+
+
+STATE = "a.weight.quant_state.bitsandbytes__nf4"
+
 ERRORS = {
+    "text": (damaged('{"shape": [4,'), f"{STATE} does not say .*JSON.* damaged. Get"),
+    "key": (damaged('{"shape": [4, 128]}'), f"{STATE} .*KeyError: 'blocksize'"),
+    "block": (
+        damaged('{"shape": [4, 128], "blocksize": 0}'),
+        "blocks of 0 in an array of shape .4, 128.*damaged",
+    ),
+    "list": (damaged("[]"), f"{STATE} does not say"),
     "weight": (without("a.weight"), "no tensor 'a.weight'"),
     "absmax": (without("a.weight.absmax"), "no tensor 'a.weight.absmax', without"),
     "codebook": (without("a.weight.quant_map"), "no tensor 'a.weight.quant_map'"),
     "state": (
-        without("a.weight.quant_state.bitsandbytes__nf4"),
+        without(STATE),
         "comes with neither .*not quantised by bitsandbytes.*uint8",
     ),
-    "size": (shortened, "a.weight has 255 entries of uint8 in the place of 256"),
+    "size": (shortened, "a.weight has 255 entries of uint8 in the place of 256 bytes"),
     "dtype": (cast, "a.weight.absmax has 8 entries of float64"),
 }
 

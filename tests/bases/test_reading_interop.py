@@ -59,12 +59,16 @@ def test_the_tensors_of_smollm2():
     assert {kind.name for kind in kinds} == {"Q4_1", "Q8_0", "F32"}
 
 
-def make_layer(kind, nested, dtype, shape):
+def make_layer(kind, nested, dtype, shape, storage="uint8"):
     import bitsandbytes
     import torch
 
     layer = bitsandbytes.nn.Linear4bit(
-        *shape[::-1], bias=False, compress_statistics=nested, quant_type=kind
+        *shape[::-1],
+        bias=False,
+        compress_statistics=nested,
+        quant_type=kind,
+        quant_storage=getattr(torch, storage),
     )
     random = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=random).to(getattr(torch, dtype))
@@ -77,16 +81,25 @@ def make_layer(kind, nested, dtype, shape):
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_four_bits_of_bitsandbytes(kind, nested, dtype, shape, tmp_path):
+    check_layer(make_layer(kind, nested, dtype, shape), tmp_path)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32", "int8"])
+def test_four_bits_stored_as_other_dtypes(storage, tmp_path):
+    check_layer(make_layer("nf4", True, "bfloat16", (64, 128), storage), tmp_path)
+
+
+def check_layer(layer, tmp_path):
     import bitsandbytes
     import safetensors.numpy
     import safetensors.torch
 
-    layer = make_layer(kind, nested, dtype, shape)
     safetensors.torch.save_file(layer.state_dict(prefix="a."), tmp_path / "file")
     tensors = safetensors.numpy.load_file(tmp_path / "file")
     found = lorax.quantised.from_bitsandbytes(tensors, "a")
     weight = layer.weight
     wanted = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    assert found.dtype == str(wanted.dtype).removeprefix("torch.")
     np.testing.assert_array_equal(
         found.dequantise().astype(jnp.float32), wanted.float().numpy()
     )
@@ -102,10 +115,14 @@ def test_eight_bits_of_bitsandbytes():
     layer(torch.ones(1, 64))
     state = {name: x.numpy() for name, x in layer.state_dict().items()}
     found = lorax.quantised.from_bitsandbytes(state, "").dequantise()
-    # What its own backward pass multiplies with.
+    # What its own products multiply with, forward on a CPU and backward anywhere.
     scales = torch.tensor(state["SCB"]).unsqueeze(1).mul(1.0 / 127.0)
     wanted = torch.tensor(state["weight"]).to(torch.float32).mul_(scales)
     np.testing.assert_array_equal(found, wanted.numpy())
+    # This rounds after each of two products.
+    function = bitsandbytes.functional.int8_vectorwise_dequant
+    other = function(torch.tensor(state["weight"]), torch.tensor(state["SCB"])).numpy()
+    np.testing.assert_array_max_ulp(np.asarray(found), other, 1)
 
 
 @pytest.mark.parametrize("weights", [W, HEAVY], ids=["normal", "heavy-tailed"])

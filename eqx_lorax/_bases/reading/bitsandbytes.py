@@ -1,7 +1,9 @@
 """Layers that bitsandbytes has quantised, as safetensors files hold them."""
 
+import dataclasses
 import json
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +34,8 @@ def from_bitsandbytes(
 
     **Arguments:**
 
-    - `tensors`: The tensors of a file by their names, as arrays of NumPy or JAX.
+    - `tensors`: The tensors of a file by their names, as arrays of NumPy or JAX. Those
+        of four bits may be of any dtype (`bnb_4bit_quant_storage`).
     - `prefix`: The name of the layer, without `.weight`.
     - `dtype`: The dtype that it dequantises to. Defaults to the one that the file
         names, and to float32 for LLM.int8, where it names none.
@@ -40,7 +43,13 @@ def from_bitsandbytes(
     **Returns:**
 
     A `lorax.QuantisedArray` of shape `(out, in)`, in NF4 or FP4, with plain or nested
-    scales, or with eight bits and a scale for each output.
+    scales, or with eight bits and a scale for each output. It stands for what the
+    layers of bitsandbytes multiply with, bit for bit. For eight bits that is
+    `weight * (SCB * (1 / 127))`; the function `int8_vectorwise_dequant` rounds in
+    another order, to a last bit that may differ.
+
+    Where blocks divide the rows, leading axes lead the codes and plain scales. Nested
+    scales are in blocks of 256 over the ends of rows.
 
     **Raises:**
 
@@ -73,11 +82,11 @@ def _join(prefix: str, name: str) -> str:
 def _read_four_bits(
     tensors: Mapping[str, Any], weight: str, format: Format, dtype: DTypeLike | None
 ) -> QuantisedArray:
-    state = json.loads(bytes(np.asarray(tensors[f"{weight}.{_STATE}{format.name}"])))
-    shape, block = tuple(state["shape"]), state["blocksize"]
+    state = _read_state(tensors, f"{weight}.{_STATE}{format.name}")
+    shape, block = state.shape, state.block
     size = math.prod(shape)
     blocks = -(-size // block)
-    packed = _take(tensors, weight, np.uint8, -(-size // 2))
+    packed = _take_bytes(tensors, weight, -(-size // 2))
     # Blocks go over the ends of rows where they do not divide them.
     inner = shape[-1:] if shape[-1] % block == 0 else shape
     leading = shape[: len(shape) - len(inner)]
@@ -90,25 +99,60 @@ def _read_four_bits(
         None,
         _with_codebook(format, codebook),
         inner,
-        jnp.dtype(state["dtype"] if dtype is None else dtype),
+        jnp.dtype(state.dtype if dtype is None else dtype),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What a file says of a weight of four bits."""
+
+    shape: tuple[int, ...]
+    block: int
+    dtype: np.dtype
+    nested_block: int
+    """The number of scales in a block, if they are nested."""
+    nested_offset: float | None
+    """What is added to nested scales; `None` if they are plain."""
+
+
+def _read_state(tensors: Mapping[str, Any], name: str) -> _State:
+    try:
+        state = json.loads(np.asarray(tensors[name]).tobytes())
+        shape = tuple(map(operator.index, state["shape"]))
+        block = operator.index(state["blocksize"])
+        if not shape or min(shape) < 1 or block < 2 or block % 2:
+            raise ValueError(f"blocks of {block} in an array of shape {shape}")
+        return _State(
+            shape,
+            block,
+            jnp.dtype(state["dtype"]),
+            operator.index(state.get("nested_blocksize", 256)),
+            float(state["nested_offset"]) if "nested_offset" in state else None,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} does not say how the weight is quantised "
+            f"({type(error).__name__}: {error}): the file is damaged. Get it again, or "
+            "save the model again."
+        ) from error
 
 
 def _read_scales(
     tensors: Mapping[str, Any],
     weight: str,
-    state: Mapping[str, Any],
+    state: _State,
     shape: tuple[int, ...],
 ) -> Any:
     name, count = f"{weight}.absmax", math.prod(shape)
-    if "nested_offset" not in state:
+    if state.nested_offset is None:
         return as_array(_take(tensors, name, np.float32, count).reshape(shape))
-    block = min(state["nested_blocksize"], count)
+    block = min(state.nested_block, count)
     blocks = -(-count // block)
     codes = _take(tensors, name, np.uint8, count)
     codebook = _take(tensors, f"{weight}.nested_quant_map", np.float32, 256)
     scales = _take(tensors, f"{weight}.nested_absmax", np.float32, blocks)
-    offset = np.float32(state["nested_offset"])
+    offset = np.float32(state.nested_offset)
     return QuantisedArray(
         (as_array(np.pad(codes, (0, blocks * block - count)).reshape(blocks, block)),),
         as_array(scales),
@@ -167,9 +211,22 @@ def _take(
         )
     array = np.asarray(tensors[name])
     if array.dtype != dtype or array.size != size:
-        raise ValueError(
-            f"{name} has {array.size:,} entries of {array.dtype} in the place of "
-            f"{size:,} of {np.dtype(dtype)}: the file is damaged, or of a format that "
-            "is not known here."
-        )
+        raise _wrong_size(name, array, f"{size:,} of {np.dtype(dtype)}")
     return np.ascontiguousarray(array).reshape(-1)
+
+
+def _take_bytes(tensors: Mapping[str, Any], name: str, size: int) -> np.ndarray:
+    """The bytes of a tensor, whose dtype says nothing: it is `bnb_4bit_quant_storage`
+    of the configuration, such as bfloat16 where FSDP is to divide all tensors alike."""
+    array = np.asarray(tensors[name])
+    if array.nbytes != size:
+        raise _wrong_size(name, array, f"{size:,} bytes")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _wrong_size(name: str, array: np.ndarray, wanted: str) -> ValueError:
+    return ValueError(
+        f"{name} has {array.size:,} entries of {array.dtype} in the place of {wanted}: "
+        "the file is damaged, or of a format that is not known here. Get it again, or "
+        "save the model again."
+    )
