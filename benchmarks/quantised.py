@@ -3,6 +3,7 @@
     python benchmarks/quantised.py [--tokens 256 2048] [--rounds 9] [--only nf4 int8]
 
 - Bytes a weight, and the error of rounding for normal and for heavy-tailed weights.
+- What of that error is left with adapters that start from it, by LoftQ and QPiSSA.
 - A step of LoRA on the stack of linear layers of `run.py`, over the same step on
   float32 weights, and, if qwix is installed, over its QLoRA.
 - A step of a scanned stack, 24 × 1024²: the memory of arguments and temporary arrays.
@@ -131,6 +132,37 @@ def print_errors(formats: dict[str, Any]) -> None:
         print(line)
 
 
+def print_starts(formats: dict[str, Any]) -> None:
+    """The errors with adapters of rank 8 that start from what is rounded away."""
+    key, width = jr.key(0), 256
+    normal = eqx.nn.Linear(width, width, use_bias=False, key=key)
+    normal = eqx.tree_at(lambda x: x.weight, normal, jr.normal(key, (width, width)))
+    u, s, v = jnp.linalg.svd(normal.weight)
+    falling = s / jnp.arange(1, width + 1) ** 0.5
+    sloped = eqx.tree_at(lambda x: x.weight, normal, (u * falling) @ v)
+    print(
+        f"\nErrors of rounding {width} × {width} weights, with adapters of rank {RANK}"
+    )
+    for kind, model in {"normal": normal, "singular values / √i": sloped}.items():
+        for name, options in formats.items():
+            plain = lorax.quantise(model, **options)
+            start = lorax.LoftQ(model)
+            found = {
+                "without": plain,
+                "LoftQ(model)": lorax.loraify(plain, rank=RANK, init=start, key=key),
+            }
+            for init in ("uniform", "pissa"):
+                adapted = lorax.loraify(model, rank=RANK, init=init, key=key)
+                for steps in (1, 5):
+                    fitted = lorax.quantise(adapted, **options, loftq=steps)
+                    found[f"{init}, loftq={steps}"] = fitted
+            errors = [
+                f"{label} {lorax.quantisation_error(x, model).worst:.2%}"
+                for label, x in found.items()
+            ]
+            print(f"{kind}, {name}: {'; '.join(errors)}")
+
+
 def print_memory(programs: list[Program]) -> None:
     """Prints the memory of arguments and temporary arrays, over that of the first."""
     sizes = [(x.arguments or 0) + (x.temporary or 0) for x in programs]
@@ -156,6 +188,7 @@ def main() -> None:
         if any(part in name for part in args.only)
     }
     print_errors(formats)
+    print_starts(formats)
     rows: list[Row] = []
 
     def measure(cases: Iterator[Case]) -> None:

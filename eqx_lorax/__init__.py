@@ -33,8 +33,11 @@ from ._functions import (
 )
 from ._inspection import (
     allocate_ranks as allocate_ranks,
+    quantisation_error as quantisation_error,
+    QuantisationError as QuantisationError,
     Spectra as Spectra,
     spectra as spectra,
+    TargetError as TargetError,
     TargetSpectrum as TargetSpectrum,
 )
 from ._layers import (
@@ -71,6 +74,7 @@ from ._methods import (
 from ._modules import (
     dequantise as dequantise,
     dropout_key as dropout_key,
+    LoftQ as LoftQ,
     loraify as loraify,
     merged_forward as merged_forward,
     PerTarget as PerTarget,

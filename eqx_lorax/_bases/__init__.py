@@ -12,6 +12,7 @@ from .encoding import (
     Axes as Axes,
     find_format as find_format,
     quantise_array as quantise_array,
+    quantise_like as quantise_like,
 )
 from .formats import Format as Format, FORMATS as FORMATS
 from .reading import from_bitsandbytes as from_bitsandbytes, from_gguf as from_gguf

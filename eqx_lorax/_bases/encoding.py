@@ -86,8 +86,45 @@ def quantise_array(
     format = find_format(format)
     _check_dtype(name, w)
     layout = _lay_out(name, tuple(w.shape), format, block, axes or Axes((-2,)))
+    return _quantise(w, layout, format, nested, name)
+
+
+def quantise_like(w: Any, like: QuantisedArray, name: str = "the array") -> Any:
+    """An array in the format of another one of its shape, with the same blocks.
+
+    Scales have the dtype of those of `like`. If these are nested as in `lorax.quantise`
+    so are the new ones; nested scales of GGUF's formats become float32.
+
+    **Arguments:**
+
+    - `w`, `name`: As in `quantise_array`.
+    - `like`: An array of the shape of `w`.
+    """
+    _check_dtype(name, w)
+    stored = like.stored_axes
+    order = tuple(stored.index(axis) - like.ndim for axis in axes_from_end(like.ndim))
+    scales, batch, dtype = like.scales, 0, jnp.dtype(jnp.float32)
+    if isinstance(scales, QuantisedArray):
+        batch = scales.codes[0].ndim - 2
+    else:
+        dtype = jnp.dtype(scales.dtype)
+    nested = isinstance(scales, QuantisedArray) and scales.format.name == SCALES.name
+    layout = _Layout(order, like.inner, like.block, batch)
+    return _quantise(w, layout, like.format, nested, name, dtype)
+
+
+def _quantise(
+    w: Any,
+    layout: "_Layout",
+    format: Format,
+    nested: bool,
+    name: str,
+    scale_dtype: Any = np.dtype(np.float32),
+) -> QuantisedArray:
     placed = _Shards(name, w, layout)
-    encode = functools.partial(_encode, layout=layout, format=format)
+    encode = functools.partial(
+        _encode, layout=layout, format=format, scale_dtype=scale_dtype
+    )
     if isinstance(w, jax.ShapeDtypeStruct):
         array = jax.eval_shape(encode, jax.ShapeDtypeStruct(w.shape, w.dtype))
         array = jax.eval_shape(_nest, array, layout) if nested else array
@@ -182,12 +219,18 @@ def _check_dtype(name: str, w: Any) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("layout", "format"))
-def _encode(w: Array, *, layout: _Layout, format: Format) -> QuantisedArray:
+@functools.partial(jax.jit, static_argnames=("layout", "format", "scale_dtype"))
+def _encode(
+    w: Array, *, layout: _Layout, format: Format, scale_dtype: Any
+) -> QuantisedArray:
     dtype = w.dtype
     w = w.transpose([axis % w.ndim for axis in layout.order]).astype(jnp.float32)
+    if missing := -math.prod(layout.inner) % layout.block:
+        # As in files of others, where the last block may be padded.
+        w = w.reshape(*w.shape[: layout.leading], -1)
+        w = jnp.pad(w, [(0, 0)] * layout.leading + [(0, missing)])
     blocks = w.reshape(*w.shape[: layout.leading], -1, layout.block)
-    codes, scales, offsets = _encode_blocks(blocks, format)
+    codes, scales, offsets = _encode_blocks(blocks, format, scale_dtype)
     return QuantisedArray(
         pack(codes, format),
         scales,
@@ -199,26 +242,37 @@ def _encode(w: Array, *, layout: _Layout, format: Format) -> QuantisedArray:
     )
 
 
-def _encode_blocks(blocks: Array, format: Format) -> tuple[Array, Array, Array | None]:
+def _encode_blocks(
+    blocks: Array, format: Format, scale_dtype: Any
+) -> tuple[Array, Array, Array | None]:
     """Codes, scales and offsets of blocks, which are the last axis."""
+
+    def narrow(scales: Array) -> Array:
+        # The codes are for the scales as they are stored.
+        return scales.astype(scale_dtype).astype(jnp.float32)
+
     # XLA's maximum on the CPU passes over what is not a number.
     is_finite = jnp.isfinite(blocks).all(-1)
     largest = jnp.where(is_finite, jnp.max(jnp.abs(blocks), -1), jnp.nan)
     if format.has_offset:
-        least, most = jnp.min(blocks, -1), jnp.max(blocks, -1)
+        least, most = narrow(jnp.min(blocks, -1)), jnp.max(blocks, -1)
+        steps = 2 ** sum(format.bits) - 1
         # With few bits, so that `scale * code` is exact and is rounded no differently
         # where the compiler multiplies and adds at once.
-        scales = jax.lax.reduce_precision((most - least) / 15, 8, 18)
-        scales = jnp.where(is_finite, scales, jnp.nan)
+        scales = jax.lax.reduce_precision((most - least) / steps, 8, 18)
+        scales = narrow(jnp.where(is_finite, scales, jnp.nan))
         shifted = blocks - least[..., None]
-        codes = jnp.round(_divide(shifted, scales)).clip(0, 15)
-        return codes.astype(jnp.uint8), scales, least
+        codes = jnp.round(_divide(shifted, scales)).clip(0, steps)
+        stored = scales.astype(scale_dtype), least.astype(scale_dtype)
+        return codes.astype(jnp.uint8), *stored
     if format.codebook is None:
         most = 2 ** sum(format.bits) - 1 - format.zero
-        scales = largest / most
+        scales = narrow(largest / most)
         codes = jnp.round(_divide(blocks, scales)).clip(-most, most) + format.zero
-        return codes.astype(jnp.uint8), scales, None
-    return _find_nearest(_divide(blocks, largest), format), largest, None
+        return codes.astype(jnp.uint8), scales.astype(scale_dtype), None
+    largest = narrow(largest)
+    codes = _find_nearest(_divide(blocks, largest), format)
+    return codes, largest.astype(scale_dtype), None
 
 
 def _divide(blocks: Array, scales: Array) -> Array:

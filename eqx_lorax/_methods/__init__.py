@@ -57,6 +57,7 @@ from .starts import (
     Olora as Olora,
     Orthogonal as Orthogonal,
     Pissa as Pissa,
+    share_out as share_out,
 )
 from .weight import (
     AbstractLoraWeight as AbstractLoraWeight,

@@ -12,6 +12,7 @@ from .held import (
     without_gates as without_gates,
     without_views as without_views,
 )
+from .loftq import LoftQ as LoftQ
 from .options import PerTarget as PerTarget
 from .quantising import dequantise as dequantise, quantise as quantise
 from .surgery import (

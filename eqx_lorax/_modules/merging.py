@@ -12,24 +12,70 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 from jaxtyping import Array
 
+from .._bases import is_quantised, quantise_like
+from .._factored import stands_for_array
 from .._methods import AbstractLoraWeight, base_of
 from .._shared import known_sharding, list_some
 from .._trees import Place
 
 
-def merge_weights(model: Any, weights: Sequence[Place], *, donate: bool) -> list[Array]:
+def check_can_requantise(weights: Sequence[Place], *, merge: bool) -> None:
+    """**Raises:**
+
+    `ValueError` if no merged weight, or none of a kind that is known, can be quantised
+    again as its base is.
+    """
+    if not merge:
+        raise ValueError(
+            "`requantise=True` quantises merged weights, and `merge=False` merges none "
+            "and gives the quantised bases back as they are. Leave out one of them."
+        )
+    bases = [(place, base_of(place.node)) for place in weights]
+    others = [
+        f"{place.dotted}, a {type(base).__name__},"
+        for place, base in bases
+        if stands_for_array(base) and not is_quantised(base)
+    ]
+    if others:
+        raise ValueError(
+            f"`requantise=True` cannot make the base of {list_some(others)} again, "
+            "which is of another package. Merge into arrays, and quantise these there."
+        )
+    if not any(is_quantised(base) for _, base in bases):
+        raise ValueError(
+            "`requantise=True` is for quantised bases, and no adapter here has one. "
+            "Leave it out, or call `lorax.quantise` on the merged model."
+        )
+
+
+def merge_weights(
+    model: Any, weights: Sequence[Place], *, donate: bool, requantise: bool = False
+) -> list[Any]:
     """Merges the weights of a model. Each result has the sharding of its base.
 
     **Arguments:**
 
     - `donate`: Whether each result is written over its base, unless that is also
         elsewhere in the model.
+    - `requantise`: Whether what is merged into quantised bases is quantised as they
+        are.
 
     **Raises:**
 
     `ValueError` if any result is not finite. Inside `jax.jit` that is an error at run
     time.
     """
+    arrays = _merge_all(model, weights, donate)
+    if not requantise:
+        return arrays
+    bases = [base_of(place.node) for place in weights]
+    return [
+        quantise_like(array, base, place.dotted) if is_quantised(base) else array
+        for array, base, place in zip(arrays, bases, weights)
+    ]
+
+
+def _merge_all(model: Any, weights: Sequence[Place], donate: bool) -> list[Array]:
     dotted = [place.dotted for place in weights]
     nodes = [place.node for place in weights]
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nodes)):

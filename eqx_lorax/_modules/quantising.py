@@ -1,5 +1,6 @@
 """Quantising the weights of a model, and going back."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ import numpy as np
 from .._bases import Axes, is_quantised, quantise_array, QuantisedArray
 from .._factored import dense, stands_for_array
 from .._layers import is_layer
-from .._methods import base_of, is_weight
+from .._methods import base_of, is_weight, LoraWeight
 from .._shared import is_array, list_some
 from .._trees import (
     exclude_places,
@@ -24,6 +25,7 @@ from .._trees import (
     rebuild,
 )
 from .form import infer_axes
+from .loftq import check_can_fit, fit_to_rounding
 from .targets import find_targets, Target
 
 
@@ -38,6 +40,7 @@ def quantise(
     block: int = 64,
     nested: bool = False,
     exclude: Filter = None,
+    loftq: int = 0,
 ) -> _Model:
     """Stores weights of a model in few bits. They become `lorax.QuantisedArray`s, which
     are frozen. The model runs as before, on what these stand for, and `lorax.loraify`
@@ -75,6 +78,12 @@ def quantise(
     - `nested`: Whether the scales are quantised too, to 8 bits in blocks of 256, as
         QLoRA's double quantisation: 0.516 bytes a weight with `"nf4"`.
     - `exclude`: A filter for what is not quantised.
+    - `loftq`: For weights with plain LoRA the number of steps by which base and
+        factors, together, come near to the weight. Each quantises what the factors
+        leave, and then finds the factors that are nearest to what that has rounded
+        away. So the base is one of this adapter's own. Of factors that do not start at
+        zero, as those of `init="pissa"`, the last step quantises what they leave, which
+        is QPiSSA. By default adapters stay as they are.
 
     **Returns:**
 
@@ -96,7 +105,9 @@ def quantise(
 
         [QLoRA: Efficient Finetuning of Quantized LLMs](https://arxiv.org/abs/2305.14314),
         section 3, for `"nf4"` and `nested`;
-        [LLM.int8()](https://arxiv.org/abs/2208.07339), section 2, for `"int8"`.
+        [LLM.int8()](https://arxiv.org/abs/2208.07339), section 2, for `"int8"`;
+        [LoftQ](https://arxiv.org/abs/2310.08659), algorithm 1, and
+        [PiSSA](https://arxiv.org/abs/2404.02948), section 4, for `loftq`.
     """
     places = Places(model)
     targets: list[Target] = []
@@ -130,10 +141,13 @@ def quantise(
     for target, array in _pair(targets):
         if target.layer.is_lookup:
             _check_rows(array, planned[array], block)
+    fitted = _fit(arrays, make, loftq)
     # One array in several places is quantised once.
     made: dict[Any, Any] = {}
-    new = {}
+    new = {array: weight.w for array, weight in fitted.items()}
     for array in arrays:
+        if array in fitted:
+            continue
         key = (id(bases[array]), axes[array])
         if key not in made:
             made[key] = make(array, bases[array])
@@ -143,10 +157,36 @@ def quantise(
         array.indices: lambda node, base=base: _with_base(node, base)
         for array, base in new.items()
     }
+    edits |= {
+        array.indices: lambda _, weight=weight: weight
+        for array, weight in fitted.items()
+    }
     for target in targets:
         if not (is_layer(target.place.node) or target.layer.takes_quantised):
             edits[target.place.indices] = target.layer
     return rebuild(model, edits)
+
+
+def _fit(
+    arrays: Sequence[Place], make: Callable[[Place, Any], QuantisedArray], steps: Any
+) -> dict[Place, LoraWeight]:
+    """The weights whose factors are fitted to what is rounded away."""
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise ValueError(f"`loftq={steps!r}` must be a number of steps, such as 5.")
+    adapted = [array for array in arrays if is_weight(array.node)]
+    if not steps:
+        return {}
+    if not adapted:
+        raise ValueError(
+            f"`loftq={steps}` fits adapters, and no array that is named has one. Call "
+            "`lorax.loraify` first."
+        )
+    for array in adapted:
+        check_can_fit(array)
+    return {
+        array: fit_to_rounding(array, functools.partial(make, array), int(steps))
+        for array in adapted
+    }
 
 
 def dequantise(model: _Model) -> _Model:

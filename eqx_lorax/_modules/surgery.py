@@ -27,7 +27,7 @@ from .._trees import Filter, LoraSpec, Place, Places, rebuild
 from .form import resolve_forms
 from .fresh import make_adapter
 from .held import strip_adapters, without_views
-from .merging import merge_weights
+from .merging import check_can_requantise, merge_weights
 from .options import PerTarget, resolve_per_target
 from .quantising import settle_layer
 from .targets import find_targets, list_targets, Target
@@ -203,9 +203,17 @@ _ARGUMENTS = [
 ]
 
 
-def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Model:
+def unloraify(
+    model: _Model,
+    *,
+    merge: bool = True,
+    donate: bool = False,
+    requantise: bool = False,
+) -> _Model:
     """Takes the adapters out of a model. The tree structure, types and dtypes are those
-    from before `lorax.loraify`.
+    from before `lorax.loraify`, but for quantised bases, into which nothing can be
+    merged: there are arrays in their place, of the dtypes that they stand for, and the
+    structure is that from before `lorax.quantise`.
 
     **Arguments:**
 
@@ -215,7 +223,10 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
         themselves come back.
     - `donate`: Whether each merged weight is written over its base, so that no second
         copy of the weights is needed. The base arrays of `model` can then no longer be
-        used, except for those that are also elsewhere in it.
+        used, except for those that are also elsewhere in it. Quantised ones stay.
+    - `requantise`: Whether weights that are merged into a quantised base are quantised
+        again, in the format of the base and with the same blocks. What that rounds away
+        may be as large as the update: `lorax.quantisation_error(merged, model)` tells.
 
     **Returns:**
 
@@ -224,8 +235,9 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
 
     **Raises:**
 
-    `ValueError` if there is no adapter, or if any merged weight is not finite. Nothing
-    was changed then. Inside `jax.jit` the second is an error at run time.
+    `ValueError` if there is no adapter, if any merged weight is not finite, or if
+    `requantise` finds no quantised base, or one of another package. Nothing was changed
+    then. Inside `jax.jit` the second is an error at run time.
     """
     check_whole(model, "lorax.unloraify({})")
     model = without_views(model, allow_scaled=True)
@@ -242,8 +254,10 @@ def unloraify(model: _Model, *, merge: bool = True, donate: bool = False) -> _Mo
             "`donate=True` writes merged weights over their bases, and `merge=False` "
             "merges none. Leave out one of them."
         )
+    if requantise:
+        check_can_requantise(weights, merge=merge)
     if merge:
-        arrays = merge_weights(model, weights, donate=donate)
+        arrays = merge_weights(model, weights, donate=donate, requantise=requantise)
     else:
         arrays = [strip_adapters(place.node) for place in weights]
     edits: dict[tuple[int, ...], Callable[[Any], Any]] = {

@@ -19,7 +19,6 @@ from family_table import (
     TABLE,
     TARGETS,
     train,
-    VARIATIONS,
     without_adapters,
     X,
 )
@@ -88,21 +87,26 @@ def is_weight(x):
     return isinstance(x, lorax.AbstractLoraWeight)
 
 
-def on_diagonal(name, format):
-    """Whether this is the one format of this method in the README's test command."""
-    names = [x for x in TABLE if x not in VARIATIONS]
-    if name not in names:
-        return False
-    return list(FORMATS)[names.index(name) % len(FORMATS)] == format
-
-
+# What the README's test command takes of the table.
+DIAGONAL = dict(
+    zip(FORMATS, ["lora", "dora", "pissa", "lokr", "ia3", "tokens", "segments"])
+)
 CELLS = [
     pytest.param(
-        name, format, marks=[] if on_diagonal(name, format) else [pytest.mark.heavy]
+        name, format, marks=[] if DIAGONAL[format] == name else [pytest.mark.heavy]
     )
     for name in TABLE
     for format in FORMATS
 ]
+
+
+def quickly(*names):
+    """All methods, of which the README's test command takes these."""
+    marks = {name: [] if name in names else [pytest.mark.heavy] for name in TABLE}
+    each = [pytest.param(name, marks=marks[name]) for name in TABLE]
+    return pytest.mark.parametrize("name", each)
+
+
 LINEAR = eqx.nn.Linear(6, 8, key=jr.key(5))
 VECTOR = jnp.linspace(-1, 1, 6)
 
@@ -202,7 +206,7 @@ def test_every_kind_of_layer(name):
     assert_close(merged, lorax.unloraify(twin), 1e-6)
 
 
-@pytest.mark.parametrize("name", TABLE)
+@quickly("lora", "dora", "vera")
 def test_stacks(name):
     """In a scan below `jax.checkpoint` no array of floats is of the stack's size."""
     stack = make_model().layers
@@ -223,13 +227,7 @@ def test_stacks(name):
             assert not is_whole or out.aval.dtype != jnp.uint8
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.heavy] if name in VARIATIONS else [])
-        for name in TABLE
-    ],
-)
+@quickly("lora", "dora", "full")
 def test_trees_of_parameters(name):
     """The function door, with the kernel `(in, out)` of Flax."""
     tree = {"w": jr.normal(jr.key(0), (4, 6)), "bias": jnp.ones(6)}
@@ -273,7 +271,7 @@ def test_weight_decay_changes_no_bits(as_for_users):
     assert_identical(lorax.unloraify(new, merge=False), tree)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "lora_fa", "tokens"])
+@quickly("lora", "dora")
 def test_adapters_move_between_a_quantised_model_and_its_twin(name):
     model = quantise(LINEAR, None, "nf4 nested")
     trained = train(adapt(name, model, None))

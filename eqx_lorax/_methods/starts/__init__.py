@@ -7,6 +7,7 @@ from .decompositions import (
     Olora as Olora,
     Orthogonal as Orthogonal,
     Pissa as Pissa,
+    share_out as share_out,
 )
 from .start import AbstractStart as AbstractStart
 

@@ -39,7 +39,7 @@ class Pissa(AbstractStart):
             u, s, v = jnp.linalg.svd(w, full_matrices=False)
         else:
             u, s, v = approximate_svd(w, fresh.rank, self.iterations, fresh.key)
-        return _share_out(fresh, u, s, v, slice(0, fresh.rank))
+        return share_out(fresh, u, s, v, slice(0, fresh.rank))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Milora(AbstractStart):
 
     def __call__(self, fresh: Any) -> tuple[Array, Array]:
         u, s, v = jnp.linalg.svd(fresh.matrices(), full_matrices=False)
-        return _share_out(fresh, u, s, v, slice(s.shape[-1] - fresh.rank, None))
+        return share_out(fresh, u, s, v, slice(s.shape[-1] - fresh.rank, None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,10 +123,11 @@ def approximate_svd(
     return q @ u, s, v
 
 
-def _share_out(
+def share_out(
     fresh: Any, u: Array, s: Array, v: Array, chosen: slice
 ) -> tuple[Array, Array]:
-    """Each factor has the square roots of the chosen singular values."""
+    """The factors whose product, times the scale, has the chosen singular values. Each
+    has their square roots."""
     root = jnp.sqrt(s[..., chosen]).astype(u.dtype) / math.sqrt(fresh.scale)
     left = u[..., :, chosen] * root[..., None, :]
     return fresh.to_factors(left, root[..., :, None] * v[..., chosen, :])
