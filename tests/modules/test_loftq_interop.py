@@ -18,11 +18,11 @@ LINEAR = eqx.nn.Linear(128, 96, use_bias=False, key=jr.key(0))
 @pytest.fixture
 def loftq_on_the_cpu(monkeypatch):
     """PEFT's functions, which move everything to a GPU."""
-    import bitsandbytes as bnb
+    import bitsandbytes.nn.modules as bnb
     import torch
     from peft.utils import loftq_utils
 
-    for kind in (torch.Tensor, bnb.nn.Params4bit):
+    for kind in (torch.Tensor, bnb.Params4bit):
         move = kind.to
 
         def to(self, *args, move=move, **kwargs):
@@ -53,11 +53,11 @@ def test_loftq_init(loftq_on_the_cpu, steps):
 
 
 def test_the_one_step_on_a_base_that_stays(loftq_on_the_cpu):
-    import bitsandbytes as bnb
+    import bitsandbytes.nn.modules as bnb
     import torch
 
     w = torch.from_numpy(np.array(LINEAR.weight))
-    layer = bnb.nn.Linear4bit(128, 96, bias=False, quant_type="nf4")
+    layer = bnb.Linear4bit(128, 96, bias=False, quant_type="nf4")
     layer.load_state_dict({"weight": w})
     layer = layer.to("cpu")
     a, b = loftq_on_the_cpu._loftq_init_new(layer.weight, w, 4, 8)

@@ -19,14 +19,14 @@ X = np.asarray(jr.normal(jr.key(9), (5, 128)))
 
 
 def make_theirs(quant_type, nested):
-    import bitsandbytes as bnb
+    import bitsandbytes.nn.modules as bnb
     import torch
     from torch import nn
 
     class Theirs(nn.Module):
         def __init__(self):
             super().__init__()
-            make = lambda: bnb.nn.Linear4bit(  # noqa: E731
+            make = lambda: bnb.Linear4bit(  # noqa: E731
                 128,
                 128,
                 compute_dtype=torch.float32,
