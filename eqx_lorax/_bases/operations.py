@@ -40,13 +40,17 @@ def _form_dense(base: QuantisedArray) -> Array:
     # Checks that the parts fit each other.
     stored = base.stored_shape
     scales, offsets = lax.stop_gradient((_plain(base.scales), _plain(base.offsets)))
-    array = (
-        unpack_values(base.codes, base.format) * scales.astype(jnp.float32)[..., None]
-    )
+    values, scales = unpack_values(base.codes, base.format), scales.astype(jnp.float32)
+    is_affine = base.format.codebook is None
+    if offsets is not None and is_affine:
+        # The product with a whole number is exact then, and the sum is the same whether
+        # or not the compiler multiplies and adds at once. Plain scales are short
+        # already; nested ones are rounded here.
+        scales = lax.reduce_precision(scales, 8, 23 - sum(base.format.bits))
+    array = values * scales[..., None]
     if offsets is not None:
-        if base.format.codebook is not None:
-            # As bitsandbytes does. Of whole numbers and short scales the product is
-            # exact.
+        if not is_affine:
+            # As bitsandbytes does.
             array = round_apart(array)
         array = array + offsets.astype(jnp.float32)[..., None]
     count = len(base.inner)

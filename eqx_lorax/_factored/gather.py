@@ -53,6 +53,9 @@ def _(
 ) -> Factored | Array:
     numbers = dimension_numbers
     x = x.without_gate()
+    if fill_value is not None and fill_value != fill_value:
+        # Not a number, as `jnp.take` fills in. It stays so whatever it is scaled by.
+        fill_value = None
     if x.gain is not None and fill_value not in (None, 0):
         raise NotFactored("what is out of bounds would be scaled too")
     logical = x.logical_axes()

@@ -10,6 +10,7 @@ import pytest
 from helpers import assert_close
 
 import eqx_lorax as lorax
+from eqx_lorax._bases import quantise_array
 from eqx_lorax._factored.primitives import unpacking
 
 
@@ -18,7 +19,7 @@ X = jr.normal(jr.key(1), (3, 16))
 ARRAY = lorax.quantise({"w": W}, block=16)["w"]
 DEEP = jax.tree.map(lambda *x: jnp.stack(x), ARRAY, ARRAY, ARRAY)
 IMAGE = jr.normal(jr.key(2), (2, 5, 5))
-KERNEL = lorax.quantise({"w": jr.normal(jr.key(3), (4, 2, 3, 3))}, block=6)["w"]
+KERNEL = quantise_array(jr.normal(jr.key(3), (4, 2, 3, 3)), block=6)
 
 
 class Halves(eqx.Module):

@@ -79,6 +79,7 @@ STRUCTURAL = [
     ),
     Case("embedding", lambda w, i: w[i], (TABLE, IDS)),
     Case("take", lambda w, i: jnp.take(w, i, axis=0, mode="clip"), (TABLE, IDS)),
+    Case("take-by-default", lambda w, i: jnp.take(w, i, axis=0), (TABLE, IDS)),
     Case(
         "take-columns", lambda w, i: jnp.take(w, i, axis=1, mode="wrap"), (TABLE, IDS)
     ),
