@@ -32,7 +32,8 @@ def merged_forward(
     shape of `w`, and the low-rank branch no longer reads and writes all activations.
     That is faster where a step has many more tokens than `m n / (m + n)`, for a base of
     `m × n`, and slower where it has few. Lookups and branches with dropout are not
-    affected.
+    affected. On a quantised base, which products form as an array in any case, that sum
+    is formed too; neither is kept for the backward pass.
 
     This only wraps the weights, so it may also be called inside a step, for that step
     alone.

@@ -114,7 +114,8 @@ def loraify(
         names mean `N(0, 1)`. For LoRA and DoRA also how both factors start:
         `"orthogonal"`, `"pissa"`, `"olora"`, `"milora"`, or a `lorax.AbstractStart`,
         such as `lorax.Pissa(iterations=4)` or one of a `lorax.Calibration`. A fresh
-        adapter adds nothing all the same, and the base stays as it is.
+        adapter adds nothing all the same, and the base stays as it is. The exception is
+        `lorax.LoftQ`, which adds what quantising the base has rounded away.
     - `dtype`: The dtype of the factors. Defaults to that of the weight, or to float32
         if that is wider.
     - `rank_stabilised`: Whether to use `scale = alpha / sqrt(rank)`.

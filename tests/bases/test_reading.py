@@ -144,3 +144,39 @@ def test_errors_of_bitsandbytes(name):
     change(tensors)
     with pytest.raises(ValueError, match=message):
         lorax.quantised.from_bitsandbytes(tensors, "a")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_weights_are_quantised_as_the_file_was(kind):
+    """In the same format, and with scales as narrow, but for nested ones of GGUF."""
+    array = lorax.quantised.from_gguf(make_tensor(kind)[0])
+    w = RANDOM.normal(size=array.shape).astype(np.float32)
+    again = merge_and_quantise(array, w)
+    bits = sum(array.format.bits)
+    assert np.linalg.norm(again.dequantise() - w) < 1.7 * 2**-bits * np.linalg.norm(w)
+    assert again.format == array.format
+    if kind in ("Q4_K", "Q6_K"):
+        assert again.scales.dtype == jnp.float32
+    else:
+        assert jax.tree.structure(again) == jax.tree.structure(array)
+        assert again.nbytes == array.nbytes
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_blocks_of_bitsandbytes_are_as_they_were(shape, nested):
+    tensors, _ = make_file("nf4", nested, SHAPES[shape])
+    array = lorax.quantised.from_bitsandbytes(tensors, "a")
+    w = RANDOM.normal(size=array.shape).astype(np.float32)
+    again = merge_and_quantise(array, w)
+    assert np.linalg.norm(again.dequantise() - w) < 0.13 * np.linalg.norm(w)
+    assert jax.tree.structure(again) == jax.tree.structure(array)
+    shapes = [[(x.shape, x.dtype) for x in jax.tree.leaves(y)] for y in (again, array)]
+    assert shapes[0] == shapes[1]
+
+
+def merge_and_quantise(array, w):
+    """What `array` becomes with an update that makes it `w`."""
+    delta = jnp.asarray(w) - array.dequantise()
+    weight = lorax.FullWeight(array, delta)
+    return lorax.unloraify({"w": weight}, requantise=True)["w"]

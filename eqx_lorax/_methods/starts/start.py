@@ -14,7 +14,7 @@ class AbstractStart(abc.ABC):
     """
 
     changes_base: ClassVar[bool]
-    """Whether `b · a` is not zero at the start. The method then measures the update
+    """Whether `b · a` is not zero at the start and the method is to measure the update
     from there, so that a fresh adapter adds nothing all the same."""
 
     @abc.abstractmethod
