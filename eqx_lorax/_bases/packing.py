@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Shaped
 
+from .._shared import AnyArray
 from .formats import Format
 
 
-def pack(codes: Array | np.ndarray, format: Format) -> tuple[Array, ...]:
+def pack(codes: Array | np.ndarray, format: Format) -> tuple[AnyArray, ...]:
     """**Arguments:**
 
     - `codes`: Whole numbers, uint8 of shape `(..., block)`.

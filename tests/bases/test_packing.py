@@ -12,7 +12,7 @@ from eqx_lorax._bases.packing import pack, unpack_values
 
 
 RANDOM = np.random.default_rng(0)
-LAYOUTS = [(4,), (8,), (2,), (1,), (4, 1), (4, 2), (2, 1), (4, 4), (1, 2, 4)]
+LAYOUTS = [(4,), (8,), (4, 1), (4, 2), (1, 2, 4)]
 
 
 def make_format(bits, is_lookup):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from stored import make_tensor
 
 import eqx_lorax as lorax
 
@@ -153,3 +154,42 @@ def test_parts_within_shard_map():
         multiply, mesh=mesh, in_specs=(specs, P(None, "b")), out_specs=P(None, "a")
     )
     assert_close(mapped(array, X), X @ ARRAYS["nf4"].dequantise().T, 1e-4)
+
+
+@pytest.mark.eight_devices
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["fp4", "int4", "int8-block", "Q5_1", "Q4_K"])
+def test_other_formats_in_parts(name, kind):
+    mesh = make_mesh(kind)
+    spec = P("a", "b")
+    sharding = NamedSharding(mesh, spec)
+    if name in FORMATS:
+        array = ARRAYS[name]
+        placed = quantise(jax.device_put(W, sharding), name)
+        jax.tree.map(np.testing.assert_array_equal, placed, array)
+    else:
+        blocks = 4 if name.endswith("K") else 8
+        array = lorax.quantised.from_gguf(make_tensor(name, 4, blocks)[0])
+        # Whatever is nested has the same axes, of blocks of blocks.
+        placed = jax.device_put(array, sharding)
+    w = array.dequantise()
+    assert placed.sharding.is_equivalent_to(sharding, 2)
+    assert placed.dequantise().sharding.is_equivalent_to(sharding, 2)
+    np.testing.assert_array_equal(placed.T.dequantise(), w.T)
+
+    def read(stack):
+        scanned = jax.lax.scan(lambda _, x: (None, x.dequantise()), None, stack)[1]
+        return scanned, jax.vmap(lambda x: x.dequantise())(stack)
+
+    with jax.set_mesh(mesh):
+        stack = jax.tree.map(lambda x: jnp.stack([x, x]), placed)
+        for found in jax.jit(read)(stack):
+            np.testing.assert_array_equal(found, jnp.stack([w, w]))
+
+    def read_part(part):
+        assert part.shape == (w.shape[0] // 2, w.shape[1] // 4)
+        return part.dequantise()
+
+    specs = jax.tree.map(lambda _: spec, placed)
+    mapped = jax.shard_map(read_part, mesh=mesh, in_specs=(specs,), out_specs=spec)
+    np.testing.assert_array_equal(mapped(placed), w)
