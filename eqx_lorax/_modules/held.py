@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import equinox as eqx
-from jaxtyping import Array
 
 from .._factored import dense, scale_along, views
 from .._methods import (
@@ -61,8 +60,9 @@ def without_gates(model: _Model) -> _Model:
     return rebuild(model, {place.indices: _without_gate for place in places})
 
 
-def strip_adapters(weight: Any) -> Array:
-    """The base of a weight of `without_views`, with its gain."""
+def strip_adapters(weight: Any) -> Any:
+    """The base of a weight of `without_views`, with its gain: an array, or what stands
+    for one."""
     if not is_weight(weight):
         return weight
     base = strip_adapters(weight.w)

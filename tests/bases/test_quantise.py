@@ -172,6 +172,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.own_errors
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors(name):
     do, message = ERRORS[name]
