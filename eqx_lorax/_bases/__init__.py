@@ -11,8 +11,15 @@ from .array import is_quantised as is_quantised, QuantisedArray as QuantisedArra
 from .encoding import (
     Axes as Axes,
     find_format as find_format,
+    find_shardings as find_shardings,
     quantise_array as quantise_array,
     quantise_like as quantise_like,
 )
 from .formats import Format as Format, FORMATS as FORMATS
-from .reading import from_bitsandbytes as from_bitsandbytes, from_gguf as from_gguf
+from .reading import (
+    find_companions as find_companions,
+    from_bitsandbytes as from_bitsandbytes,
+    from_gguf as from_gguf,
+    open_bitsandbytes as open_bitsandbytes,
+    StoredWeight as StoredWeight,
+)

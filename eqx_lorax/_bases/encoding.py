@@ -23,6 +23,11 @@ from .packing import pack
 
 _NESTED_BLOCK = 256
 
+_FIX = (
+    'Shard another axis, take a smaller `block` (of the format `"int8"`, which has one '
+    'for each channel, `"int8-block"`), or leave it out with `exclude`.'
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
@@ -102,8 +107,7 @@ def quantise_like(w: Any, like: QuantisedArray, name: str = "the array") -> Any:
     - `like`: An array of the shape of `w`.
     """
     _check_dtype(name, w)
-    stored = like.stored_axes
-    order = tuple(stored.index(axis) - like.ndim for axis in axes_from_end(like.ndim))
+    order = _find_order(like)
     scales, batch, dtype = like.scales, 0, jnp.dtype(jnp.float32)
     if isinstance(scales, QuantisedArray):
         batch = scales.codes[0].ndim - 2
@@ -137,6 +141,33 @@ def _quantise(
     shardings = placed.find_shardings(like)
     array = jax.jit(encode, out_shardings=shardings)(w)
     return _nest(placed.gather_scales(array), layout) if nested else array
+
+
+def find_shardings(array: QuantisedArray, sharding: Any, name: str) -> Any:
+    """The sharding of each part of a quantised array that is to have this sharding
+    itself.
+
+    **Arguments:**
+
+    - `name`: For error messages.
+
+    **Raises:**
+
+    `ValueError` if a block would be in several shards.
+    """
+    like = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    batch = 0
+    if isinstance(array.scales, QuantisedArray):
+        batch = array.scales.codes[0].ndim - 2
+    layout = _Layout(_find_order(array), array.inner, array.block, batch)
+    fix = "Shard another axis, or leave it whole on each device."
+    return _Shards(name, like, layout, fix).find_shardings(array)
+
+
+def _find_order(array: QuantisedArray) -> tuple[int, ...]:
+    """The axes of an array in the order of storage, counted from the end."""
+    stored, ndim = array.stored_axes, array.ndim
+    return tuple(stored.index(axis) - ndim for axis in axes_from_end(ndim))
 
 
 def check_block(block: Any) -> None:
@@ -274,7 +305,7 @@ def _nest_scales(scales: Array, layout: _Layout) -> QuantisedArray:
 class _Shards:
     """The sharding of an array, and those of the parts of its quantised form."""
 
-    def __init__(self, name: str, w: Any, layout: _Layout):
+    def __init__(self, name: str, w: Any, layout: _Layout, fix: str = _FIX):
         sharding = known_sharding(w)
         self.sharding = sharding
         self.layout = layout
@@ -284,7 +315,10 @@ class _Shards:
         stored = [spec[axis] for axis in layout.order]
         shape = sharding.shard_shape(tuple(w.shape))
         local = [shape[axis] for axis in layout.order][layout.leading :]
-        if math.prod(local) % layout.block or tuple(local[1:]) != layout.inner[1:]:
+        is_split = tuple(local) != layout.inner
+        if is_split and (
+            math.prod(local) % layout.block or tuple(local[1:]) != layout.inner[1:]
+        ):
             axis = next(
                 x
                 for x, size in zip(layout.order[layout.leading :], local)
@@ -293,9 +327,7 @@ class _Shards:
             raise ValueError(
                 f"Blocks of {layout.block} entries of {name}, of shape "
                 f"{tuple(w.shape)}, would lie across shards: its axis {axis} is "
-                f"sharded as {spec[axis]!r}. Shard another axis, take a smaller "
-                '`block` (of the format `"int8"`, which has one for each channel, '
-                '`"int8-block"`), or leave it out with `exclude`.'
+                f"sharded as {spec[axis]!r}. {fix}"
             )
         self.spec = stored[: layout.leading + 1]
 

@@ -4,9 +4,10 @@ import dataclasses
 import json
 import math
 import operator
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -17,6 +18,10 @@ from ..formats import Format, FORMATS, SCALES
 
 
 _STATE = "quant_state.bitsandbytes__"
+_BENEATH = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+"""What belongs to a weight of four bits, by the names after its own."""
+_BESIDE = ("SCB", "weight_format")
+"""What belongs to the `weight` of a layer of eight bits, by the names in its place."""
 
 
 def from_bitsandbytes(
@@ -63,11 +68,62 @@ def from_bitsandbytes(
             f"There is no tensor {weight!r}. Weights are {list_some(near)}: pass the "
             "name of one without `.weight`."
         )
-    if _join(prefix, "SCB") in tensors:
-        return _read_eight_bits(tensors, prefix, dtype)
+    array = open_bitsandbytes(tensors, weight).read(dtype)
+    # Copies: JAX may take the memory of arrays of NumPy over.
+    return jax.tree.map(lambda x: as_array(np.array(x)), array)
+
+
+class StoredWeight(Protocol):
+    """A weight as a file has it. All that belongs to it is there and has the right
+    size; no bits of it have been read yet."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array this stands for."""
+        ...
+
+    @property
+    def layout(self) -> "StoredLayout":
+        """How it is stored."""
+        ...
+
+    def read(self, dtype: DTypeLike | None = None) -> QuantisedArray:
+        """The quantised array, whose parts are arrays of NumPy."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredLayout:
+    """What has to be the same in weights that are stacked."""
+
+    format: Format
+    block: int | None
+    """The number of entries in a block; `None` if each output has one scale."""
+    nested: tuple[Format, int] | None
+    """The format and the blocks of the scales, if these are nested."""
+
+    def __str__(self) -> str:
+        if self.block is None:
+            return self.format.name
+        text = f"{self.format.name} in blocks of {self.block}"
+        if self.nested is None:
+            return text
+        return f"{text} with scales in blocks of {self.nested[1]}"
+
+
+def open_bitsandbytes(tensors: Mapping[str, Any], weight: str) -> StoredWeight:
+    """The weight of this name, which may be any parameter of four bits, or the `weight`
+    of a layer of LLM.int8.
+
+    **Raises:**
+
+    `ValueError` as `from_bitsandbytes`.
+    """
+    if _beside(weight, "SCB") in tensors:
+        return _open_eight_bits(tensors, weight)
     for kind in ("nf4", "fp4"):
         if f"{weight}.{_STATE}{kind}" in tensors:
-            return _read_four_bits(tensors, weight, FORMATS[kind], dtype)
+            return _open_four_bits(tensors, weight, FORMATS[kind])
     raise ValueError(
         f"{weight} comes with neither `{_STATE}nf4`, `{_STATE}fp4` nor `SCB`: it is "
         "not quantised by bitsandbytes, or the file is not whole. Its dtype is "
@@ -75,31 +131,122 @@ def from_bitsandbytes(
     )
 
 
+def find_companions(names: Collection[str]) -> dict[str, list[str]]:
+    """The weights among `names` that bitsandbytes has quantised, each with the names of
+    what belongs to it and is there."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, last = name.rpartition(".")
+        if last in _BESIDE:
+            weight = f"{owner}.weight" if owner else "weight"
+        elif last.startswith("bitsandbytes__"):
+            weight = owner.removesuffix(".quant_state")
+        elif last in _BENEATH:
+            weight = owner
+        else:
+            continue
+        if weight in names:
+            found.setdefault(weight, []).append(name)
+    return found
+
+
 def _join(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
-def _read_four_bits(
-    tensors: Mapping[str, Any], weight: str, format: Format, dtype: DTypeLike | None
-) -> QuantisedArray:
+def _beside(weight: str, name: str) -> str:
+    return _join(weight.rpartition(".")[0], name)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Nested:
+    """Scales that are quantised."""
+
+    format: Format
+    block: int
+    scales: np.ndarray
+    offset: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _FourBits:
+    shape: tuple[int, ...]
+    format: Format
+    block: int
+    dtype: np.dtype
+    packed: np.ndarray
+    absmax: np.ndarray
+    nested: _Nested | None
+
+    @property
+    def layout(self) -> StoredLayout:
+        nested = self.nested
+        return StoredLayout(
+            self.format,
+            self.block,
+            None if nested is None else (nested.format, nested.block),
+        )
+
+    def read(self, dtype: DTypeLike | None = None) -> QuantisedArray:
+        shape, block = self.shape, self.block
+        # Blocks go over the ends of rows where they do not divide them.
+        inner = shape[-1:] if shape[-1] % block == 0 else shape
+        leading = shape[: len(shape) - len(inner)]
+        per_row = len(self.absmax) // math.prod(leading)
+        packed = _pad(self.packed, len(self.absmax) * block // 2)
+        return QuantisedArray(
+            (packed.reshape(*leading, per_row, block // 2),),
+            self._read_scales((*leading, per_row)),
+            None,
+            self.format,
+            inner,
+            jnp.dtype(self.dtype if dtype is None else dtype),
+        )
+
+    def _read_scales(self, shape: tuple[int, ...]) -> Any:
+        if self.nested is None:
+            return self.absmax.reshape(shape)
+        blocks, block = len(self.nested.scales), self.nested.block
+        return QuantisedArray(
+            (_pad(self.absmax, blocks * block).reshape(blocks, block),),
+            self.nested.scales,
+            np.full(blocks, np.float32(self.nested.offset)),
+            self.nested.format,
+            shape,
+            np.dtype(np.float32),
+        )
+
+
+def _pad(x: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(x, (0, size - len(x))) if len(x) < size else x
+
+
+def _open_four_bits(
+    tensors: Mapping[str, Any], weight: str, format: Format
+) -> _FourBits:
     state = _read_state(tensors, f"{weight}.{_STATE}{format.name}")
-    shape, block = state.shape, state.block
-    size = math.prod(shape)
-    blocks = -(-size // block)
+    size = math.prod(state.shape)
     packed = _take_bytes(tensors, weight, -(-size // 2))
-    # Blocks go over the ends of rows where they do not divide them.
-    inner = shape[-1:] if shape[-1] % block == 0 else shape
-    leading = shape[: len(shape) - len(inner)]
-    per_row = blocks // math.prod(leading)
-    packed = np.pad(packed, (0, blocks * block // 2 - len(packed)))
     codebook = _take(tensors, f"{weight}.quant_map", np.float32, 16)
-    return QuantisedArray(
-        (as_array(packed.reshape(*leading, per_row, block // 2)),),
-        _read_scales(tensors, weight, state, (*leading, per_row)),
-        None,
+    nested, count = None, -(-size // state.block)
+    if state.nested_offset is not None:
+        block = min(state.nested_block, count)
+        name = f"{weight}.nested_quant_map"
+        nested = _Nested(
+            _with_codebook(SCALES, _take(tensors, name, np.float32, 256)),
+            block,
+            _take(tensors, f"{weight}.nested_absmax", np.float32, -(-count // block)),
+            state.nested_offset,
+        )
+    dtype = np.float32 if nested is None else np.uint8
+    return _FourBits(
+        state.shape,
         _with_codebook(format, codebook),
-        inner,
-        jnp.dtype(state.dtype if dtype is None else dtype),
+        state.block,
+        state.dtype,
+        packed,
+        _take(tensors, f"{weight}.absmax", dtype, count),
+        nested,
     )
 
 
@@ -138,31 +285,6 @@ def _read_state(tensors: Mapping[str, Any], name: str) -> _State:
         ) from error
 
 
-def _read_scales(
-    tensors: Mapping[str, Any],
-    weight: str,
-    state: _State,
-    shape: tuple[int, ...],
-) -> Any:
-    name, count = f"{weight}.absmax", math.prod(shape)
-    if state.nested_offset is None:
-        return as_array(_take(tensors, name, np.float32, count).reshape(shape))
-    block = min(state.nested_block, count)
-    blocks = -(-count // block)
-    codes = _take(tensors, name, np.uint8, count)
-    codebook = _take(tensors, f"{weight}.nested_quant_map", np.float32, 256)
-    scales = _take(tensors, f"{weight}.nested_absmax", np.float32, blocks)
-    offset = np.float32(state.nested_offset)
-    return QuantisedArray(
-        (as_array(np.pad(codes, (0, blocks * block - count)).reshape(blocks, block)),),
-        as_array(scales),
-        as_array(np.full(blocks, offset)),
-        _with_codebook(SCALES, codebook),
-        shape,
-        np.dtype(np.float32),
-    )
-
-
 def _with_codebook(format: Format, values: np.ndarray) -> Format:
     """The format, with the codebook of the file if that is another one."""
     if np.array_equal(format.values, values):
@@ -175,29 +297,45 @@ def _with_codebook(format: Format, values: np.ndarray) -> Format:
     )
 
 
-def _read_eight_bits(
-    tensors: Mapping[str, Any], prefix: str, dtype: DTypeLike | None
-) -> QuantisedArray:
-    name = _join(prefix, "weight")
-    order = tensors.get(_join(prefix, "weight_format"))
+@dataclasses.dataclass(frozen=True)
+class _EightBits:
+    codes: np.ndarray
+    largest: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def layout(self) -> StoredLayout:
+        return StoredLayout(FORMATS["int8"], None, None)
+
+    def read(self, dtype: DTypeLike | None = None) -> QuantisedArray:
+        # From two's complement to an offset of 128.
+        return QuantisedArray(
+            (self.codes.view(np.uint8)[:, None] ^ np.uint8(128),),
+            (self.largest * np.float32(1 / 127))[:, None],
+            None,
+            FORMATS["int8"],
+            self.shape[1:],
+            jnp.dtype(np.float32 if dtype is None else dtype),
+        )
+
+
+def _open_eight_bits(tensors: Mapping[str, Any], weight: str) -> _EightBits:
+    order = tensors.get(_beside(weight, "weight_format"))
     if order is not None and int(np.asarray(order)) != 0:
         raise ValueError(
-            f"{name} is stored in the order of tiles of a GPU, "
+            f"{weight} is stored in the order of tiles of a GPU, "
             f"`weight_format={int(np.asarray(order))}`. Save the model again by a "
             "newer bitsandbytes, which stores rows."
         )
-    shape = np.asarray(tensors[name]).shape
-    codes = _take(tensors, name, np.int8, math.prod(shape)).reshape(shape)
-    largest = _take(tensors, _join(prefix, "SCB"), np.float32, shape[0])
-    # From two's complement to an offset of 128.
-    return QuantisedArray(
-        (as_array(codes.view(np.uint8)[:, None] ^ np.uint8(128)),),
-        as_array((largest * np.float32(1 / 127))[:, None]),
-        None,
-        FORMATS["int8"],
-        shape[1:],
-        jnp.dtype(np.float32 if dtype is None else dtype),
-    )
+    shape = np.asarray(tensors[weight]).shape
+    if len(shape) != 2:
+        raise _wrong_size(weight, np.asarray(tensors[weight]), "a matrix")
+    codes = _take(tensors, weight, np.int8, math.prod(shape)).reshape(shape)
+    largest = _take(tensors, _beside(weight, "SCB"), np.float32, shape[0])
+    return _EightBits(codes, largest)
 
 
 def _take(
