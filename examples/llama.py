@@ -152,10 +152,11 @@ def _refuse_options(raw: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name}={value!r} is not implemented, only {values[0]!r}."
             )
-    if raw.get("quantization_config"):
+    quantised = raw.get("quantization_config")
+    if quantised and quantised.get("quant_method") != "bitsandbytes":
         raise ValueError(
-            "The weights of this checkpoint are quantised (`quantization_config`). "
-            "Take the checkpoint that it was made from."
+            "The weights of this checkpoint are quantised (`quantization_config`), and "
+            "not by bitsandbytes. Take the checkpoint that it was made from."
         )
 
 

@@ -10,10 +10,20 @@ import numpy as np
 from ..._shared import list_some, star_numbers
 from .pairing import Slot
 from .quantised import is_abstract, is_number
+from .stored import explain_layouts, StoredWeights
 
 
 # More lines than any reader wants; siblings that differ in numbers are one line.
 _MOST = 40
+
+_SWAPPED_HINT = (
+    "name it in `file_transposed` if the checkpoint has `(in, out)`, as of a `Conv1D`, "
+    "and with it square ones, whose shapes do not tell"
+)
+_STORED_HINT = (
+    "bitsandbytes has `(out, in)`, also of a `Conv1D`, so leave it out of "
+    "`file_transposed`"
+)
 
 
 def explain_misfits(
@@ -21,6 +31,7 @@ def explain_misfits(
     tensors: Mapping[str, np.ndarray],
     unfilled: Iterable[str],
     unread: Collection[str],
+    stored: StoredWeights,
 ) -> str:
     """All that does not fit, as text; empty if everything does.
 
@@ -28,13 +39,33 @@ def explain_misfits(
 
     - `unfilled`: The paths of arrays that nothing fills.
     - `unread`: The names of tensors that fill nothing.
+    - `stored`: The weights that are quantised.
     """
     wanted = [(name, slot) for slot in slots for _, name in slot.tensors]
     missing = [name for name, _ in wanted if name not in tensors]
     shapes: dict[str, list[str]] = {}
+    damaged: dict[str, list[str]] = {}
     for name, slot in wanted:
-        if name in tensors and (line := _explain_misfit(slot, tensors[name])):
+        if name not in tensors:
+            continue
+        if name not in stored:
+            line = _explain_misfit(slot, tensors[name])
+        elif damage := stored.explain_damage(name):
+            damaged.setdefault(star_numbers(name), []).append(damage)
+            continue
+        else:
+            line = _explain_shape(slot, stored[name].shape, _STORED_HINT)
+        if line:
             shapes.setdefault(f"{star_numbers(name)} {line}", []).append(name)
+    unlike: dict[str, list[str]] = {}
+    for slot in slots:
+        names = [name for _, name in slot.tensors]
+        is_whole = all(
+            x in tensors and not (x in stored and stored.explain_damage(x))
+            for x in names
+        )
+        if stored.fill(slot) and is_whole and (line := explain_layouts(slot, stored)):
+            unlike.setdefault(star_numbers(slot.place.dotted), []).append(line)
     near = _find_near(missing, unread)
     blocks = {
         "Not in the checkpoint": [
@@ -45,6 +76,12 @@ def explain_misfits(
         "Of another shape or dtype": [
             f"{line}{_times(names)}" for line, names in shapes.items()
         ],
+        "Quantised, and not whole": [
+            f"{lines[0]}{_times(lines)}" for lines in damaged.values()
+        ],
+        "Quantised otherwise than it has to be": [
+            f"{lines[0]}{_times(lines)}" for lines in unlike.values()
+        ],
     }
     return "".join(
         f"\n{title}:\n  {list_some(lines, _MOST, chr(10) + '  ')}"
@@ -54,24 +91,31 @@ def explain_misfits(
 
 
 def _explain_misfit(slot: Slot, tensor: np.ndarray) -> str | None:
-    dtype, shape = slot.place.node.dtype, slot.torch_shape
-    here = f"{slot.place.dotted} here"
-    if tensor.shape != shape:
+    dtype = slot.place.node.dtype
+    if tensor.shape != slot.torch_shape:
         hint = ""
-        if len(shape) > 1 and tensor.shape == (*shape[:-2], shape[-1], shape[-2]):
+        if tensor.ndim == 2 and tensor.shape[1] == 1 and tensor.dtype == np.uint8:
             hint = (
-                ", the other way round: name it in `file_transposed` if the checkpoint "
-                "has `(in, out)`, as of a `Conv1D`, and with it square ones, whose "
-                "shapes do not tell"
+                ", which looks like four-bit weights of bitsandbytes without what "
+                "belongs to them: get the files again"
             )
-        elif tensor.ndim == 2 and tensor.shape[1] == 1 and tensor.dtype == np.uint8:
-            hint = ", which looks like four-bit weights of bitsandbytes"
-        return f"{tensor.shape} is not {shape}, as of {here}{hint}"
+        return _explain_shape(slot, tensor.shape, _SWAPPED_HINT) + hint
+    here = f"{slot.place.dotted} here"
     if _rank_of_kind(tensor.dtype) > _rank_of_kind(dtype) or (
         _rank_of_kind(tensor.dtype) < 2 <= _rank_of_kind(dtype)
     ):
         return f"{tensor.dtype} cannot be {dtype}, as of {here}"
     return None
+
+
+def _explain_shape(slot: Slot, found: tuple[int, ...], swapped_hint: str) -> str:
+    """What is wrong with a shape; empty if nothing is."""
+    shape = slot.torch_shape
+    if found == shape:
+        return ""
+    is_swapped = len(shape) > 1 and found == (*shape[:-2], shape[-1], shape[-2])
+    hint = f", the other way round: {swapped_hint}" if is_swapped else ""
+    return f"{found} is not {shape}, as of {slot.place.dotted} here{hint}"
 
 
 def _rank_of_kind(dtype: Any) -> int:

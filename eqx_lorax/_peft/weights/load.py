@@ -11,7 +11,7 @@ import numpy as np
 from ..._adapters import AdapterFileError
 from ..._bases import is_quantised
 from ..._methods import is_weight
-from ..._shared import follow, is_array
+from ..._shared import follow, is_array, list_some
 from ..._trees import Filter, match_filter, Place, Places, rebuild
 from ..pytorch import Names
 from .checking import explain_misfits, find_unplaced
@@ -19,6 +19,7 @@ from .files import Checkpoint
 from .pairing import find_slots, find_ties, Slot
 from .quantised import is_abstract, is_number, with_quantised_places
 from .reading import check_ties, read_array
+from .stored import read_stored, StoredWeights, with_stored_places
 
 
 _Model = TypeVar("_Model")
@@ -44,6 +45,10 @@ def load_weights(
     beside the new model there is never more than one of its arrays. All that can be
     known from headers is checked before.
 
+    Weights that bitsandbytes has quantised, as `transformers` saves them (NF4, FP4 with
+    plain or nested scales, and LLM.int8), keep their bits: they become
+    `lorax.QuantisedArray`s in the places of arrays. Nothing is dequantised on the way.
+
     !!! example
 
         ```python
@@ -60,7 +65,8 @@ def load_weights(
     - `model`: The model, without adapters. Its arrays give shapes, dtypes and
         shardings; they may be abstract, that is `jax.ShapeDtypeStruct`, and are
         otherwise replaced. Tensors are cast to these dtypes: wider ones hold the same
-        numbers, narrower ones are rounded to.
+        numbers, narrower ones are rounded to. Weights that the checkpoint has quantised
+        dequantise to them.
     - `names`: The path in PyTorch for the path of each module here, see
         `lorax.peft.save`. A module's `weight` and `bias` are called the same there.
         Other arrays are looked up by their own paths, and then by the path of their
@@ -74,27 +80,32 @@ def load_weights(
         `(..., in, out)`, because their module computes `x @ weight`.
     - `file_transposed`: The same for the arrays whose tensors *in the checkpoint* are
         stored `(in, out)`, as those of `Conv1D` in GPT-2. An array that both name is
-        read as it is. Nothing shows the order of a square matrix.
+        read as it is. Nothing shows the order of a square matrix. Layers of
+        bitsandbytes are `(out, in)` there, also where they were a `Conv1D`.
     - `keep`: A filter for arrays that stay as they are, such as those of a new head.
     - `ignore`: Patterns with `*` for the names of tensors that are not needed.
     - `quantise`: The format, or the arguments of `lorax.quantise`, such as
         `{"format": "nf4", "exclude": "lm_head"}`. Each layer is quantised as it is
         read, so that a whole stack is never there in full. The same happens where the
-        model has quantised arrays already, as `lorax.quantise(abstract_model)` has.
+        model has quantised arrays already, as `lorax.quantise(abstract_model)` has. Not
+        for checkpoints that are quantised.
     - `progress`: Whether there is a progress bar. By default there is one on terminals,
         where tqdm is installed.
 
     **Returns:**
 
-    The model with the weights.
+    The model with the weights. Where the checkpoint is quantised, modules are those
+    that `lorax.quantise` returns.
 
     **Raises:**
 
     `lorax.AdapterFileError`, a `ValueError`, if a file is missing, cut short or none of
     safetensors, or if tensors are missing, have no place in the model, or differ in
-    shape or kind of dtype: one error names all of them. `ValueError` if `names` gives a
-    tensor twice, if a filter names nothing, or if `model` has adapters. `OSError` if
-    nothing can be read there.
+    shape or kind of dtype: one error names all of them. It also names quantised weights
+    that are not whole, and layers of one stack that are not quantised alike.
+    `ValueError` if `names` gives a tensor twice, if a filter names nothing, if `model`
+    has adapters, if `quantise` is given for a checkpoint that is quantised, or if a
+    block of it would lie across shards. `OSError` if nothing can be read there.
     """
     if quantise is not None:
         _check_plain(Places(model))
@@ -110,9 +121,17 @@ def load_weights(
         file_transposed=file_transposed,
         present=checkpoint.tensors.keys(),
     )
+    stored = StoredWeights(checkpoint.tensors)
+    if stored.companions and quantise is not None:
+        raise ValueError(
+            f"{path} is quantised already, by bitsandbytes: "
+            f"{list_some(sorted(stored.companions), 1)}. Those weights keep their "
+            "bits. Leave out `quantise`; to quantise others too, load into what "
+            "`lorax.quantise(model, ...)` returns for the abstract model."
+        )
     ties = list(find_ties(slots, tied))
     for table, head in ties:
-        check_ties(checkpoint, table, head)
+        check_ties(checkpoint, table, head, stored.companions)
     kept = _find_kept(places, keep)
     others += [slot.place for slot in slots if slot.place in kept]
     slots = [
@@ -122,6 +141,7 @@ def load_weights(
     ]
     read = {name for slot in slots for _, name in slot.tensors}
     read |= {name for tie in ties for name in tie}
+    read |= {name for names_ in stored.companions.values() for name in names_}
     patterns = [ignore] if isinstance(ignore, str) else list(ignore)
     unread = [
         name
@@ -129,14 +149,25 @@ def load_weights(
         if name not in read and not any(fnmatch.fnmatchcase(name, x) for x in patterns)
     ]
     unfilled = find_unplaced(others, kept)
-    if found := explain_misfits(slots, checkpoint.tensors, unfilled, unread):
+    if found := explain_misfits(slots, checkpoint.tensors, unfilled, unread, stored):
         raise AdapterFileError(
             f"{path} does not fit `model`.{found}\nMend `names`, name arrays that stay "
             "as they are in `keep`, and tensors that are not needed in `ignore`."
         )
+    model = with_stored_places(model, [x.place for x in slots if stored.fill(x)])
     bar = follow(slots, progress, title="Loading", unit="array")
-    made = {slot.place.indices: read_array(checkpoint, slot) for slot in bar}
-    return rebuild(model, {key: lambda _, x=x: x for key, x in made.items()})
+    made = {
+        slot.place.path: read_stored(checkpoint, slot, stored)
+        if stored.fill(slot)
+        else read_array(checkpoint, slot)
+        for slot in bar
+    }
+    edits = {
+        place.indices: lambda _, x=made[place.path]: x
+        for place in Places(model).all
+        if place.is_array and place.path in made
+    }
+    return rebuild(model, edits)
 
 
 def _check_plain(places: Places) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,8 +94,17 @@ def _cast(name: str, part: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return cast
 
 
-def check_ties(checkpoint: Checkpoint, table: str, head: str) -> None:
+def check_ties(
+    checkpoint: Checkpoint,
+    table: str,
+    head: str,
+    companions: Mapping[str, Sequence[str]],
+) -> None:
     """Checks that the head has the numbers of the table, where the file has both.
+
+    **Arguments:**
+
+    - `companions`: What belongs to each of the quantised weights, by its name.
 
     **Raises:**
 
@@ -102,8 +112,13 @@ def check_ties(checkpoint: Checkpoint, table: str, head: str) -> None:
     """
     tensors = checkpoint.tensors
     if table in tensors and head in tensors:
-        same = tensors[table].dtype == tensors[head].dtype
-        same = same and np.array_equal(tensors[table], tensors[head])
+        of_table = sorted([table, *companions.get(table, ())])
+        of_head = sorted([head, *companions.get(head, ())])
+        same = len(of_table) == len(of_head) and all(
+            tensors[x].dtype == tensors[y].dtype
+            and np.array_equal(tensors[x], tensors[y])
+            for x, y in zip(of_table, of_head)
+        )
         checkpoint.release()
         if not same:
             raise AdapterFileError(
