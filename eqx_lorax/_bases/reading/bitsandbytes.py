@@ -5,7 +5,7 @@ import json
 import math
 import operator
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,7 @@ def from_bitsandbytes(
     return jax.tree.map(lambda x: as_array(np.array(x)), array)
 
 
+@runtime_checkable
 class StoredWeight(Protocol):
     """A weight as a file has it. All that belongs to it is there and has the right
     size; no bits of it have been read yet."""
