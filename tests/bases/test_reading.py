@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
+from helpers import assert_close, assert_identical
 from stored import as_tensor, byte, KINDS, make_file, make_tensor, RANDOM
 
 import eqx_lorax as lorax
@@ -73,6 +73,16 @@ def test_four_bits_stored_as_other_dtypes(storage):
     tensors["a.weight"] = tensors["a.weight"].view(np.uint8).reshape(-1).view(storage)
     array = lorax.quantised.from_bitsandbytes(tensors, "a")
     np.testing.assert_array_equal(array.dequantise(), values)
+
+
+def test_scales_in_bfloat16():
+    # As of a model that has run on a CPU before it was saved.
+    tensors, _ = make_file()
+    absmax = tensors["a.weight.absmax"].astype(jnp.bfloat16)
+    tensors["a.weight.absmax"] = absmax
+    array = lorax.quantised.from_bitsandbytes(tensors, "a")
+    tensors["a.weight.absmax"] = absmax.astype(np.float32)
+    assert_identical(array, lorax.quantised.from_bitsandbytes(tensors, "a"))
 
 
 def test_a_codebook_of_the_file():

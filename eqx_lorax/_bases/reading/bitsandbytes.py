@@ -206,7 +206,7 @@ class _FourBits:
 
     def _read_scales(self, shape: tuple[int, ...]) -> Any:
         if self.nested is None:
-            return self.absmax.reshape(shape)
+            return self.absmax.reshape(shape).astype(np.float32)
         blocks, block = len(self.nested.scales), self.nested.block
         return QuantisedArray(
             (_pad(self.absmax, blocks * block).reshape(blocks, block),),
@@ -239,16 +239,25 @@ def _open_four_bits(
             _take(tensors, f"{weight}.nested_absmax", np.float32, -(-count // block)),
             state.nested_offset,
         )
-    dtype = np.float32 if nested is None else np.uint8
+    name, dtype = f"{weight}.absmax", np.dtype(np.uint8)
+    if nested is None:
+        dtype = _find_scale_dtype(tensors, name)
     return _FourBits(
         state.shape,
         _with_codebook(format, codebook),
         state.block,
         state.dtype,
         packed,
-        _take(tensors, f"{weight}.absmax", dtype, count),
+        _take(tensors, name, dtype, count),
         nested,
     )
+
+
+def _find_scale_dtype(tensors: Mapping[str, Any], name: str) -> np.dtype:
+    """The dtype in which plain scales have to be. It is bfloat16 in models that have
+    run on a CPU before they were saved, and float32 in others."""
+    found = np.asarray(tensors[name]).dtype if name in tensors else None
+    return jnp.dtype(jnp.bfloat16 if found == jnp.bfloat16 else jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
