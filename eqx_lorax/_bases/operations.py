@@ -42,11 +42,12 @@ def _form_dense(base: QuantisedArray) -> Array:
     scales, offsets = lax.stop_gradient((_plain(base.scales), _plain(base.offsets)))
     values, scales = unpack_values(base.codes, base.format), scales.astype(jnp.float32)
     is_affine = base.format.codebook is None
-    if offsets is not None and is_affine and is_quantised(base.scales):
+    is_short = not is_quantised(base.scales) and base.scales.dtype == jnp.float16
+    if offsets is not None and is_affine and not is_short:
         # The product with a whole number is exact then, and the sum is the same whether
-        # or not the compiler multiplies and adds at once. Scales that are not nested
-        # are short already; rounding them for each entry would take as long as all
-        # else in a scan.
+        # or not the compiler multiplies and adds at once. Plain scales are short
+        # already; nested ones are rounded here. Scales in float16, of files, always are
+        # short, and rounding them for each entry takes as long as all else in a scan.
         scales = lax.reduce_precision(scales, 8, 23 - sum(base.format.bits))
     array = values * scales[..., None]
     if offsets is not None:
