@@ -149,7 +149,7 @@ def test_modules_of_other_kinds_and_orders(tmp_path):
     assert type(loaded) is type(lorax.quantise(module, "kernel", format="int8"))
     x = RANDOM.normal(size=128).astype(np.float32)
     expected = np.tanh(x @ values.T)
-    np.testing.assert_allclose(loaded(x), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(loaded(jnp.asarray(x)), expected, rtol=1e-5, atol=1e-5)
     assert_identical(load(tmp_path, tensors, loaded, **kwargs), loaded)
     with pytest.raises(lorax.AdapterFileError, match="leave it out of `file_transp"):
         load(tmp_path, tensors, module, names={"kernel": "a.weight"})
