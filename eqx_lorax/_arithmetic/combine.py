@@ -85,7 +85,9 @@ def _match_base(x: Any, y: Any) -> Any:
     if not (is_weight(x) and is_weight(y)) or is_missing(y.w):
         return x
     if is_weight(y.w):
-        return x.with_base(_match_base(x.w, y.w)) if is_weight(x.w) else x
+        below = x.w
+        matched = _match_base(below, y.w) if is_weight(below) else below
+        return x if matched is below else x.with_base(matched)
     missing = jax.tree.map(lambda _: None, y.w)
     is_other = jax.tree.structure(x.w) != jax.tree.structure(missing)
     return x.with_base(missing) if is_missing(x.w) and is_other else x

@@ -351,7 +351,9 @@ class FactoredWeight(AbstractLoraWeight):
         return FactoredWeight(self.form.replace(b=multiply(b, factor).astype(b.dtype)))
 
     def with_base(self, base: Any, **changes: Any) -> "FactoredWeight":
-        return FactoredWeight(self.form.replace(base=as_base(base), **changes))
+        # Without the check of `factored`: of a partition, parts are missing.
+        form = base.form if isinstance(base, FactoredWeight) else as_base(base)
+        return FactoredWeight(self.form.replace(base=form, **changes))
 
     def trainable(self) -> "FactoredWeight":
         spec = jax.tree.map(lambda _: False, self.form)
