@@ -25,7 +25,7 @@ import jax.random as jr
 import peers
 from contests import adapted_by, Case, installed, LAYERS, make_stack, on_batch, WIDTH
 from harness import compare, compiled, machine, print_rows, Program, Row, save_json
-from steps import step
+from steps import Forward, step
 
 import eqx_lorax as lorax
 
@@ -42,23 +42,30 @@ RANK = 8
 DEPTH = 24
 
 
+def steps_of(
+    forward: Forward, model: Any, x: Any, formats: dict[str, Any]
+) -> tuple[Program, list[Program]]:
+    """Steps of LoRA on float32, and on the model in each format."""
+
+    def program(name: str, model: Any) -> Program:
+        adapted = adapted_by(model, RANK)
+        return step(name, forward, adapted, lorax.trainable(adapted), x)
+
+    return program("float32", model), [
+        program(name, lorax.quantise(model, **options))
+        for name, options in formats.items()
+    ]
+
+
 def stack_cases(tokens: int, formats: dict[str, Any]) -> Iterator[Case]:
     model = make_stack(jnp.float32)
     x = jr.normal(jr.key(2), (tokens, WIDTH))
 
-    def program(name: str, model: Any) -> Program:
-        adapted = adapted_by(model, RANK)
-        return step(name, on_batch, adapted, lorax.trainable(adapted), x)
-
-    programs = [
-        program(name, lorax.quantise(model, **options))
-        for name, options in formats.items()
-    ]
+    floor, programs = steps_of(on_batch, model, x, formats)
     programs += installed(
         lambda: peers.qwix_lora(LAYERS, x, RANK, weight_qtype="nf4", tile_size=64)
     )
-    name = f"step of {LAYERS} × {WIDTH}², {tokens} tokens"
-    yield name, program("float32", model), programs
+    yield f"step of {LAYERS} × {WIDTH}², {tokens} tokens", floor, programs
 
 
 def make_scanned() -> Any:
@@ -81,16 +88,8 @@ def scanned_cases(tokens: int, formats: dict[str, Any]) -> Iterator[Case]:
     model = make_scanned()
     x = jr.normal(jr.key(2), (tokens, WIDTH))
 
-    def program(name: str, model: Any) -> Program:
-        adapted = adapted_by(model, RANK)
-        return step(name, run_scanned, adapted, lorax.trainable(adapted), x)
-
-    programs = [
-        program(name, lorax.quantise(model, **options))
-        for name, options in formats.items()
-    ]
     name = f"step of a scanned stack of {DEPTH} × {WIDTH}², {tokens} tokens"
-    yield name, program("float32", model), programs
+    yield name, *steps_of(run_scanned, model, x, formats)
 
 
 def decoding_cases(formats: dict[str, Any]) -> Iterator[Case]:

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from .._bases import is_quantised
 from .._factored import stands_for_array
-from .._methods import is_weight
+from .._methods import is_packed, is_weight
 from .._shared import as_array, count_bits, is_array, replicate
 from .._trees import join_path, Places
 
@@ -31,7 +31,7 @@ def fingerprint_base(
     of all arrays but the factors of adapters and those at the paths in `without`. That
     of a quantised array begins with its format, as in `"nf4 ..."`."""
     return {
-        join_path(path): _fingerprint_bits(x) if _is_quantised(x) else fingerprint(x)
+        join_path(path): _fingerprint_bits(x) if is_packed(x) else fingerprint(x)
         for path, x in _find_frozen(places)
         if path not in without
     }
@@ -41,10 +41,6 @@ def read_format(fingerprint: str) -> str | None:
     """The format of the quantised array with this fingerprint; `None` of arrays."""
     *format, _ = fingerprint.rsplit(" ", 1)
     return format[0] if format else None
-
-
-def _is_quantised(x: Any) -> bool:
-    return stands_for_array(x) and not is_weight(x)
 
 
 def _fingerprint_bits(x: Any) -> str:
@@ -87,7 +83,7 @@ def _find_frozen(places: Places) -> Iterator[tuple[tuple[str, ...], Any]]:
         elif stands_for_array(place.node):
             # One array, or several if the base is itself a weight.
             base = place.node.w if is_weight(place.node) else place.node
-            for keys, x in jax.tree_util.tree_leaves_with_path(base, _is_quantised):
+            for keys, x in jax.tree_util.tree_leaves_with_path(base, is_packed):
                 yield (*place.path, *map(_name_key, keys)), x
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
-from .._factored import as_form, dense, Factored, operators, views
+from .._factored import as_form, Factored, materialise, operators, views
 from .._shared import axes_from_end, relabel, replace_unchecked
 from .formats import Format
 
@@ -248,6 +248,4 @@ def is_quantised(x: Any) -> TypeGuard[QuantisedArray]:
     return isinstance(x, QuantisedArray)
 
 
-@jax.jit
-def _dequantise(array: QuantisedArray) -> Array:
-    return dense(array).astype(array.dtype)
+_dequantise = jax.jit(materialise)

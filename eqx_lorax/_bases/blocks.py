@@ -54,8 +54,7 @@ def divide(blocks: Array, scales: Array) -> Array:
 def _find_nearest(x: Array, format: Format) -> Array:
     """The code with the nearest value."""
     order = np.argsort(format.values, kind="stable")
-    values = format.values[order].astype(np.float64)
-    middles = ((values[1:] + values[:-1]) / 2).astype(np.float32)
+    middles = _find_middles(format.values[order]).astype(np.float32)
     # Steps from each code to the next: on meshes with explicit axes there is no lookup.
     codes: Any = int(order[0])
     for middle, step in zip(middles, np.diff(order)):
@@ -63,13 +62,17 @@ def _find_nearest(x: Array, format: Format) -> Array:
     return codes.astype(jnp.uint8)
 
 
+def _find_middles(values: np.ndarray) -> np.ndarray:
+    """The numbers half-way between neighbours, float64."""
+    values = values.astype(np.float64)
+    return (values[1:] + values[:-1]) / 2
+
+
 @functools.lru_cache
 def _make_table() -> np.ndarray:
     """The nearest code of `SCALES` for each of 65,536 even steps from -1 to 1."""
-    values = SCALES.values.astype(np.float64)
-    middles = (values[1:] + values[:-1]) / 2
     steps = np.arange(65536) / 32767.5 - 1
-    return np.searchsorted(middles, steps).astype(np.uint8)
+    return np.searchsorted(_find_middles(SCALES.values), steps).astype(np.uint8)
 
 
 def look_up_nearest(x: Array) -> Array:

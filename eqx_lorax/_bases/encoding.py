@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from .._shared import axes_from_end, known_sharding
-from .array import QuantisedArray
+from .array import is_quantised, QuantisedArray
 from .blocks import divide, encode_blocks, look_up_nearest
 from .formats import Format, FORMATS, SCALES
 from .packing import pack
@@ -107,15 +107,11 @@ def quantise_like(w: Any, like: QuantisedArray, name: str = "the array") -> Any:
     - `like`: An array of the shape of `w`.
     """
     _check_dtype(name, w)
-    order = _find_order(like)
-    scales, batch, dtype = like.scales, 0, jnp.dtype(jnp.float32)
-    if isinstance(scales, QuantisedArray):
-        batch = scales.codes[0].ndim - 2
-    else:
-        dtype = jnp.dtype(scales.dtype)
-    nested = isinstance(scales, QuantisedArray) and scales.format.name == SCALES.name
-    layout = _Layout(order, like.inner, like.block, batch)
-    return _quantise(w, layout, like.format, nested, name, dtype)
+    scales = like.scales
+    is_nested = is_quantised(scales)
+    dtype = jnp.dtype(jnp.float32 if is_nested else scales.dtype)
+    nested = is_nested and scales.format.name == SCALES.name
+    return _quantise(w, _find_layout(like), like.format, nested, name, dtype)
 
 
 def _quantise(
@@ -156,18 +152,8 @@ def find_shardings(array: QuantisedArray, sharding: Any, name: str) -> Any:
     `ValueError` if a block would be in several shards.
     """
     like = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-    batch = 0
-    if isinstance(array.scales, QuantisedArray):
-        batch = array.scales.codes[0].ndim - 2
-    layout = _Layout(_find_order(array), array.inner, array.block, batch)
     fix = "Shard another axis, or leave it whole on each device."
-    return _Shards(name, like, layout, fix).find_shardings(array)
-
-
-def _find_order(array: QuantisedArray) -> tuple[int, ...]:
-    """The axes of an array in the order of storage, counted from the end."""
-    stored, ndim = array.stored_axes, array.ndim
-    return tuple(stored.index(axis) - ndim for axis in axes_from_end(ndim))
+    return _Shards(name, like, _find_layout(array), fix).find_shardings(array)
 
 
 def check_block(block: Any) -> None:
@@ -204,7 +190,20 @@ class _Layout:
         ndim = len(self.order)
         if self.order == tuple(axes_from_end(ndim)):
             return None
-        return tuple(self.order.index(axis) - ndim for axis in axes_from_end(ndim))
+        return _invert(self.order)
+
+
+def _invert(axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The inverse of a permutation, both of axes counted from the end."""
+    ndim = len(axes)
+    return tuple(axes.index(axis) - ndim for axis in axes_from_end(ndim))
+
+
+def _find_layout(array: QuantisedArray) -> _Layout:
+    """How the entries of a quantised array are stored."""
+    scales = array.scales
+    batch = scales.codes[0].ndim - 2 if is_quantised(scales) else 0
+    return _Layout(_invert(array.stored_axes), array.inner, array.block, batch)
 
 
 def _lay_out(

@@ -140,12 +140,10 @@ def _(
             # Nested scales, of which the same axes come first.
             if array.ndim - len(array.inner) < count:
                 return pick(dense(array), fill)
-            parts = (array.codes, array.scales, array.offsets)
-            codes, scales, offsets = parts
             return array.replace(
-                codes=tuple(map(pick, codes)),
-                scales=pick(scales, fill),
-                offsets=pick(offsets, fill),
+                codes=tuple(map(pick, array.codes)),
+                scales=pick(array.scales, fill),
+                offsets=pick(array.offsets, fill),
             )
         extra = array.ndim - count
         of_array = numbers._replace(

@@ -149,9 +149,9 @@ def _(form: Factored) -> Array:
     return lax.transpose(whole, [axis % form.ndim for axis in form.logical_axes()])
 
 
-def materialise(form: Factored) -> Array:
-    """The array that `form` stands for, rounded once to its dtype."""
-    return dense(form).astype(form.dtype)
+def materialise(base: Base) -> Array:
+    """The array that `base` stands for, rounded once to its dtype."""
+    return dense(base).astype(base.dtype)
 
 
 def multiply_factors(

@@ -63,5 +63,6 @@ from .weight import (
     AbstractLoraWeight as AbstractLoraWeight,
     base_of as base_of,
     FactoredWeight as FactoredWeight,
+    is_packed as is_packed,
     is_weight as is_weight,
 )

@@ -29,6 +29,7 @@ from .._factored import (
     Labels,
     operators,
     Precision,
+    stands_for_array,
     views,
 )
 from .._shared import is_inexact, multiply, replace_unchecked, weight_document
@@ -376,6 +377,11 @@ def _(x: AbstractLoraWeight) -> Factored:
 def is_weight(node: Any) -> TypeGuard[AbstractLoraWeight]:
     """Whether `node` is an adapted weight."""
     return isinstance(node, AbstractLoraWeight)
+
+
+def is_packed(x: Any) -> bool:
+    """Whether `x` is a quantised array, of this package or of another."""
+    return stands_for_array(x) and not is_weight(x)
 
 
 def base_of(weight: Any) -> Any:

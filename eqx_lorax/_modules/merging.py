@@ -15,7 +15,7 @@ from jaxtyping import Array
 from .._bases import is_quantised, quantise_like
 from .._factored import stands_for_array
 from .._methods import AbstractLoraWeight, base_of
-from .._shared import known_sharding, list_some
+from .._shared import is_traced, known_sharding, list_some
 from .._trees import Place
 
 
@@ -78,7 +78,7 @@ def merge_weights(
 def _merge_all(model: Any, weights: Sequence[Place], donate: bool) -> list[Array]:
     dotted = [place.dotted for place in weights]
     nodes = [place.node for place in weights]
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(nodes)):
+    if is_traced(nodes):
         arrays = [node.materialise() for node in nodes]
         return [
             eqx.error_if(array, ~jnp.isfinite(array).all(), _explain_not_finite([path]))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._bases import Axes, is_quantised, quantise_array, QuantisedArray
-from .._factored import dense, stands_for_array
+from .._factored import materialise, stands_for_array
 from .._layers import is_layer
 from .._methods import base_of, is_weight, LoraWeight
-from .._shared import is_array, list_some
+from .._shared import is_abstract, is_array, is_traced, list_some, to_shape
 from .._trees import (
     exclude_places,
     Filter,
@@ -137,7 +137,7 @@ def quantise(
 
     bases = {array: base_of(array.node) for array in arrays}
     # All errors come before anything is done.
-    planned = {array: make(array, _to_shape(bases[array])) for array in arrays}
+    planned = {array: make(array, to_shape(bases[array])) for array in arrays}
     for target, array in _pair(targets):
         if target.layer.is_lookup:
             _check_rows(array, planned[array], block)
@@ -306,20 +306,11 @@ def _check_rows(table: Place, planned: QuantisedArray, block: int) -> None:
     )
 
 
-def _to_shape(x: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
-        sharding = x.sharding if x.committed else None
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
 def _check_finite(arrays: dict[Place, Any]) -> None:
     bad = []
     for place, array in arrays.items():
         scales = array.scales.scales if is_quantised(array.scales) else array.scales
-        if isinstance(scales, jax.Array) and not isinstance(scales, jax.core.Tracer):
+        if isinstance(scales, jax.Array) and not is_traced(scales):
             if not np.asarray(jax.device_get(jnp.isfinite(scales).all())):
                 bad.append(place.dotted)
     if bad:
@@ -336,12 +327,7 @@ def _with_base(node: Any, base: Any) -> Any:
 
 
 def _form_array(base: Any) -> Any:
-    if is_quantised(base):
-        is_abstract = isinstance(base.codes[0], jax.ShapeDtypeStruct)
-        return jax.eval_shape(_form_dense, base) if is_abstract else base.dequantise()
-    return _form_dense(base)
+    return jax.eval_shape(_form, base) if is_abstract(base) else _form(base)
 
 
-@jax.jit
-def _form_dense(base: Any) -> Any:
-    return dense(base).astype(base.dtype)
+_form = jax.jit(materialise)

@@ -63,6 +63,7 @@ from .sharding import (
     product_sharding as product_sharding,
     relabel as relabel,
     resolve_sharding as resolve_sharding,
+    to_shape as to_shape,
     unshard as unshard,
 )
 from .tables import (

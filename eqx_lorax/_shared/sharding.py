@@ -32,6 +32,13 @@ def committed_sharding(x: Any) -> Sharding | None:
     return getattr(x, "sharding", None)
 
 
+def to_shape(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and the dtype of the array `x`, and the sharding that somebody chose
+    for it."""
+    sharding = None if is_traced(x) else committed_sharding(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
 def known_sharding(x: Any) -> Sharding | None:
     """The sharding of the array `x`, if it is known and somebody chose it, in a form
     that other arrays can inherit."""

@@ -8,8 +8,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from .._factored import stands_for_array
-from .._methods import is_weight
+from .._methods import is_packed, is_weight
 from .._trees import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 
 
@@ -171,7 +170,7 @@ def check_can_be_trained(path: str, x: Any, spec: SpecValue) -> None:
 
     `ValueError` if the spec says that a quantised parameter is trained.
     """
-    if spec == LORA_FULL and stands_for_array(x) and not is_weight(x):
+    if spec == LORA_FULL and is_packed(x):
         raise ValueError(
             f"`spec` has `lorax.LORA_FULL` at {path}, which is quantised and so has no "
             "derivative. Give it a rank, or leave it out of `lorax.quantise`, by "

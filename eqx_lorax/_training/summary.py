@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from .._factored import is_factored, stands_for_array
+from .._factored import is_factored
 from .._methods import (
     base_of,
     check_whole,
     is_missing,
+    is_packed,
     is_weight,
     list_weights,
     LoraWeight,
@@ -259,8 +260,7 @@ def _drop_bits(tree: PyTree) -> PyTree:
     """The tree with what a quantised array stands for, abstract, in its place."""
 
     def is_bits(x: Any) -> bool:
-        is_form = is_weight(x) or is_factored(x)
-        return stands_for_array(x) and not is_form and not is_missing(x)
+        return is_packed(x) and not is_factored(x) and not is_missing(x)
 
     def drop(x: Any) -> Any:
         return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_bits(x) else x

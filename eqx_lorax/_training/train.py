@@ -9,9 +9,8 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from .._factored import stands_for_array
 from .._layers import is_layer
-from .._methods import check_whole, is_weight
+from .._methods import check_whole, is_packed, is_weight
 from .._modules import without_gates
 from .._shared import is_inexact, list_some
 from .._trees import (
@@ -226,7 +225,7 @@ def _find_quantised(model: PyTree, places: Places, also: Filter) -> list[Place]:
 
 
 def _is_quantised(place: Place) -> bool:
-    return stands_for_array(place.node) and not is_weight(place.node)
+    return is_packed(place.node)
 
 
 def _explain_quantised(dotted: Sequence[str]) -> str:

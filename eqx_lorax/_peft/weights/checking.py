@@ -7,9 +7,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..._shared import list_some, star_numbers
+from ..._shared import is_abstract, list_some, star_numbers
 from .pairing import Slot
-from .quantised import is_abstract, is_number
+from .quantised import is_number
 from .stored import explain_layouts, StoredWeights
 
 

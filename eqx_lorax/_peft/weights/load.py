@@ -11,13 +11,13 @@ import numpy as np
 from ..._adapters import AdapterFileError
 from ..._bases import is_quantised
 from ..._methods import is_weight
-from ..._shared import follow, is_array, list_some
+from ..._shared import follow, is_abstract, is_array, list_some
 from ..._trees import Filter, match_filter, Place, Places, rebuild
 from ..pytorch import Names
 from .checking import explain_misfits, find_unplaced
 from .files import Checkpoint
 from .pairing import find_slots, find_ties, Slot
-from .quantised import is_abstract, is_number, with_quantised_places
+from .quantised import is_number, with_quantised_places
 from .reading import check_ties, read_array
 from .stored import read_stored, StoredWeights, with_stored_places
 

@@ -20,7 +20,7 @@ from ..._bases import (
 )
 from ..._factored import stands_for_array
 from ..._modules import quantise
-from ..._shared import committed_sharding, is_array, place_array
+from ..._shared import committed_sharding, is_array, place_array, to_shape
 from ..._trees import Places, rebuild
 from .files import Checkpoint
 from .pairing import Slot
@@ -39,7 +39,7 @@ def with_quantised_places(model: _Model, options: str | Mapping[str, Any]) -> _M
         options = {"format": options}
     before = {x.path: x.node for x in Places(model).all if is_array(x.node)}
     abstract = jax.tree.map(
-        lambda x: _to_shape(x) if is_array(x) else x, model, is_leaf=stands_for_array
+        lambda x: to_shape(x) if is_array(x) else x, model, is_leaf=stands_for_array
     )
     chosen = quantise(abstract, **options)
     edits = {
@@ -80,10 +80,6 @@ def read_quantised(checkpoint: Checkpoint, slot: Slot, read_part: ReadPart) -> A
     return structure.unflatten(placed)
 
 
-def _to_shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=committed_sharding(x))
-
-
 def _find_axes(like: QuantisedArray, depth: int) -> tuple[Axes, bool]:
     """What the axes of the array were when it was quantised, and whether the layers of
     a stack of `depth` axes can be quantised one by one."""
@@ -121,11 +117,6 @@ def _make_encoder(
         )
 
     return jax.jit(encode)
-
-
-def is_abstract(node: Any) -> bool:
-    """Whether there are no numbers yet in an array, or in what stands for one."""
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(node))
 
 
 def is_number(node: Any) -> bool:

@@ -16,6 +16,7 @@ from ..._factored import dense, stands_for_array
 from ..._methods import check_whole, is_weight
 from ..._shared import (
     follow,
+    is_abstract,
     list_some,
     replicate,
     spans_processes,
@@ -24,7 +25,7 @@ from ..._shared import (
 from ..._trees import Filter, Places
 from ..pytorch import Names
 from .pairing import find_slots, find_ties, Slot
-from .quantised import is_abstract, is_number
+from .quantised import is_number
 from .writing import Entry, write_checkpoint
 
 
