@@ -216,7 +216,7 @@ def generate(
     """The most likely answers, of at most `most` tokens."""
     prompts = [tokenizer.encode(ask(question)).ids for question in questions]
     counts = np.array([len(prompt) for prompt in prompts])
-    end = tokenizer.token_to_id(END)
+    [end] = tokenizer.encode(END).ids
     tokens = _decode(model, _pad(prompts, max(counts), 0), counts, end, most)
     return tokenizer.decode_batch(np.asarray(tokens).tolist())
 
