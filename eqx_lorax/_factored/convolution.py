@@ -8,10 +8,11 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from .._shared import AnyArray, axes_from_end, promote
+from .._shared import accumulation_dtype, AnyArray, axes_from_end, promote
 from .base import (
     add,
     dense,
+    multiply_factors,
     refuse,
     register_arrays,
     stands_for_array,
@@ -182,6 +183,8 @@ def _convolve_separately(
     if weight.rank == 0:
         return base
     branch = _outputs_mixed if mixer_owns == "outputs" else _inputs_mixed
+    if _is_depthwise(weight, kernel_axes, feature_group_count):
+        branch = _multiplied_first
     update = branch(
         weight,
         x if low_rank_x is None else low_rank_x,
@@ -200,6 +203,39 @@ def _convolve_separately(
     feature = dimension_numbers.out_spec[1]
     gain = weight.gain.reshape(-1)
     return scale_along(y, range(y.ndim), gain, [feature])
+
+
+def _is_depthwise(weight: Factored, kernel_axes: Sequence[int], groups: int) -> bool:
+    """Whether each group has one input and one output. Then `b · a`, of one entry for
+    each channel and place in the window, is tiny beside what the factors would make of
+    the images, one after the other: `rank` channels for each channel."""
+    outputs, inputs = (weight.base.shape[axis] for axis in kernel_axes[:2])
+    return outputs == groups and inputs == 1
+
+
+def _multiplied_first(
+    weight: Factored,
+    x: Array,
+    kernel_axes: Sequence[int],
+    *,
+    groups: int,
+    is_frozen: bool,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    **conv: Any,
+) -> Array:
+    """The factors are multiplied, and the images meet the result."""
+    stored = axes_from_end(weight.ndim)
+    b, a = (weight.b, weight.b_labels(stored)), (weight.a, weight.a_labels(stored))
+    as_stored = tuple(axis % weight.ndim for axis in kernel_axes)
+    return convolve_arrays(
+        x,
+        multiply_factors(*b, *a, stored, weight.base),
+        accumulation_dtype(promote(x.dtype, weight.b.dtype, weight.a.dtype)),
+        kernel_is_frozen=is_frozen,
+        dimension_numbers=dimension_numbers._replace(rhs_spec=as_stored),
+        feature_group_count=groups,
+        **conv,
+    )
 
 
 def _mixer(weight: Factored, kernel_axes: Sequence[int]) -> str:

@@ -23,7 +23,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from .._shared import accumulation_dtype, relabel
-from .primitives import apart_on_cpu, product_with_factor
+from .primitives import (
+    apart_on_cpu,
+    convolve_depthwise,
+    is_depthwise,
+    product_with_factor,
+)
 
 
 Label: TypeAlias = Hashable
@@ -205,9 +210,10 @@ def convolve_arrays(
         `dimension_numbers` as `jax.lax.ConvDimensionNumbers`.
     """
 
+    is_fast = is_depthwise(x, kernel, conv)
+    product = convolve_depthwise if is_fast else lax.conv_general_dilated
+
     def convolve(x, kernel, preferred_element_type):
-        return lax.conv_general_dilated(
-            x, kernel, **conv, preferred_element_type=preferred_element_type
-        )
+        return product(x, kernel, **conv, preferred_element_type=preferred_element_type)
 
     return _multiply(convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)

@@ -309,6 +309,7 @@ def _count_convolution_flops(equation: Any) -> int:
 _PRODUCTS = {
     "dot_general": _count_dot_flops,
     "conv_general_dilated": _count_convolution_flops,
+    "lorax_convolve_depthwise": _count_convolution_flops,
 }
 _WITH_INNER = {"scan", "while", "cond", "shard_map"}
 # These are done as a part of the operation before or after them.

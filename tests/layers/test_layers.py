@@ -102,8 +102,8 @@ def test_agrees_with_the_dense_model(case, getkey):
 
 @every_case
 def test_no_dense_delta(case, getkey):
-    if "scalar" in case.name:
-        return  # here the factors have the shape of the weight
+    if "scalar" in case.name or case.name == "conv depthwise":
+        return  # here the weight is no larger than the factors
     _, adapted, inputs = make(case, getkey)
     assert_no_dense(lambda m, *x: m(*x), adapted, *inputs)
     assert_no_dense(lorax.filter_grad(total), adapted, *inputs)

@@ -1,6 +1,10 @@
 """Primitives of our own, for what JAX or its compiler would not do well unaided."""
 
 from .barrier import apart_on_cpu as apart_on_cpu
+from .depthwise import (
+    convolve_depthwise as convolve_depthwise,
+    is_depthwise as is_depthwise,
+)
 from .tangent import product_with_factor as product_with_factor
 from .unpacking import (
     Product as Product,
