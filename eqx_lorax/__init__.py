@@ -25,7 +25,11 @@ from ._calibration import (
     Calibration as Calibration,
     Gathered as Gathered,
 )
-from ._factored import Factored as Factored, register_base as register_base
+from ._factored import (
+    checkpoint_policy as checkpoint_policy,
+    Factored as Factored,
+    register_base as register_base,
+)
 from ._functions import (
     lora as lora,
     MaterialiseWarning as MaterialiseWarning,

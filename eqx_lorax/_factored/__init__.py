@@ -37,6 +37,7 @@ from .form import (
     not_of_one_weight as not_of_one_weight,
 )
 from .gather import gather as gather, take as take
+from .names import checkpoint_policy as checkpoint_policy, name_product as name_product
 from .primitives import trace_unpack as trace_unpack
 from .products import (
     Label as Label,

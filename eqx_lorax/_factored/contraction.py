@@ -27,6 +27,7 @@ from .base import (
 )
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
+from .names import name_hidden
 from .primitives import Product, unpack
 from .products import (
     drop_constant_axes,
@@ -255,6 +256,7 @@ def _contract_separately(
     if weight.gate is not None:
         gate_labels = weight.gate_labels(stored)
         hidden = scale_along(hidden, hidden_labels, weight.gate, gate_labels)
+    hidden = name_hidden(hidden)
     # B (A x)
     update = multiply_arrays(
         hidden,

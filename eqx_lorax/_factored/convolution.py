@@ -19,6 +19,7 @@ from .base import (
 )
 from .form import Base, Factored
 from .fused import can_fuse, fuse_forward
+from .names import name_hidden
 from .primitives import Product, unpack
 from .products import (
     convolve_arrays,
@@ -310,6 +311,7 @@ def _outputs_mixed(
         precision=precision,
         **conv,
     )
+    hidden = name_hidden(hidden)
     names = ["batch", RANK, *(f"window {i}" for i in range(x.ndim - 2))]
     out_labels = [names[out_spec.index(i)] for i in range(x.ndim)]
     feature = out_spec[1]
@@ -362,7 +364,7 @@ def _inputs_mixed(
         y_is_frozen=is_frozen,
         precision=precision,
     )
-    hidden = lax.collapse(hidden, feature, feature + 2)
+    hidden = name_hidden(lax.collapse(hidden, feature, feature + 2))
     out, *window = range(1, kernel.ndim)
     return convolve_arrays(
         hidden,

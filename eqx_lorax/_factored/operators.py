@@ -14,6 +14,7 @@ from .base import map_arrays
 from .contraction import contract as contract_labels
 from .form import Factored
 from .gather import take
+from .names import name_product
 from .products import Label, NotFactored
 
 
@@ -77,7 +78,7 @@ def _matmul(form: Factored, x: ArrayLike, *, contract: int) -> Array:
         out_labels=(*out_batch, *out),
     ).astype(dtype)
     broadcast = jnp.broadcast_shapes(tuple(batch), x_batch)
-    return y.reshape(*broadcast, *y.shape[len(out_batch) :])
+    return name_product(y.reshape(*broadcast, *y.shape[len(out_batch) :]))
 
 
 def index(form: Factored, item: Any) -> Factored | Array:

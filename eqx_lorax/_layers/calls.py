@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Key, PRNGKeyArray, UInt32
 
-from .._factored import Factored
+from .._factored import Factored, name_product
 from .._methods import AbstractLoraWeight, is_one_key
 from .._shared import is_array
 from .layer import has_active_dropout
@@ -58,5 +58,6 @@ def add_bias(y: Array, dtype: jnp.dtype, bias: Array | None) -> Array:
     """`y` plus `bias`, rounded once, to the dtype that a plain layer returns if its
     product without the bias is of `dtype`."""
     if bias is None:
-        return y.astype(dtype)
-    return (y + bias.astype(y.dtype)).astype(jnp.result_type(dtype, bias.dtype))
+        return name_product(y.astype(dtype))
+    y = (y + bias.astype(y.dtype)).astype(jnp.result_type(dtype, bias.dtype))
+    return name_product(y)

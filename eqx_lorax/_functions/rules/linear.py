@@ -18,6 +18,7 @@ from ..._factored import (
     label_hidden,
     Labels,
     multiply_arrays,
+    name_product,
     NotFactored,
     order_factors,
     precision_for_any_dtype,
@@ -60,7 +61,7 @@ def _dot_general(equation: Equation, x: Any, y: Any) -> Sequence[Any]:
         out_sharding=equation.params.get("out_sharding"),
     )
     result = multiply(x, x_labels, y, y_labels, out_labels, dtype, **options)
-    return [result.astype(out.dtype)]
+    return [name_product(result.astype(out.dtype))]
 
 
 def _contract(
@@ -163,7 +164,7 @@ def _convolution(equation: Equation, x: Any, kernel: Any) -> Sequence[Any]:
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     names += ("dimension_numbers", "feature_group_count", "precision")
     result = convolve(kernel, x, **{name: params[name] for name in names})
-    return [result.astype(out.dtype)]
+    return [name_product(result.astype(out.dtype))]
 
 
 @rule("reduce_sum")
