@@ -38,7 +38,7 @@ from .form import (
 )
 from .gather import gather as gather, take as take
 from .names import checkpoint_policy as checkpoint_policy, name_product as name_product
-from .primitives import trace_unpack as trace_unpack
+from .primitives import trace_sum as trace_sum, trace_unpack as trace_unpack
 from .products import (
     Label as Label,
     Labels as Labels,

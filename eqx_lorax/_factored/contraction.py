@@ -26,7 +26,7 @@ from .base import (
     stands_for_array,
 )
 from .form import Base, Factored
-from .fused import can_fuse, fuse_forward
+from .fused import choose_fusing
 from .names import name_hidden
 from .primitives import Product, unpack
 from .products import (
@@ -180,26 +180,37 @@ def _contract_in_order(
 ) -> Array:
     """As `contract`, with labels of the stored axes of `weight`, and axes in the orders
     of `_order_axes`."""
+    multiply = _contract_separately if weight.gain is None else _contract_scaled
     arguments: dict[str, Any] = dict(
         x_labels=x_labels,
+        stored=stored,
         out_labels=out_labels,
+        is_frozen=is_frozen,
         precision=precision,
         out_sharding=out_sharding,
     )
-    multiply = functools.partial(
-        _contract_separately if weight.gain is None else _contract_scaled,
-        stored=stored,
-        is_frozen=is_frozen,
-        **arguments,
+    summed = [label for label in x_labels if label not in out_labels]
+    axes = [stored.index(label) - len(stored) for label in summed]
+    fuses_from = choose_fusing(weight, x, axes) if low_rank_x is None else None
+    if fuses_from is None:
+        return multiply(weight, x, low_rank_x, **arguments)
+    product = Product(
+        multiply,
+        tuple(arguments.items()),
+        fused=_contract_fused,
+        fuses_from=fuses_from,
+        factor=len(jax.tree.leaves(weight.base)),
+        token_size=math.prod(weight.base.shape[axis] for axis in axes),
     )
-    if low_rank_x is not None or not can_fuse(weight, x):
-        return multiply(weight, x, low_rank_x)
+    return unpack(product, weight, x)
 
-    def multiply_fused(weight: Factored, x: Array) -> Array:
-        whole = dense(weight.replace(permutation=None))
-        return contract_base(whole, x, labels=stored, **arguments)
 
-    return fuse_forward(multiply, multiply_fused, weight, x)
+def _contract_fused(
+    weight: Factored, x: Array, *, stored: Labels, is_frozen: bool, **arguments: Any
+) -> Array:
+    """As `_contract_separately`, with one product with the sum of base and update."""
+    whole = dense(weight.replace(permutation=None))
+    return contract_base(whole, x, labels=stored, **arguments)
 
 
 def _contract_separately(

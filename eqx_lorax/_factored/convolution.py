@@ -4,6 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.lax as lax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -18,7 +19,6 @@ from .base import (
     stands_for_array,
 )
 from .form import Base, Factored
-from .fused import can_fuse, fuse_forward
 from .names import name_hidden
 from .primitives import Product, unpack
 from .products import (
@@ -84,16 +84,25 @@ def convolve(
         precision=precision,
         **conv,
     )
-    convolve_apart = functools.partial(
-        _convolve_separately, is_frozen=is_frozen, **arguments
+    is_wide = x.dtype == accumulation_dtype(x.dtype)
+    if low_rank_x is not None or not (kernel.fuses and is_wide):
+        return _convolve_separately(
+            kernel, x, low_rank_x, is_frozen=is_frozen, **arguments
+        )
+    arguments["is_frozen"] = is_frozen
+    product = Product(
+        _convolve_separately,
+        _freeze(arguments),
+        fused=_convolve_fused,
+        factor=len(jax.tree.leaves(kernel.base)),
     )
-    if low_rank_x is not None or not can_fuse(kernel, x):
-        return convolve_apart(kernel, x, low_rank_x)
+    return unpack(product, kernel, x)
 
-    def convolve_fused(kernel: Factored, x: Array) -> Array:
-        return convolve_arrays(x, dense(kernel), x.dtype, **arguments)
 
-    return fuse_forward(convolve_apart, convolve_fused, kernel, x)
+def _convolve_fused(
+    kernel: Factored, x: Array, *, is_frozen: bool, **arguments: Any
+) -> Array:
+    return convolve_arrays(x, dense(kernel), x.dtype, **arguments)
 
 
 @functools.singledispatch
@@ -103,19 +112,20 @@ def convolve_base(base: Base, x: Array, **arguments: Any) -> Array:
     if not stands_for_array(base):
         raise refuse(base, "convolve_base")
     arguments["is_frozen"] = True
-    fixed = [
-        (name, tuple(map(_freeze, x)) if isinstance(x, list) else x)
-        for name, x in arguments.items()
-    ]
-    return unpack(Product(_convolve_dense, tuple(fixed)), base, x)
+    return unpack(Product(_convolve_dense, _freeze(arguments)), base, x)
 
 
 def _convolve_dense(base: Base, x: Array, **arguments: Any) -> Array:
     return convolve_base(lax.stop_gradient(dense(base)), x, **arguments)
 
 
-def _freeze(x: Any) -> Any:
-    return tuple(x) if isinstance(x, list) else x
+def _freeze(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The arguments as a `Product` has them: `padding` is a list of pairs."""
+
+    def freeze(x: Any) -> Any:
+        return tuple(map(freeze, x)) if isinstance(x, list) else x
+
+    return tuple((name, freeze(x)) for name, x in arguments.items())
 
 
 @convolve_base.register

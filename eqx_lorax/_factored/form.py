@@ -55,9 +55,9 @@ class Factored(eqx.Module):
     gate: AnyArray | None = None
     """Multiplies each component of the rank, of shape `(*batch, rank)`."""
 
-    fuses_forward: bool = eqx.field(static=True, default=False)
+    fuses: bool | None = eqx.field(static=True, default=None)
     """Whether a product forms base + update and multiplies once, in the place of three
-    times. See `lorax.merged_forward`."""
+    times; `None` where that is faster. See `lorax.merged_forward`."""
 
     has_frozen_base: bool = eqx.field(static=True, default=True)
     """Whether no derivative is taken in the base. `False` once a trained array was

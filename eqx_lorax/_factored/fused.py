@@ -1,48 +1,45 @@
-"""A product with the sum of base and update, with the derivatives of the two apart."""
+"""When a product forms the sum of base and update."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 
 import jax
-from jax.custom_derivatives import SymbolicZero
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._shared import accumulation_dtype
 from .form import Factored
 
 
-def can_fuse(weight: Factored, x: Array) -> bool:
-    """Whether products with `x` are to form the sum once. Cast to a narrow dtype it
-    would lose small updates."""
-    return weight.fuses_forward and x.dtype == accumulation_dtype(x.dtype)
+def choose_fusing(weight: Factored, x: Array, summed: Sequence[int]) -> float | None:
+    """From how many tokens on a product with `x` over these axes of the base forms the
+    sum once, on a CPU; 0 for always, everywhere, and `None` for never.
+
+    Cast to a narrow dtype the sum would lose small updates. That also keeps it from
+    devices that multiply float32 in a narrower dtype, unless it is asked for.
+    """
+    if weight.fuses is False or x.dtype != accumulation_dtype(x.dtype):
+        return None
+    if weight.fuses:
+        return 0
+    arrays = [y for y in (weight.b, weight.a, weight.gate) if y is not None]
+    is_simple = (
+        jax.default_backend() == "cpu"
+        and weight.gain is None
+        and weight.rank > 0
+        and not weight.batch_axes()
+        and sorted(summed) in (sorted(weight.rows), sorted(weight.columns))
+        and jnp.issubdtype(x.dtype, jnp.floating)
+        and all(y.dtype == x.dtype for y in (weight, *arrays))
+    )
+    return _count_worthwhile_tokens(weight) if is_simple else None
 
 
-def fuse_forward(
-    multiply_separately: Callable[[Factored, Array], Array],
-    multiply_fused: Callable[[Factored, Array], Array],
-    weight: Factored,
-    x: Array,
-) -> Array:
-    """`multiply_fused(weight, x)`, with the derivatives of `multiply_separately`, which
-    equals it, so that no gradient has the shape of the whole weight."""
-    leaves, treedef = jax.tree.flatten((weight, x))
-
-    @jax.custom_jvp
-    def ruled(*leaves):
-        return multiply_fused(*treedef.unflatten(leaves))
-
-    def jvp(primals, tangents):
-        is_active = [not isinstance(t, SymbolicZero) for t in tangents]
-
-        def pick(values):
-            return [value for on, value in zip(is_active, values) if on]
-
-        def of_active(*active):
-            rest = iter(active)
-            leaves = [next(rest) if on else x for on, x in zip(is_active, primals)]
-            return multiply_separately(*treedef.unflatten(leaves))
-
-        _, tangent = jax.jvp(of_active, pick(primals), pick(tangents))
-        return ruled(*primals), tangent
-
-    ruled.defjvp(jvp, symbolic_zeros=True)
-    return ruled(*leaves)
+def _count_worthwhile_tokens(weight: Factored) -> float:
+    """From here on the sum takes fewer operations than the product with the second
+    factor, in the forward pass, and with the first, in the gradient of `x`."""
+    rows, columns = (
+        math.prod(weight.base.shape[axis] for axis in axes)
+        for axes in (weight.rows, weight.columns)
+    )
+    return rows * columns / (rows + columns) if rows + columns else math.inf

@@ -30,8 +30,7 @@ def checkpoint_policy(*names: str, attention: bool = True) -> Callable[..., bool
 
     Kept are the outputs of products and convolutions. Of an adapted layer that is the
     sum of base and update, once, and the `rank` numbers a token between the factors.
-    JAX's own policies, such as `jax.checkpoint_policies.dots_saveable`, do not know that
-    the sum is what the rest of the model needs, and compute it again.
+    JAX's own policies do not know that the sum is what the rest of the model needs.
 
     !!! example
 

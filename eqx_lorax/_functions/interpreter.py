@@ -29,6 +29,7 @@ class Equation:
     def __init__(self, equation: Any, jaxpr: Jaxpr, report: Report):
         self.primitive: Any = equation.primitive
         self.params: dict[str, Any] = equation.params
+        self.in_avals: list[Any] = [atom.aval for atom in equation.invars]
         self.out_avals: list[Any] = [var.aval for var in equation.outvars]
         self._equation = equation
         self._jaxpr = jaxpr

@@ -1,7 +1,9 @@
-"""A weight of any method whose products form it once: see `lorax.merged_forward`."""
+"""A weight of any method with a choice of how its products are formed: see
+`lorax.merged_forward`."""
 
 from typing import Any
 
+import equinox as eqx
 from jaxtyping import ArrayLike
 
 from .._factored import Factored, Labels
@@ -15,14 +17,17 @@ class FusedWeight(AbstractLoraWeight):
     """
 
     weight: AbstractLoraWeight
+    is_fused: bool = eqx.field(static=True)
+    """Whether products form the sum of base and update, or never do."""
 
     frozen = ()
 
-    def __init__(self, weight: AbstractLoraWeight):
+    def __init__(self, weight: AbstractLoraWeight, is_fused: bool = True):
         self.weight = weight
+        self.is_fused = is_fused
 
     def factored(self) -> Factored:
-        return self.weight.factored().replace(fuses_forward=True)
+        return self.weight.factored().replace(fuses=self.is_fused)
 
     @property
     def w(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -37,16 +42,16 @@ class FusedWeight(AbstractLoraWeight):
         return self.weight.array_axes()
 
     def scaled(self, factor: ArrayLike) -> "FusedWeight":
-        return FusedWeight(self.weight.scaled(factor))
+        return FusedWeight(self.weight.scaled(factor), self.is_fused)
 
     def with_base(self, base: Any, **changes: Any) -> "FusedWeight":
-        return FusedWeight(self.weight.with_base(base, **changes))
+        return FusedWeight(self.weight.with_base(base, **changes), self.is_fused)
 
     def trainable(self) -> "FusedWeight":
-        return FusedWeight(self.weight.trainable())
+        return FusedWeight(self.weight.trainable(), self.is_fused)
 
     def view(self, form: Factored) -> AbstractLoraWeight:
-        return FusedWeight(self.weight.view(form.replace(fuses_forward=False)))
+        return FusedWeight(self.weight.view(form.replace(fuses=None)), self.is_fused)
 
     def __getattr__(self, name: str) -> Any:
         # `weight` is missing only while Python builds or copies the object.

@@ -23,17 +23,20 @@ def merged_forward(
     filter: Filter = None,
     *,
     exclude: Filter = None,
-    enabled: bool = True,
+    enabled: bool | None = True,
 ) -> _Model:
-    """Makes adapted weights form `w + scale * (b · a)` once in each forward pass.
+    """Makes adapted weights form `w + scale * (b · a)` for each product with them, or
+    never.
 
-    Results are the same up to rounding. So are gradients: they are still those of the
-    base and the factors. The cost differs: each forward pass forms one array of the
-    shape of `w`, and the low-rank branch no longer reads and writes all activations.
-    That is faster where a step has many more tokens than `m n / (m + n)`, for a base of
-    `m × n`, and slower where it has few. Lookups and branches with dropout are not
-    affected. On a quantised base, which products form as an array in any case, that sum
-    is formed too; neither is kept for the backward pass.
+    Results are the same up to rounding. So are gradients: those of the factors are
+    still computed in low-rank order. The cost differs: the forward pass and the
+    gradient of the inputs each form one array of the shape of `w`, which is not kept,
+    and the low-rank branch no longer reads and writes all activations. That is faster
+    where a step has more tokens than `m n / (m + n)`, for a base of `m × n`, and slower
+    where it has few. On a CPU linear layers choose by that number, so there is nothing
+    to call. Elsewhere nothing is merged unless this asks for it, since devices may
+    multiply in a precision that would lose small updates of the sum. Lookups and
+    branches with dropout are never affected.
 
     This only wraps the weights, so it may also be called inside a step, for that step
     alone.
@@ -49,7 +52,8 @@ def merged_forward(
     - `model`: A model with adapters, or any pytree with weights in it.
     - `filter`: Which of the weights, see `lorax.loraify`; `None` for all.
     - `exclude`: A filter for those that are left out.
-    - `enabled`: `False` restores the default: base and branch apart.
+    - `enabled`: `False` for base and branch apart, `None` for the choice by the number
+        of tokens, which is the default of a model.
 
     **Returns:**
 
@@ -85,9 +89,14 @@ def merged_forward(
             "(b · a)` rounded to that loses small updates. Leave it out with "
             "`exclude`, or keep base weights in float32."
         )
+
+    def choose(weight: Any) -> Any:
+        weight = unfuse(weight)
+        return weight if enabled is None else FusedWeight(weight, enabled)
+
     return rebuild(
         model,
-        {place.indices: _fuse if enabled else unfuse for place in weights},
+        {place.indices: choose for place in weights},
     )
 
 
@@ -97,7 +106,3 @@ def _is_adapter(place: Place) -> bool:
 
 def _is_narrow(weight: Any) -> bool:
     return accumulation_dtype(weight.dtype) != weight.dtype
-
-
-def _fuse(weight: Any) -> FusedWeight:
-    return weight if isinstance(weight, FusedWeight) else FusedWeight(weight)

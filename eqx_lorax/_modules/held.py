@@ -114,7 +114,7 @@ def _without_view(weight: Any) -> Any:
 
 def _without_gate(weight: Any) -> Any:
     if isinstance(weight, FusedWeight):
-        return FusedWeight(_without_gate(weight.weight))
+        return FusedWeight(_without_gate(weight.weight), weight.is_fused)
     if not isinstance(weight, FactoredWeight) or weight.b is None:
         return weight
     return FactoredWeight(_when_abstract(type(weight.form).without_gate, weight.form))

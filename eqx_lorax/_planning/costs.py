@@ -9,12 +9,12 @@ the device.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import jax.extend.core as jec
 
-from .._factored import trace_unpack
+from .._factored import trace_sum, trace_unpack
 from .._shared import close, Jaxpr, manual_axes, scan_counts
 
 
@@ -77,9 +77,10 @@ class Program:
 
 def build_program(jaxpr: Jaxpr, inputs: Sequence[Value]) -> Program:
     """The program of a traced function."""
-    operations: list[Operation] = []
-    outputs = frozenset(_inline(close(jaxpr), inputs, operations))
-    return Program(_drop_unread(operations, outputs), outputs)
+    building = _Building()
+    numbered = [(v, building.number(v)) for v in inputs]
+    outputs = frozenset(v for v, _ in building.inline(close(jaxpr), numbered))
+    return Program(_drop_unread(building.operations, outputs), outputs)
 
 
 def count_flops(program: Program) -> int:
@@ -156,33 +157,67 @@ def _count_slice_bytes(value: Value) -> int:
 # From jaxprs to operations
 
 
-def _inline(
-    jaxpr: Jaxpr, inputs: Sequence[Value], operations: list[Operation]
-) -> list[Value]:
-    """Appends the operations of `jaxpr`, and returns the values that it returns."""
-    jaxpr = jaxpr.jaxpr
-    values = dict(zip(jaxpr.invars, inputs, strict=True))
-    values |= {variable: Value(0) for variable in jaxpr.constvars}
+# A value, and a number that it shares with all that are computed in the same way.
+_Numbered: TypeAlias = tuple[Value, int]
 
-    def value(atom: Any) -> Value:
-        return Value(0) if isinstance(atom, jec.Literal) else values[atom]
 
-    for equation in jaxpr.eqns:
-        reads = [value(atom) for atom in equation.invars]
-        called = _find_called(equation)
-        if called is not None:
-            writes = _inline(called, reads, operations)
-        elif equation.primitive.name in _VIEWS:
-            writes = reads[:1]
-        elif equation.primitive.name in _WEIGHT_VIEWS and reads[0].weight is not None:
-            writes = reads[:1]
-        else:
-            writes = [
-                Value(_count_bytes(variable.aval)) for variable in equation.outvars
-            ]
-            operations.append(_make_operation(equation, reads, writes))
-        values |= dict(zip(equation.outvars, writes, strict=True))
-    return [value(atom) for atom in jaxpr.outvars]
+class _Building:
+    """The operations of a program. What is computed twice is there once, as compilers
+    see to."""
+
+    def __init__(self) -> None:
+        self.operations: list[Operation] = []
+        self._numbers: dict[Hashable, int] = {}
+        self._made: dict[int, list[Value]] = {}
+
+    def number(self, how: Hashable) -> int:
+        return self._numbers.setdefault(how, len(self._numbers))
+
+    def inline(self, jaxpr: Jaxpr, inputs: Sequence[_Numbered]) -> list[_Numbered]:
+        """Appends the operations of `jaxpr`, and returns what it returns."""
+        jaxpr = jaxpr.jaxpr
+        known = dict(zip(jaxpr.invars, inputs, strict=True))
+        known |= {x: (Value(0), self.number(x)) for x in jaxpr.constvars}
+
+        def read(atom: Any) -> _Numbered:
+            if isinstance(atom, jec.Literal):
+                return Value(0), self.number((str(atom.val), str(atom.aval)))
+            return known[atom]
+
+        for equation in jaxpr.eqns:
+            operands = [read(atom) for atom in equation.invars]
+            called = _find_called(equation)
+            if called is not None:
+                results = self.inline(called, operands)
+            else:
+                results = self._append(equation, operands)
+            known |= dict(zip(equation.outvars, results, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _append(self, equation: Any, operands: Sequence[_Numbered]) -> list[_Numbered]:
+        how = self._number_equation(equation, [number for _, number in operands])
+        if how not in self._made:
+            self._made[how] = self._write(equation, [value for value, _ in operands])
+        return [(v, self.number((how, i))) for i, v in enumerate(self._made[how])]
+
+    def _number_equation(self, equation: Any, operands: Sequence[int]) -> int:
+        shapes = tuple(str(variable.aval) for variable in equation.outvars)
+        params = tuple(sorted(equation.params.items()))
+        try:
+            how = (equation.primitive, params, tuple(operands), shapes)
+            return self.number(object() if equation.effects else how)
+        except TypeError:
+            # Some parameters cannot be compared.
+            return self.number(object())
+
+    def _write(self, equation: Any, reads: Sequence[Value]) -> list[Value]:
+        name = equation.primitive.name
+        is_view = name in _WEIGHT_VIEWS and reads[0].weight is not None
+        if name in _VIEWS or is_view:
+            return list(reads[:1])
+        writes = [Value(_count_bytes(variable.aval)) for variable in equation.outvars]
+        self.operations.append(_make_operation(equation, reads, writes))
+        return writes
 
 
 def _make_operation(
@@ -190,7 +225,8 @@ def _make_operation(
 ) -> Operation:
     inner: list[Program] = []
     times = everywhere = 1
-    if (called := trace_unpack(equation)) is not None:
+    called = _trace(trace_unpack, equation)
+    if called is not None:
         return _make_unpacked(equation, reads, writes, called)
     match equation.primitive.name, equation.params:
         case "scan", params:
@@ -244,6 +280,7 @@ def _find_called(equation: Any) -> Jaxpr | None:
     if equation.primitive.name in _WITH_INNER:
         return None
     found = [equation.params.get(name) for name in ("call_jaxpr", "jaxpr", "fun_jaxpr")]
+    found.append(_trace(trace_sum, equation))
     for jaxpr in found:
         if not isinstance(jaxpr, jec.ClosedJaxpr | jec.Jaxpr):
             continue
@@ -253,6 +290,11 @@ def _find_called(equation: Any) -> Jaxpr | None:
         ):
             return close(jaxpr)
     return None
+
+
+def _trace(trace: Callable[..., Any], equation: Any) -> Jaxpr | None:
+    avals = [atom.aval for atom in equation.invars]
+    return trace(equation.primitive, equation.params, avals)
 
 
 def _have_same_shapes(variables: Sequence[Any], others: Sequence[Any]) -> bool:

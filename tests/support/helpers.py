@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import eqx_lorax as lorax
+from eqx_lorax._factored import trace_sum
 
 
 def is_weight(x: Any) -> bool:
@@ -140,6 +141,10 @@ def equations(jaxpr: Any):
     """All equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
         yield equation
+        avals = [atom.aval for atom in equation.invars]
+        inner = trace_sum(equation.primitive, equation.params, avals)
+        if inner is not None:
+            yield from equations(inner.jaxpr)
         for parameter in jax.tree.leaves(
             list(equation.params.values()),
             is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"),

@@ -8,6 +8,7 @@ from .depthwise import (
 from .tangent import product_with_factor as product_with_factor
 from .unpacking import (
     Product as Product,
+    trace_sum as trace_sum,
     trace_unpack as trace_unpack,
     unpack as unpack,
 )

@@ -1,12 +1,16 @@
-"""Products with the dense form of a packed base, which is made where it is used.
+"""Products with a dense array that is made where it is used: that of a packed base, or
+the sum of base and update.
 
-Plain derivatives would keep the dense array from the forward pass to the backward pass.
-Here the product is a primitive of the packed base and the activation, linear in the
-latter. Its transpose is such a product again, and so makes the dense array anew.
+Plain derivatives would keep the dense array from the forward pass to the backward pass,
+and the gradient of a sum has its shape. Here the product is a primitive that is linear
+in the activation. Its transpose is such a product again, and so makes the dense array
+anew. Derivatives in the leaves of the base are those of the product without the sum.
 """
 
 import abc
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,14 +24,31 @@ from jaxtyping import Array
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """`fn(base, x, **arguments)`, which is linear in `x` and takes no derivative in the
-    base. Equal ones are compiled once, so all has to be hashable."""
+    """`fn(base, x, **arguments)`, which is linear in `x`. Equal ones are compiled once,
+    so all has to be hashable."""
 
     fn: Callable[..., Array]
     arguments: tuple[tuple[str, Any], ...]
 
-    def __call__(self, base: Any, x: Array) -> Array:
-        return self.fn(base, x, **dict(self.arguments))
+    fused: Callable[..., Array] | None = None
+    """The same product, by one dense array. Derivatives in the base are those of `fn`.
+    Without it there are none: what `fn` makes of the base is frozen."""
+
+    fuses_from: float = 0
+    """The number of tokens from which `fused` is faster on a CPU. With 0 it is the
+    choice everywhere."""
+
+    factor: int = 0
+    """The index of a leaf without which `fused` cannot form the sum."""
+
+    token_size: int = 1
+    """The number of entries of `x` that make one token."""
+
+    def __call__(self, base: Any, x: Array, is_fused: bool) -> Array:
+        arguments = dict(self.arguments)
+        if self.fused is not None and is_fused:
+            return self.fused(base, x, **arguments)
+        return self.fn(base, x, **arguments)
 
 
 def unpack(product: Product, base: Any, x: Array) -> Array:
@@ -37,8 +58,11 @@ def unpack(product: Product, base: Any, x: Array) -> Array:
     leaves, treedef = jax.tree.flatten(base)
     if _is_typed(x, *leaves):
         # On meshes that types speak of, JAX knows best.
-        return jax.checkpoint(product)(base, x)
-    return _unpack.bind(x, *leaves, run=_Forward(product, treedef))
+        if product.fused is not None:
+            return product(base, x, False)
+        return jax.checkpoint(lambda base, x: product(base, x, False))(base, x)
+    out = jax.eval_shape(lambda base, x: product(base, x, False), base, x)
+    return _unpack.bind(x, *leaves, run=_Forward(product, treedef, out))
 
 
 def _is_typed(*arrays: Any) -> bool:
@@ -47,51 +71,91 @@ def _is_typed(*arrays: Any) -> bool:
     return bool(kinds - {AxisType.Auto})
 
 
-def trace_unpack(equation: Any) -> Any:
-    """The program of an equation that `unpack` has made, which works with the dense
-    array; `None` for other equations."""
-    if equation.primitive is not _unpack:
-        return None
-    avals = [variable.aval for variable in equation.invars]
-    return jax.make_jaxpr(equation.params["run"])(*avals)
+def trace_unpack(primitive: Primitive, params: dict[str, Any], avals: Any) -> Any:
+    """The program of an equation that `unpack` has made for a packed base, with the
+    dense array; `None` for other equations. `avals` are those of its operands."""
+    is_packed = primitive is _unpack and params["run"].origin.fused is None
+    return _trace(params, avals) if is_packed else None
+
+
+def trace_sum(primitive: Primitive, params: dict[str, Any], avals: Any) -> Any:
+    """The same for the sum of base and update, which are apart unless the sum is asked
+    for."""
+    is_sum = primitive is _unpack and params["run"].origin.fused is not None
+    return _trace(params, avals) if is_sum else None
+
+
+def _trace(params: dict[str, Any], avals: Any) -> Any:
+    return jax.make_jaxpr(functools.partial(_run, **params))(*avals)
 
 
 class _Run(abc.ABC):
     """What the primitive computes, of an activation and the leaves of the base."""
 
+    @property
     @abc.abstractmethod
-    def __call__(self, x: Array, *leaves: Array) -> Array:
+    def origin(self) -> Product:
+        """The product that it is made of."""
+
+    @abc.abstractmethod
+    def find_result(self) -> jax.ShapeDtypeStruct:
+        """The shape and the dtype of what it returns."""
+
+    @abc.abstractmethod
+    def __call__(self, x: Array, *leaves: Array, is_fused: bool = False) -> Array:
         """Linear in `x`."""
 
     @abc.abstractmethod
+    def count_tokens(self, shape: tuple[int, ...]) -> int:
+        """The number of tokens that meet the same base, if `x` is of this shape."""
+
     def transpose(self, x: Any) -> "_Run":
         """The transpose in the activation, which is of this shape and dtype."""
+        return _Transposed(self, jax.ShapeDtypeStruct(x.shape, x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Forward(_Run):
     product: Product
     treedef: Any
+    result: jax.ShapeDtypeStruct
 
-    def __call__(self, x: Array, *leaves: Array) -> Array:
-        return self.product(self.treedef.unflatten(leaves), x)
+    @property
+    def origin(self) -> Product:
+        return self.product
 
-    def transpose(self, x: Any) -> _Run:
-        return _Transposed(self, tuple(x.shape), x.dtype)
+    def __call__(self, x: Array, *leaves: Array, is_fused: bool = False) -> Array:
+        return self.product(self.treedef.unflatten(leaves), x, is_fused)
+
+    def find_result(self) -> jax.ShapeDtypeStruct:
+        return self.result
+
+    def count_tokens(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) // self.product.token_size
 
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed(_Run):
     run: _Run
-    shape: tuple[int, ...]
-    dtype: Any
+    x: jax.ShapeDtypeStruct
+    """What the activation of `run` is like."""
 
-    def __call__(self, x: Array, *leaves: Array) -> Array:
+    @property
+    def origin(self) -> Product:
+        return self.run.origin
+
+    def __call__(self, x: Array, *leaves: Array, is_fused: bool = False) -> Array:
         # Not `jax.linear_transpose`: products of narrow arrays have a rule for their
         # tangents, which are products of another kind.
-        zeros = jnp.zeros(self.shape, self.dtype)
-        _, pull = jax.vjp(lambda x: self.run(x, *leaves), zeros)
+        zeros = jnp.zeros(self.x.shape, self.x.dtype)
+        _, pull = jax.vjp(lambda x: self.run(x, *leaves, is_fused=is_fused), zeros)
         return pull(x)[0]
+
+    def find_result(self) -> jax.ShapeDtypeStruct:
+        return self.x
+
+    def count_tokens(self, shape: tuple[int, ...]) -> int:
+        return self.run.count_tokens(self.x.shape)
 
     def transpose(self, x: Any) -> _Run:
         return self.run
@@ -102,51 +166,88 @@ class _Batched(_Run):
     run: _Run
     in_axes: tuple[int | None, ...]
     """The axis of the activation, and those of the leaves."""
+    size: int
+    """That of the axis."""
 
-    def __call__(self, x: Array, *leaves: Array) -> Array:
-        return jax.vmap(self.run, self.in_axes)(x, *leaves)
+    @property
+    def origin(self) -> Product:
+        return self.run.origin
 
-    def transpose(self, x: Any) -> _Run:
-        return _Transposed(self, tuple(x.shape), x.dtype)
+    def __call__(self, x: Array, *leaves: Array, is_fused: bool = False) -> Array:
+        def run(x: Array, *leaves: Array) -> Array:
+            return self.run(x, *leaves, is_fused=is_fused)
+
+        return jax.vmap(run, self.in_axes)(x, *leaves)
+
+    def find_result(self) -> jax.ShapeDtypeStruct:
+        inner = self.run.find_result()
+        return jax.ShapeDtypeStruct((self.size, *inner.shape), inner.dtype)
+
+    def count_tokens(self, shape: tuple[int, ...]) -> int:
+        x_axis, *leaf_axes = self.in_axes
+        if x_axis is None or any(axis is not None for axis in leaf_axes):
+            return 0
+        rest = (*shape[:x_axis], *shape[x_axis + 1 :])
+        return shape[x_axis] * self.run.count_tokens(rest)
 
 
 def _run(x: Array, *leaves: Array, run: _Run) -> Array:
-    return run(x, *leaves)
+    return run(x, *leaves, is_fused=run.origin.fuses_from == 0)
 
 
 def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
-    """The same, with a base that depends on `x`, for the compiler for the CPU.
+    """The same, for the compiler for the CPU, with a base that depends on `x`, and with
+    one dense array where that is faster.
 
-    It would make the dense arrays of all layers at the start, since they need nothing
-    but bases, and keep them until they are used: 2.5 times the temporary memory, in
-    place of one buffer that stays in the cache. An optimization barrier does not stop
-    it, as the compiler drops those before it orders the operations. So the codes are
-    combined with a zero of which it cannot know that it is one.
+    The compiler would make the dense arrays of all layers at the start, since they need
+    nothing but bases, and keep them until they are used: 2.5 times the temporary
+    memory, in place of one buffer that stays in the cache. An optimization barrier does
+    not stop it, as the compiler drops those before it orders the operations. So the
+    base is combined with a truth value of which it cannot know that it is false.
     """
+    # On several devices, one entry of `x` would have to be sent around, and every
+    # device would form the whole sum.
     is_real = jnp.issubdtype(x.dtype, jnp.floating)
-    # On several devices, one entry of `x` would have to be sent around.
     if not is_real or x.size == 0 or jax.local_device_count("cpu") > 1:
-        return run(x, *leaves)
-    zero = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
-
-    def depend(leaf: Array) -> Array:
-        is_codes = jnp.issubdtype(leaf.dtype, jnp.integer)
-        return leaf ^ zero.astype(leaf.dtype) if is_codes else leaf
-
-    return run(x, *map(depend, leaves))
+        return _run(x, *leaves, run=run)
+    is_fused = run.count_tokens(x.shape) >= run.origin.fuses_from
+    never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
+    dependent = [
+        leaf ^ never.astype(leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jnp.integer)
+        else leaf
+        for leaf in leaves
+    ]
+    if run.origin.fused is not None and is_fused:
+        factor = leaves[run.origin.factor]
+        dependent[run.origin.factor] = jnp.where(never, -factor, factor)
+    return run(x, *dependent, is_fused=is_fused)
 
 
 def _abstract(x: Any, *leaves: Any, run: _Run) -> Any:
-    out = jax.eval_shape(run, x, *leaves)
-    return x.update(shape=out.shape, dtype=out.dtype, weak_type=False)
+    result = run.find_result()
+    return x.update(shape=result.shape, dtype=result.dtype, weak_type=False)
 
 
 def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, run: _Run) -> Any:
-    x, *leaves = primals
+    (x, *leaves), (x_dot, *leaf_dots) = primals, tangents
     out = _unpack.bind(x, *leaves, run=run)
-    if type(tangents[0]) is ad.Zero:
+    terms = []
+    if type(x_dot) is not ad.Zero:
+        terms.append(_unpack.bind(x_dot, *leaves, run=run))
+    moving = [i for i, dot in enumerate(leaf_dots) if type(dot) is not ad.Zero]
+    if moving and run.origin.fused is not None:
+
+        def in_leaves(*some: Array) -> Array:
+            return run(x, *(dict(enumerate(leaves)) | dict(zip(moving, some))).values())
+
+        _, term = jax.jvp(
+            in_leaves, [leaves[i] for i in moving], [leaf_dots[i] for i in moving]
+        )
+        terms.append(term)
+    if not terms:
         return out, ad.Zero(jax.typeof(out))
-    return out, _unpack.bind(tangents[0], *leaves, run=run)
+    return out, sum(terms[1:], start=terms[0])
 
 
 def _transpose(cotangent: Any, x: Any, *leaves: Any, run: _Run) -> list[Any]:
@@ -157,7 +258,8 @@ def _transpose(cotangent: Any, x: Any, *leaves: Any, run: _Run) -> list[Any]:
 
 
 def _batch(operands: Sequence[Any], dims: Sequence[Any], *, run: _Run) -> Any:
-    return _unpack.bind(*operands, run=_Batched(run, tuple(dims))), 0
+    sizes = [x.shape[i] for x, i in zip(operands, dims) if i is not None]
+    return _unpack.bind(*operands, run=_Batched(run, tuple(dims), sizes[0])), 0
 
 
 _unpack = Primitive("lorax_unpack")

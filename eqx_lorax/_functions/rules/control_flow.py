@@ -11,7 +11,7 @@ import jax.lax as lax
 from jax.sharding import PartitionSpec, Sharding
 from jaxtyping import Array
 
-from ..._factored import is_factored, map_arrays, views
+from ..._factored import is_factored, map_arrays, NotFactored, trace_sum, views
 from ..._shared import compat
 from ..interpreter import Body, Equation
 from ..registry import rule
@@ -21,6 +21,15 @@ from ..registry import rule
 def _call(equation: Equation, *values: Any) -> Sequence[Any]:
     jaxpr = equation.params.get("call_jaxpr", equation.params.get("jaxpr"))
     return equation.body(jaxpr, *values)(*values)
+
+
+@rule("lorax_unpack")
+def _unpack(equation: Equation, *values: Any) -> Sequence[Any]:
+    """A layer that is adapted already, and whose arrays are adapted once more."""
+    program = trace_sum(equation.primitive, equation.params, equation.in_avals)
+    if program is None:
+        raise NotFactored("it has no factored form")
+    return equation.body(program, *values)(*values)
 
 
 @rule("jit", "pjit")
