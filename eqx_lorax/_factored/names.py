@@ -1,5 +1,6 @@
 """Names of activations, for `jax.checkpoint`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -8,20 +9,18 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 
-PRODUCT = "lorax_product"
-HIDDEN = "lorax_hidden"
-
-_PRODUCTS = ("dot_general", "conv_general_dilated")
+_PRODUCT = "lorax_product"
+_HIDDEN = "lorax_hidden"
 
 
 def name_product(y: Array) -> Array:
     """The output of an adapted or quantised product, base and update together."""
-    return checkpoint_name(y, PRODUCT)
+    return checkpoint_name(y, _PRODUCT)
 
 
 def name_hidden(x: Array) -> Array:
     """The activation between the two factors."""
-    return checkpoint_name(x, HIDDEN)
+    return checkpoint_name(x, _HIDDEN)
 
 
 def checkpoint_policy(*names: str, attention: bool = True) -> Callable[..., bool]:
@@ -49,19 +48,37 @@ def checkpoint_policy(*names: str, attention: bool = True) -> Callable[..., bool
 
     **Returns:**
 
-    A function for the argument `policy`.
+    A function for the argument `policy`. Those of equal arguments are equal.
+
+    **Raises:**
+
+    `TypeError` if a name is no string: the policy is what this returns, so it takes no
+    function.
 
     ??? cite
 
         [Training Deep Nets with Sublinear Memory Cost](https://arxiv.org/abs/1604.06174)
     """
-    is_named = jax.checkpoint_policies.save_only_these_names(PRODUCT, HIDDEN, *names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"`{name!r}` is no name. Make the policy first: `eqx.filter_checkpoint("
+                "fn, policy=lorax.checkpoint_policy())`."
+            )
+    return _Policy((_PRODUCT, _HIDDEN, *names), attention)
 
-    def policy(primitive: Any, *avals: Any, **params: Any) -> Any:
-        if primitive.name in _PRODUCTS:
-            _, batch = params["dimension_numbers"][:2]
-            has_batch = primitive.name == "dot_general" and bool(batch[0])
-            return attention or not has_batch
-        return is_named(primitive, *avals, **params)
 
-    return policy
+@dataclasses.dataclass(frozen=True)
+class _Policy:
+    names: tuple[str, ...]
+    keeps_attention: bool
+
+    def __call__(self, primitive: Any, *avals: Any, **params: Any) -> bool:
+        match primitive.name:
+            case "dot_general":
+                _, batch = params["dimension_numbers"]
+                return self.keeps_attention or not batch[0]
+            case "conv_general_dilated":
+                return True
+        keep_named = jax.checkpoint_policies.save_only_these_names(*self.names)
+        return keep_named(primitive, *avals, **params)

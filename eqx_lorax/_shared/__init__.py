@@ -21,6 +21,7 @@ from .arrays import (
 )
 from .compat import (
     close as close,
+    is_for_one_device as is_for_one_device,
     Jaxpr as Jaxpr,
     manual_axes as manual_axes,
     scan_counts as scan_counts,

@@ -55,6 +55,12 @@ def manual_axes(params: dict[str, Any]) -> frozenset[Any]:
     return params["manual_axes" if before_0_10 else "newly_manual_axes"]
 
 
+def is_for_one_device(context: Any) -> bool:
+    """Whether a rule for lowering is called for a program on a single device."""
+    axes = context.module_context.axis_context
+    return getattr(axes, "num_devices", None) == 1
+
+
 def source_line(equation: Any) -> tuple[str, int] | None:
     """The file and line of the innermost call in the user's own code. If there is
     none, that in an installed package, such as the one that has the model."""

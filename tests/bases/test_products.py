@@ -11,7 +11,6 @@ from helpers import assert_close
 
 import eqx_lorax as lorax
 from eqx_lorax._bases import quantise_array
-from eqx_lorax._factored.primitives import unpacking
 
 
 W = jr.normal(jr.key(0), (8, 16))
@@ -175,9 +174,7 @@ def test_a_scan_forms_one_array_at_a_time_and_copies_no_codes():
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("array", ["dense", "quantised"])
-def test_unrolled_layers_share_one_buffer(array, monkeypatch):
-    # The tests run on several devices, where it does not hold.
-    monkeypatch.setattr(unpacking.jax, "local_device_count", lambda _: 1)
+def test_unrolled_layers_share_one_buffer(array):
     layers, width = 6, 128
     ws = jr.normal(jr.key(0), (layers, width, width)) / width**0.5
     packed = [lorax.quantise({"w": w})["w"] for w in ws]

@@ -21,6 +21,8 @@ from jax.interpreters import ad, batching, mlir
 from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
+from ..._shared import is_for_one_device
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -205,10 +207,7 @@ def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
     not stop it, as the compiler drops those before it orders the operations. So the
     base is combined with a truth value of which it cannot know that it is false.
     """
-    # On several devices, one entry of `x` would have to be sent around, and every
-    # device would form the whole sum.
-    is_real = jnp.issubdtype(x.dtype, jnp.floating)
-    if not is_real or x.size == 0 or jax.local_device_count("cpu") > 1:
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
         return _run(x, *leaves, run=run)
     is_fused = run.count_tokens(x.shape) >= run.origin.fuses_from
     never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
@@ -222,6 +221,13 @@ def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
         factor = leaves[run.origin.factor]
         dependent[run.origin.factor] = jnp.where(never, -factor, factor)
     return run(x, *dependent, is_fused=is_fused)
+
+
+def _lower_for_cpu(context: Any, *operands: Any, run: _Run) -> Any:
+    # On several devices, one entry of `x` would have to be sent around, and every
+    # device would form the whole sum.
+    program = _run_in_turn if is_for_one_device(context) else _run
+    return mlir.lower_fun(program, multiple_results=False)(context, *operands, run=run)
 
 
 def _abstract(x: Any, *leaves: Any, run: _Run) -> Any:
@@ -269,6 +275,4 @@ ad.primitive_jvps[_unpack] = _jvp
 ad.primitive_transposes[_unpack] = _transpose
 batching.primitive_batchers[_unpack] = _batch
 mlir.register_lowering(_unpack, mlir.lower_fun(_run, multiple_results=False))
-mlir.register_lowering(
-    _unpack, mlir.lower_fun(_run_in_turn, multiple_results=False), platform="cpu"
-)
+mlir.register_lowering(_unpack, _lower_for_cpu, platform="cpu")
