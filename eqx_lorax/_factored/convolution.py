@@ -1,6 +1,7 @@
 """How a factored kernel meets images."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,11 +20,13 @@ from .base import (
     stands_for_array,
 )
 from .form import Base, Factored
+from .fused import choose_fusing
 from .names import name_hidden
 from .primitives import Product, unpack
 from .products import (
     convolve_arrays,
     Label,
+    lay_out,
     multiply_arrays,
     NotFactored,
     Precision,
@@ -84,8 +87,10 @@ def convolve(
         precision=precision,
         **conv,
     )
-    is_wide = x.dtype == accumulation_dtype(x.dtype)
-    if low_rank_x is not None or not (kernel.fuses and is_wide):
+    fuses_from = None
+    if low_rank_x is None:
+        fuses_from = choose_fusing(kernel, x, kernel.columns)
+    if fuses_from is None:
         return _convolve_separately(
             kernel, x, low_rank_x, is_frozen=is_frozen, **arguments
         )
@@ -95,8 +100,23 @@ def convolve(
         _freeze(arguments),
         fused=_convolve_fused,
         factor=len(jax.tree.leaves(kernel.base)),
+        fuses_from=fuses_from,
+        token_size=_token_size(x, dimension_numbers, **conv),
     )
     return unpack(product, kernel, x)
+
+
+def _token_size(
+    x: Array,
+    dimension_numbers: lax.ConvDimensionNumbers,
+    *,
+    window_strides: Sequence[int],
+    lhs_dilation: Sequence[int],
+    **_: Any,
+) -> int:
+    """About how many entries of the images there are for a place in the result."""
+    channels = x.shape[dimension_numbers.lhs_spec[1]]
+    return max(1, channels * math.prod(window_strides) // math.prod(lhs_dilation))
 
 
 def _convolve_fused(
@@ -276,17 +296,7 @@ def _factors(
     factors = [(weight.b, b_labels), (weight.a, a_labels)]
     mixer, kernel = factors if mixed in b_labels else factors[::-1]
     others = [axis for axis in kernel_axes if axis != mixed]
-    return _laid_out(*mixer, [mixed, RANK]), _laid_out(*kernel, [RANK, *others])
-
-
-def _laid_out(x: Array, labels: Sequence[Label], wanted: Sequence[Label]) -> Array:
-    """`x` with the axes `wanted`; what it lacks or has too many are of size one."""
-    extra = [i for i, label in enumerate(labels) if label not in wanted]
-    labels = [label for label in labels if label in wanted]
-    x = lax.squeeze(x, extra)
-    present = [label for label in wanted if label in labels]
-    x = lax.transpose(x, [labels.index(label) for label in present])
-    return lax.expand_dims(x, [i for i, v in enumerate(wanted) if v not in labels])
+    return lay_out(*mixer, [mixed, RANK]), lay_out(*kernel, [RANK, *others])
 
 
 def _outputs_mixed(

@@ -54,6 +54,16 @@ def precision_for_any_dtype(precision: Precision) -> Precision:
     return precision if all(isinstance(p, lax.Precision) for p in parts) else None
 
 
+def lay_out(x: Array, labels: Labels, wanted: Labels) -> Array:
+    """`x` with the axes `wanted`; what it lacks or has too many are of size one."""
+    extra = [i for i, label in enumerate(labels) if label not in wanted]
+    labels = [label for label in labels if label in wanted]
+    x = lax.squeeze(x, extra)
+    present = [label for label in wanted if label in labels]
+    x = lax.transpose(x, [labels.index(label) for label in present])
+    return lax.expand_dims(x, [i for i, v in enumerate(wanted) if v not in labels])
+
+
 def drop_constant_axes(gain: Array, labels: Labels) -> tuple[Array, list[Label]]:
     """`gain` and its labels without the axes of size one."""
     along = [i for i, size in enumerate(gain.shape) if size != 1]
