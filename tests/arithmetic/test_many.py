@@ -1,5 +1,7 @@
 """Several adapters of one model: stacking, scaling and adding up."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -109,6 +111,25 @@ def test_a_bank_copies_no_factors(getkey):
     assert len(products) == 3
     assert all(min(x.aval.ndim for x in e.invars) == 2 for e in products)
     assert all(e.params["dimension_numbers"][1] == ((), ()) for e in products)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="so on the CPU alone")
+def test_factors_of_each_example_are_picked_when_they_are_needed():
+    """Not those of all layers at the start."""
+    keys = jr.split(jr.key(0), 8)
+    model = eqx.nn.Sequential([eqx.nn.Linear(32, 32, key=key) for key in keys])
+    adapted = lorax.loraify(model, rank=4, key=jr.key(1))
+    params, frozen = lorax.partition(adapted)
+    stacked = lorax.stack([params, None, params])
+
+    def one(index, x):
+        params = jax.tree.map(lambda array: array[index], stacked)
+        return jax.vmap(lorax.combine(params, frozen))(x)
+
+    index, x = jnp.arange(16) % 3, jnp.ones((16, 2, 32))
+    memory: Any = jax.jit(jax.vmap(one)).lower(index, x).compile().memory_analysis()
+    picked = 16 * sum(array.nbytes for array in jax.tree.leaves(params))
+    assert memory.temp_size_in_bytes < picked / 2
 
 
 def test_what_a_bank_has(getkey):

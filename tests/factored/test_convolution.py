@@ -25,12 +25,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Of several devices each would form the sum."""
-    monkeypatch.setattr(jax, "local_device_count", lambda backend=None: 1)
-
-
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_the_sum_changes_neither_values_nor_gradients(groups):
     adapted = make(groups=groups)

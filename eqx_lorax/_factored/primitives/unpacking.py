@@ -111,6 +111,10 @@ class _Run(abc.ABC):
     def count_tokens(self, shape: tuple[int, ...]) -> int:
         """The number of tokens that meet the same base, if `x` is of this shape."""
 
+    @abc.abstractmethod
+    def find_batched(self) -> frozenset[int]:
+        """The leaves of which `vmap` gives each example its own."""
+
     def transpose(self, x: Any) -> "_Run":
         """The transpose in the activation, which is of this shape and dtype."""
         return _Transposed(self, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -135,6 +139,9 @@ class _Forward(_Run):
     def count_tokens(self, shape: tuple[int, ...]) -> int:
         return math.prod(shape) // self.product.token_size
 
+    def find_batched(self) -> frozenset[int]:
+        return frozenset()
+
 
 @dataclasses.dataclass(frozen=True)
 class _Transposed(_Run):
@@ -158,6 +165,9 @@ class _Transposed(_Run):
 
     def count_tokens(self, shape: tuple[int, ...]) -> int:
         return self.run.count_tokens(self.x.shape)
+
+    def find_batched(self) -> frozenset[int]:
+        return self.run.find_batched()
 
     def transpose(self, x: Any) -> _Run:
         return self.run
@@ -192,6 +202,10 @@ class _Batched(_Run):
         rest = (*shape[:x_axis], *shape[x_axis + 1 :])
         return shape[x_axis] * self.run.count_tokens(rest)
 
+    def find_batched(self) -> frozenset[int]:
+        own = {i for i, axis in enumerate(self.in_axes[1:]) if axis is not None}
+        return self.run.find_batched() | own
+
 
 def _run(x: Array, *leaves: Array, run: _Run) -> Array:
     return run(x, *leaves, is_fused=run.origin.fuses_from == 0)
@@ -220,6 +234,12 @@ def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
     if run.origin.fused is not None and is_fused:
         factor = leaves[run.origin.factor]
         dependent[run.origin.factor] = jnp.where(never, -factor, factor)
+    batched = run.find_batched()
+    if run.origin.fused is not None and all(i >= run.origin.factor for i in batched):
+        # Of a shared base each example has its own factors, picked by an index. They
+        # too would all be copied at the start: now each layer's are when it needs them.
+        for i in batched:
+            dependent[i] = jnp.where(never, jnp.zeros((), leaves[i].dtype), leaves[i])
     return run(x, *dependent, is_fused=is_fused)
 
 
