@@ -13,11 +13,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 from .._factored import as_form, Factored, materialise, operators, views
-from .._shared import axes_from_end, relabel, replace_unchecked
+from .._shared import AbstractQuickModule, axes_from_end, relabel, replace_unchecked
 from .formats import Format
 
 
-class QuantisedArray(eqx.Module):
+class QuantisedArray(AbstractQuickModule):
     """Stands for an array of floats, of which it holds a few bits an entry.
 
     The last axes, `inner`, are one row of entries after another, in blocks. The entries

@@ -71,7 +71,8 @@ def contract(
 
     The contraction, not yet rounded: in float32 where `x` or a factor is narrow.
     """
-    stored = weight.stored_labels(labels)
+    is_in_order = weight.permutation is None
+    stored = labels if is_in_order else weight.stored_labels(labels)
     fast_x, fast_out = _order_axes(x_labels, stored, out_labels)
     y = _contract_in_order(
         weight,

@@ -7,7 +7,14 @@ import equinox as eqx
 import jax.lax as lax
 import jax.numpy as jnp
 
-from .._shared import AnyArray, axes_from_end, multiply, replace_unchecked
+from .._shared import (
+    AbstractQuickModule,
+    AnyArray,
+    axes_from_end,
+    make_unchecked,
+    multiply,
+    replace_unchecked,
+)
 from .products import Label, Labels, RANK
 
 
@@ -15,7 +22,7 @@ from .products import Label, Labels, RANK
 Base: TypeAlias = Any
 
 
-class Factored(eqx.Module):
+class Factored(AbstractQuickModule):
     """`gain * (base + scale * (b · gate · a))`; the product of the factors is never
     formed.
 
@@ -71,6 +78,8 @@ class Factored(eqx.Module):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array this stands for."""
+        if self.permutation is None:
+            return tuple(self.base.shape)
         return tuple(self.base.shape[axis] for axis in self.logical_axes())
 
     @property
@@ -82,6 +91,32 @@ class Factored(eqx.Module):
     def dtype(self) -> jnp.dtype:
         """The dtype of the base."""
         return self.base.dtype
+
+    @staticmethod
+    def of(
+        base: Base,
+        b: AnyArray,
+        a: AnyArray,
+        scale: float,
+        rows: tuple[int, ...],
+        columns: tuple[int, ...],
+    ) -> "Factored":
+        """The form with these parts. The constructor, by Equinox, takes longer than a
+        small product."""
+        return make_unchecked(
+            Factored,
+            base=base,
+            b=b,
+            a=a,
+            scale=scale,
+            rows=rows,
+            columns=columns,
+            permutation=None,
+            gain=None,
+            gate=None,
+            fuses=None,
+            has_frozen_base=True,
+        )
 
     def replace(self, **changes: Any) -> "Factored":
         """A copy with some fields replaced, unchecked."""

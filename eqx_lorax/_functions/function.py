@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from typing import Any, get_args, ParamSpec, TypeVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -19,7 +18,7 @@ from .._factored import (
     materialise,
     stands_for_array,
 )
-from .._shared import compat
+from .._shared import AbstractQuickModule, compat
 from .interpreter import evaluate
 from .report import Materialised, OnMaterialise, Report
 
@@ -93,7 +92,7 @@ def lora(
         return with_weights
 
 
-class AbstractOpaque(eqx.Module):
+class AbstractOpaque(AbstractQuickModule):
     """A module that may compute with its weights itself, so that they stay weights."""
 
     @property

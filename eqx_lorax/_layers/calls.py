@@ -58,6 +58,12 @@ def add_bias(y: Array, dtype: jnp.dtype, bias: Array | None) -> Array:
     """`y` plus `bias`, rounded once, to the dtype that a plain layer returns if its
     product without the bias is of `dtype`."""
     if bias is None:
-        return name_product(y.astype(dtype))
-    y = (y + bias.astype(y.dtype)).astype(jnp.result_type(dtype, bias.dtype))
-    return name_product(y)
+        return name_product(cast(y, dtype))
+    result = dtype if dtype == bias.dtype else jnp.result_type(dtype, bias.dtype)
+    return name_product(cast(y + cast(bias, y.dtype), result))
+
+
+def cast(x: Array, dtype: jnp.dtype) -> Array:
+    """`x` in this dtype. Outside `jax.jit` a cast that casts nothing takes as long as a
+    small product."""
+    return x if x.dtype == dtype else x.astype(dtype)

@@ -18,6 +18,7 @@ import jax
 
 from .._factored import stands_for_array
 from .._functions import call_with_weights, CallOptions
+from .._shared import AbstractQuickModule
 
 
 NORMS = (eqx.nn.WeightNorm, eqx.nn.SpectralNorm)
@@ -144,7 +145,7 @@ SPECIAL_METHODS = (
 )
 
 
-class _Method(eqx.Module):
+class _Method(AbstractQuickModule):
     """A method of the module, bound to its layer: a pytree, like Equinox's methods."""
 
     layer: Any

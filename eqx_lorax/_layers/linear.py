@@ -56,14 +56,16 @@ class LoraLinear(AbstractLoraLayer):
         weight = linear.weight.factored()
         check_unstacked(linear, weight, 2)
         with jax.named_scope("lorax.LoraLinear"):
-            x = jnp.asarray(x)
+            x = x if isinstance(x, jax.Array) else jnp.asarray(x)
             if linear.in_features == "scalar":
                 if x.shape != ():
                     raise ValueError(f"`x` must have shape (), not {x.shape}.")
                 x = x[None]
             _check_input(linear, weight, x)
-            dtype = jnp.result_type(x, weight.dtype)
-            x = x.astype(dtype)
+            dtype = weight.dtype
+            if x.dtype != dtype:
+                dtype = jnp.result_type(x, dtype)
+                x = x.astype(dtype)
             batch = range(x.ndim - 2)
             x_labels, out_labels = _LABELS[min(x.ndim, 2)]
             # W x + scale * B (A x)

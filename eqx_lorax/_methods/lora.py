@@ -153,7 +153,7 @@ class LoraWeight(AbstractLoraWeight):
         if len(self.a.shape) == len(self.columns):
             raise not_of_one_weight(self.w, self.b, self.a)
         base = self.base_form()
-        return Factored(base, self.b, self.a, self.scale, self.rows, self.columns)
+        return Factored.of(base, self.b, self.a, self.scale, self.rows, self.columns)
 
     def view(self, form: Factored) -> AbstractLoraWeight:
         is_plain = form.permutation is None and form.gate is None and form.gain is None

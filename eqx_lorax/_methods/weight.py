@@ -3,14 +3,7 @@
 import abc
 import math
 from collections.abc import Sequence
-from typing import (
-    Any,
-    ClassVar,
-    TypeAlias,
-    TypeGuard,
-    TypeVar,
-    Union,
-)
+from typing import Any, ClassVar, TypeAlias, TypeGuard, TypeVar, Union
 
 import equinox as eqx
 import jax
@@ -32,7 +25,13 @@ from .._factored import (
     stands_for_array,
     views,
 )
-from .._shared import is_inexact, multiply, replace_unchecked, weight_document
+from .._shared import (
+    AbstractQuickModule,
+    is_inexact,
+    multiply,
+    replace_unchecked,
+    weight_document,
+)
 from .fresh import Fresh
 from .missing import is_missing, list_missing, missing_base, missing_factors
 
@@ -45,7 +44,7 @@ Weight: TypeAlias = Union[
 _Self = TypeVar("_Self", bound="AbstractLoraWeight")
 
 
-class AbstractLoraWeight(eqx.Module):
+class AbstractLoraWeight(AbstractQuickModule):
     """An array-like that stands for a frozen base plus a trainable update.
 
     It has an array's `shape`, `dtype`, `ndim`, `size`, `@` on both sides, `.T`, `.mT`,

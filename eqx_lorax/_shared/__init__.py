@@ -26,10 +26,6 @@ from .compat import (
     manual_axes as manual_axes,
     scan_counts as scan_counts,
 )
-from .copying import (
-    make_unchecked as make_unchecked,
-    replace_unchecked as replace_unchecked,
-)
 from .devices import (
     count_bytes as count_bytes,
     count_device_bytes as count_device_bytes,
@@ -42,6 +38,11 @@ from .devices import (
 )
 from .keywords import suggest_keywords as suggest_keywords
 from .messages import list_some as list_some
+from .modules import (
+    AbstractQuickModule as AbstractQuickModule,
+    make_unchecked as make_unchecked,
+    replace_unchecked as replace_unchecked,
+)
 from .printing import (
     layer_document as layer_document,
     weight_document as weight_document,
