@@ -43,6 +43,8 @@ def test_optimizers():
 
 def test_others():
     assert "loraify, warm" in run("outside", "--dim", "20", "--layers", "2")
+    flags = ["--targets", "2", "--unrolled", "2", "--rounds", "1"]
+    assert "lists of leaves" in run("host", *flags)
     assert "merged" in run("precision")
     assert "1.000" in run("planning", "--small", "--devices", "2")
     assert "function, gradient" in run("tracing", "--layers", "2", "--repeats", "1")
