@@ -15,7 +15,8 @@ _HIDDEN = "lorax_hidden"
 
 def name_product(y: Array) -> Array:
     """The output of an adapted or quantised product, base and update together."""
-    return checkpoint_name(y, _PRODUCT)
+    # Outside a trace nothing asks for the name, and giving it takes time.
+    return checkpoint_name(y, _PRODUCT) if isinstance(y, jax.core.Tracer) else y
 
 
 def name_hidden(x: Array) -> Array:
