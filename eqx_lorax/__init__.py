@@ -94,6 +94,7 @@ from ._optimizers import (
 )
 from ._planning import (
     Accelerator as Accelerator,
+    HeldArrays as HeldArrays,
     Plan as Plan,
     plan as plan,
     StepBound as StepBound,

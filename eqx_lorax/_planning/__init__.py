@@ -5,6 +5,7 @@ What is trained, and the table of an adapted model, are in `_training`. Nothing 
 runs a program or allocates an array.
 """
 
+from .held import HeldArrays as HeldArrays
 from .plan import (
     Accelerator as Accelerator,
     Plan as Plan,

@@ -1,5 +1,5 @@
-"""The costs of a traced program: the products that it computes, and the memory that it
-must hold.
+"""The costs of a traced program: the products that it computes, and the weights that
+these read. What it holds is in `held`.
 
 Functions inside a program are inlined, arrays that nothing reads are left out, and
 equations that only move entries cost nothing. Every other equation is taken to make an
@@ -16,6 +16,7 @@ import jax.extend.core as jec
 
 from .._factored import trace_sum, trace_unpack
 from .._shared import close, Jaxpr, manual_axes, scan_counts
+from .origins import make_origin, Origin, reshape_origin, slice_origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Value:
     nbytes: int
     weight: StoredWeight | None = None
     """The input, if this is an input, or a view or a slice of one."""
+    origin: Origin | None = None
+    """`None` for inputs."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,9 +54,8 @@ class Operation:
     """How often the inner programs run."""
     everywhere: int = 1
     """On how many devices the inner programs run, each with arrays of its own."""
-    unpacked: int | None = None
-    """The bytes of the array that a product makes of a quantised one; `None` for
-    everything else."""
+    unpacked: Value | None = None
+    """The array that a product makes of a quantised one; `None` for everything else."""
 
     @property
     def name(self) -> str:
@@ -69,17 +71,17 @@ class Program:
     """Operations in order."""
 
     operations: tuple[Operation, ...]
-    outputs: frozenset[Value]
+    outputs: tuple[Value, ...]
     """The values that are returned. They are held outside of the program."""
     slices: tuple[Value, ...] = ()
     """The slices of larger arrays that a loop makes for each of its rounds."""
 
 
-def build_program(jaxpr: Jaxpr, inputs: Sequence[Value]) -> Program:
-    """The program of a traced function."""
+def build_program(jaxpr: Jaxpr, inputs: Sequence[Value], scope: str = "") -> Program:
+    """The program of a traced function, which is called in this scope."""
     building = _Building()
     numbered = [(v, building.number(v)) for v in inputs]
-    outputs = frozenset(v for v, _ in building.inline(close(jaxpr), numbered))
+    outputs = tuple(v for v, _ in building.inline(close(jaxpr), numbered, scope))
     return Program(_drop_unread(building.operations, outputs), outputs)
 
 
@@ -94,26 +96,6 @@ def count_flops(program: Program) -> int:
     )
 
 
-def find_peak(program: Program) -> int:
-    """The most bytes that are live at once, without inputs and outputs. This counts the
-    weights that are gathered for a product."""
-    last: dict[Value, int] = {}
-    for i, op in enumerate(program.operations):
-        last |= dict.fromkeys((*op.writes, *op.reads), i)
-    own = {v for op in program.operations for v in op.writes} - program.outputs
-    live = most = sum(map(_count_slice_bytes, program.slices))
-    for i, op in enumerate(program.operations):
-        new = sum(v.nbytes for v in op.writes if v in own)
-        dying = {v for v in (*op.reads, *op.writes) if v in own and last[v] == i}
-        freed = sum(v.nbytes for v in dying)
-        gathered = sum(map(_count_gathered_bytes, _find_weights(op)))
-        during = max((find_peak(inner) for inner in op.inner), default=0) + gathered
-        during += op.unpacked or 0
-        most = max(most, live + new + during)
-        live += new - freed
-    return most
-
-
 def count_weight_reads(program: Program) -> tuple[int, int]:
     """The bytes of weights that products read on a device, and how many of them come
     from other devices."""
@@ -122,8 +104,8 @@ def count_weight_reads(program: Program) -> tuple[int, int]:
         inner = [count_weight_reads(inner) for inner in op.inner]
         read += op.times * max((x for x, _ in inner), default=0)
         received += op.times * max((x for _, x in inner), default=0)
-        for v, weight, size in _find_weights(op):
-            whole = size * weight.itemsize
+        for _, weight, aval in find_weights(op):
+            whole = math.prod(aval.shape) * weight.itemsize
             read += whole // weight.gathered_parts
             received += whole // weight.gathered_parts - whole // weight.parts
     return read, received
@@ -134,24 +116,12 @@ def _sum_inner(op: Operation, cost: Callable[[Program], int]) -> int:
     return max(costs, default=0) if op.name == "cond" else sum(costs)
 
 
-def _find_weights(op: Operation) -> Iterator[tuple[Value, StoredWeight, int]]:
-    """The weights of a product, and their numbers of elements."""
+def find_weights(op: Operation) -> Iterator[tuple[Value, StoredWeight, Any]]:
+    """The weights of a product, and their abstract values."""
     if op.is_product or op.unpacked is not None:
         for v, variable in zip(op.reads, op.equation.invars):
             if v.weight is not None:
-                yield v, v.weight, math.prod(variable.aval.shape)
-
-
-def _count_gathered_bytes(read: tuple[Value, StoredWeight, int]) -> int:
-    value, weight, size = read
-    # The slices of a loop are counted as such.
-    if value.nbytes or weight.parts == weight.gathered_parts:
-        return 0
-    return size * weight.itemsize // weight.gathered_parts
-
-
-def _count_slice_bytes(value: Value) -> int:
-    return value.nbytes // (value.weight.gathered_parts if value.weight else 1)
+                yield v, v.weight, variable.aval
 
 
 # From jaxprs to operations
@@ -173,7 +143,9 @@ class _Building:
     def number(self, how: Hashable) -> int:
         return self._numbers.setdefault(how, len(self._numbers))
 
-    def inline(self, jaxpr: Jaxpr, inputs: Sequence[_Numbered]) -> list[_Numbered]:
+    def inline(
+        self, jaxpr: Jaxpr, inputs: Sequence[_Numbered], scope: str
+    ) -> list[_Numbered]:
         """Appends the operations of `jaxpr`, and returns what it returns."""
         jaxpr = jaxpr.jaxpr
         known = dict(zip(jaxpr.invars, inputs, strict=True))
@@ -186,18 +158,24 @@ class _Building:
 
         for equation in jaxpr.eqns:
             operands = [read(atom) for atom in equation.invars]
+            inner = f"{scope}/{equation.source_info.name_stack}"
             called = _find_called(equation)
+            if _computes_again(equation):
+                operands = [(value, self.number(object())) for value, _ in operands]
             if called is not None:
-                results = self.inline(called, operands)
+                results = self.inline(called, operands, inner)
             else:
-                results = self._append(equation, operands)
+                results = self._append(equation, operands, inner)
             known |= dict(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.outvars]
 
-    def _append(self, equation: Any, operands: Sequence[_Numbered]) -> list[_Numbered]:
+    def _append(
+        self, equation: Any, operands: Sequence[_Numbered], scope: str
+    ) -> list[_Numbered]:
         how = self._number_equation(equation, [number for _, number in operands])
         if how not in self._made:
-            self._made[how] = self._write(equation, [value for value, _ in operands])
+            reads = [value for value, _ in operands]
+            self._made[how] = self._write(equation, reads, scope)
         return [(v, self.number((how, i))) for i, v in enumerate(self._made[how])]
 
     def _number_equation(self, equation: Any, operands: Sequence[int]) -> int:
@@ -210,36 +188,46 @@ class _Building:
             # Some parameters cannot be compared.
             return self.number(object())
 
-    def _write(self, equation: Any, reads: Sequence[Value]) -> list[Value]:
+    def _write(self, equation: Any, reads: Sequence[Value], scope: str) -> list[Value]:
         name = equation.primitive.name
         is_view = name in _WEIGHT_VIEWS and reads[0].weight is not None
+        if name == "name" and reads[0].origin is not None:
+            given = equation.params["name"]
+            reads[0].origin = dataclasses.replace(reads[0].origin, name=given)
         if name in _VIEWS or is_view:
-            return list(reads[:1])
-        writes = [Value(_count_bytes(variable.aval)) for variable in equation.outvars]
-        self.operations.append(_make_operation(equation, reads, writes))
+            return list(reads[: len(equation.outvars)])
+        writes = [
+            Value(_count_bytes(x.aval), origin=make_origin(x.aval, name, scope))
+            for x in equation.outvars
+        ]
+        self.operations.append(_make_operation(equation, reads, writes, scope))
         return writes
 
 
 def _make_operation(
-    equation: Any, reads: Sequence[Value], writes: Sequence[Value]
+    equation: Any, reads: Sequence[Value], writes: Sequence[Value], scope: str
 ) -> Operation:
     inner: list[Program] = []
     times = everywhere = 1
     called = _trace(trace_unpack, equation)
     if called is not None:
-        return _make_unpacked(equation, reads, writes, called)
+        return _make_unpacked(equation, reads, writes, scope, called)
     match equation.primitive.name, equation.params:
         case "scan", params:
-            inner, times = [_build_round(equation, reads)], params["length"]
+            inner, times = [_build_round(equation, reads, scope)], params["length"]
+            for value, x, made in zip(writes, equation.outvars, inner[0].outputs):
+                if made.origin is not None:
+                    value.origin = reshape_origin(made.origin, x.aval)
         case "while", params:
             # How often it runs is not known, so it counts once.
             called = [close(params[name]) for name in ("cond_jaxpr", "body_jaxpr")]
-            inner = [build_program(jaxpr, _make_unknown(jaxpr)) for jaxpr in called]
+            inner = [build_program(x, _make_unknown(x), scope) for x in called]
         case "cond", params:
-            inner = [build_program(branch, reads[1:]) for branch in params["branches"]]
+            branches = params["branches"]
+            inner = [build_program(x, reads[1:], scope) for x in branches]
         case "shard_map", params:
             called = close(params["jaxpr"])
-            inner = [build_program(called, _make_unknown(called))]
+            inner = [build_program(called, _make_unknown(called), scope)]
             sizes = params["mesh"].shape
             everywhere = math.prod(sizes[name] for name in manual_axes(params))
     return Operation(
@@ -248,31 +236,54 @@ def _make_operation(
 
 
 def _make_unpacked(
-    equation: Any, reads: Sequence[Value], writes: Sequence[Value], called: Jaxpr
+    equation: Any,
+    reads: Sequence[Value],
+    writes: Sequence[Value],
+    scope: str,
+    called: Jaxpr,
 ) -> Operation:
     """A product with a quantised array. It makes the dense one in a single loop, so
     that of all steps in between only the result is an array."""
     inputs = [Value(_count_bytes(x.aval)) for x in called.jaxpr.invars]
-    program = build_program(called, inputs)
+    program = build_program(called, inputs, scope)
     products = tuple(op for op in program.operations if op.is_product)
-    made = [x.nbytes for op in products for x in op.reads if x not in inputs]
-    inner = Program(products, program.outputs)
+    made = [
+        Value(x.nbytes, origin=make_origin(variable.aval, "unpacked weight", scope))
+        for op in products
+        for x, variable in zip(op.reads, op.equation.invars)
+        if x not in inputs
+    ]
     return Operation(
-        equation, tuple(reads), tuple(writes), (inner,), unpacked=max(made, default=0)
+        equation,
+        tuple(reads),
+        tuple(writes),
+        (Program(products, program.outputs),),
+        unpacked=max(made, key=lambda x: x.nbytes, default=Value(0)),
     )
 
 
-def _build_round(equation: Any, reads: Sequence[Value]) -> Program:
+def _build_round(equation: Any, reads: Sequence[Value], scope: str) -> Program:
     """One round of a `scan`."""
     called = close(equation.params["jaxpr"])
     constants, carried = scan_counts(equation.params, len(reads))
     whole = constants + carried
+    variables = called.jaxpr.invars
+    carry = [
+        Value(0, origin=make_origin(x.aval, "carry", scope))
+        for x in variables[constants:whole]
+    ]
     slices = tuple(
-        Value(_count_bytes(variable.aval), v.weight)
-        for variable, v in zip(called.jaxpr.invars[whole:], reads[whole:])
+        Value(_count_bytes(x.aval), v.weight, _describe_slice(x.aval, v, scope))
+        for x, v in zip(variables[whole:], reads[whole:])
     )
-    one = build_program(called, [*reads[:constants], *_make_empty(carried), *slices])
+    one = build_program(called, [*reads[:constants], *carry, *slices], scope)
     return dataclasses.replace(one, slices=slices)
+
+
+def _describe_slice(aval: Any, whole: Value, scope: str) -> Origin:
+    if whole.origin is not None:
+        return slice_origin(aval, whole.origin, scope)
+    return make_origin(aval, f"slice of {'weight' if whole.weight else 'input'}", scope)
 
 
 def _find_called(equation: Any) -> Jaxpr | None:
@@ -292,6 +303,13 @@ def _find_called(equation: Any) -> Jaxpr | None:
     return None
 
 
+def _computes_again(equation: Any) -> bool:
+    """Whether it is the backward pass of a checkpoint. Compilers keep what it computes
+    apart from what the forward pass has computed, and so not kept."""
+    params = equation.params
+    return bool(params.get("differentiated") and params.get("prevent_cse"))
+
+
 def _trace(trace: Callable[..., Any], equation: Any) -> Jaxpr | None:
     avals = [atom.aval for atom in equation.invars]
     return trace(equation.primitive, equation.params, avals)
@@ -306,7 +324,7 @@ def _have_same_shapes(variables: Sequence[Any], others: Sequence[Any]) -> bool:
 
 
 def _drop_unread(
-    operations: Sequence[Operation], outputs: frozenset[Value]
+    operations: Sequence[Operation], outputs: Sequence[Value]
 ) -> tuple[Operation, ...]:
     """The operations without those whose results nothing reads."""
     read = set(outputs)
@@ -324,12 +342,8 @@ def _count_bytes(aval: Any) -> int:
     return math.prod(shape) * (0 if dtype is None else dtype.itemsize)
 
 
-def _make_empty(count: int) -> list[Value]:
-    return [Value(0) for _ in range(count)]
-
-
 def _make_unknown(jaxpr: Jaxpr) -> list[Value]:
-    return _make_empty(len(jaxpr.jaxpr.invars))
+    return [Value(0) for _ in jaxpr.jaxpr.invars]
 
 
 def _count_dot_flops(equation: Any) -> int:
@@ -356,5 +370,6 @@ _PRODUCTS = {
 _WITH_INNER = {"scan", "while", "cond", "shard_map"}
 # These are done as a part of the operation before or after them.
 _VIEWS = {"broadcast_in_dim", "copy", "copy_p", "expand_dims", "reshape", "squeeze"}
+_VIEWS |= {"name", "optimization_barrier", "reduce_precision"}
 _VIEWS |= {"stop_gradient", "transpose"}
 _WEIGHT_VIEWS = {"convert_element_type", "slice", "dynamic_slice"}

@@ -28,11 +28,11 @@ from .costs import (
     build_program,
     count_flops,
     count_weight_reads,
-    find_peak,
     Program,
     StoredWeight,
     Value,
 )
+from .held import find_held, format_held, HeldArrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ class StepBound:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `lorax.plan` found. Its `str` is a table."""
+    """What `lorax.plan` found. Its `str` is a table of sizes, and `table()` also shows
+    what is held."""
 
     devices: int
     base: int
@@ -94,6 +95,8 @@ class Plan:
     received: int
     """The bytes that one device receives in one step: parts of weights that are
     gathered, and of gradients that are summed over a divided batch."""
+    held: tuple[HeldArrays, ...] = dataclasses.field(repr=False)
+    """The arrays that make up the activations, largest first."""
 
     @property
     def total(self) -> int:
@@ -120,6 +123,17 @@ class Plan:
             communication=self.received / accelerator.link,
             fits=self.total <= accelerator.memory,
         )
+
+    def table(self, *, full: bool = False) -> str:
+        """The table as a string, with the arrays that make up the activations below it.
+
+        **Arguments:**
+
+        - `full`: Whether all of them have a line. Otherwise arrays that are less than a
+            hundredth of the activations are one line together.
+        """
+        least = 0 if full else self.activations / 100
+        return f"{self}\n\n{format_held(self.held, least)}"
 
     def __str__(self) -> str:
         names = ("base", "adapters", "gradients", "optimizer", "activations", "total")
@@ -184,17 +198,19 @@ def plan(
     everywhere = trace(drop_shardings(batch))
     local = trace(drop_shardings(batch, local_shape)) if divided else everywhere
     read, gathered = count_weight_reads(local)
+    held = find_held(local)
     return Plan(
         devices=count_devices((model, batch)),
         base=count_device_bytes(remove_keys(frozen)),
         adapters=count_device_bytes(params),
         gradients=count_device_bytes(params),
         optimizer=count_device_bytes(plan_optimizer_state(optimizer, params)),
-        activations=find_peak(local),
+        activations=sum(x.nbytes for x in held),
         flops=count_flops(everywhere),
         read=read,
         received=gathered
         + sum(_count_summed_bytes(x, divided) for x in list_arrays(params)),
+        held=held,
     )
 
 

@@ -122,9 +122,11 @@ def test_activations_of_a_divided_batch(mlp):
 
 
 def stack(form, weights, x):
-    if form == "list":
+    if form.startswith("list"):
+        layer = lambda x, w: jnp.sin(x @ w)  # noqa: E731
+        layer = jax.checkpoint(layer) if "checkpoint" in form else layer
         for w in weights:
-            x = jnp.sin(x @ w)
+            x = layer(x, w)
         return jnp.sum(x)
 
     def body(x, w):
@@ -135,12 +137,14 @@ def stack(form, weights, x):
 
 
 def plan_of_stack(form, layers):
-    weights = [shaped(8, 8)] * layers if form == "list" else shaped(layers, 8, 8)
+    weights = [shaped(8, 8)] * layers if "list" in form else shaped(layers, 8, 8)
     loss = lambda model, x: stack(form, model["w"], x)  # noqa: E731
     return lorax.plan(loss, {"w": weights}, shaped(50, 8), also="w")
 
 
-@pytest.mark.parametrize("form, kept", [("list", 2), ("scan", 2), ("checkpoint", 1)])
+@pytest.mark.parametrize(
+    "form, kept", [("list", 2), ("scan", 2), ("checkpoint", 1), ("list, checkpoint", 1)]
+)
 def test_activations_of_a_stack(form, kept):
     """Each layer keeps its input, for the gradient of the weight, and the cosine, for
     that of the sine. With a checkpoint it keeps only its input."""
@@ -204,7 +208,8 @@ def test_seventy_billion_parameters(as_for_users):
 
 
 @pytest.mark.parametrize(
-    "form, products", [("list", 8), ("scan", 9), ("checkpoint", 12)]
+    "form, products",
+    [("list", 8), ("scan", 9), ("checkpoint", 12), ("list, checkpoint", 11)],
 )
 def test_flops_of_a_stack(form, products):
     """Each of three products has two more in the backward pass. The input's gradient is
