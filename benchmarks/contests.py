@@ -14,7 +14,7 @@ import jax.random as jr
 import peers
 from harness import compiled, Program
 from steps import frozen, step
-from transformer import Block, Scanned, Unrolled
+from transformer import FORMS, make_transformer
 
 import eqx_lorax as lorax
 
@@ -74,6 +74,15 @@ def adapted_by(model: Any, rank: int, filter: Any = None, **options: Any) -> Any
     return lorax.loraify(model, filter, rank=rank, key=jr.key(1), **options)
 
 
+def the_other_way(adapted: Any) -> tuple[Any, str]:
+    """A model in float32 that does not choose by the number of tokens: on a CPU, where
+    layers form the sum of base and update if tokens are many, it never does, and
+    elsewhere, where they do not, it always does."""
+    if jax.default_backend() == "cpu":
+        return lorax.merged_forward(adapted, enabled=False), "apart"
+    return lorax.merged_forward(adapted), "merged forward"
+
+
 def naive(model: Stack, rank: int) -> tuple[Stack, Any]:
     def adapt(linear: eqx.nn.Linear) -> NaiveLora:
         dtype, (_, width) = linear.weight.dtype, linear.weight.shape
@@ -123,9 +132,9 @@ def stack_cases(
         *installed(lambda: peers.equimo_lora(model, x, rank)),
     ]
     if dtype == jnp.float32:
-        merged = lorax.merged_forward(adapted)
-        trained = lorax.trainable(merged)
-        programs.append(step("lorax, merged forward", on_batch, merged, trained, x))
+        other, how = the_other_way(adapted)
+        trained = lorax.trainable(other)
+        programs.append(step(f"lorax, {how}", on_batch, other, trained, x))
     else:
         narrow = adapted_by(model, rank, dtype=dtype)
         trained = lorax.trainable(narrow)
@@ -142,24 +151,20 @@ def transformer_cases(
     length: int = 128,
     dtype: Any = jnp.float32,
 ) -> Iterator[Case]:
-    keys = jr.split(jr.key(0), blocks)
-    make = functools.partial(Block, width, width // 64)
     x = jr.normal(jr.key(2), (sequences, length, width), dtype)
     size = f"{blocks} blocks, d {width}, {sequences} × {length} tokens, {x.dtype.name}"
-    unrolled: Any = Unrolled, [make(key) for key in keys]
-    scanned: Any = Scanned, eqx.filter_vmap(make)(keys)
-    for form, (model_of, parts) in {"unrolled": unrolled, "scanned": scanned}.items():
-        for checkpoint in (False, True):
+    for form in FORMS:
+        for policy in ("", "checkpoint", "policy"):
             model = jax.tree.map(
                 lambda y: y.astype(dtype) if eqx.is_inexact_array(y) else y,
-                model_of(parts, checkpoint),
+                make_transformer(form, blocks, width, width // 64, policy),
             )
             every, few = (
                 adapted_by(model, 8),
                 adapted_by(model, 8, ["query_proj", "value_proj"]),
             )
             if dtype == jnp.float32:
-                other, how = lorax.merged_forward(every), "merged forward"
+                other, how = the_other_way(every)
             else:
                 other, how = adapted_by(model, 8, dtype=dtype), "narrow factors"
             programs = [
@@ -180,7 +185,8 @@ def transformer_cases(
                     x,
                 ),
             ]
-            name = f"transformer, {size}, {form}{', checkpoint' * checkpoint}, rank 8"
+            name = ", ".join(["transformer", size, form, *[policy] * bool(policy)])
+            name += ", rank 8"
             yield name, frozen("Equinox, frozen", on_batch, model, x), programs
 
 

@@ -1,11 +1,23 @@
 """An ordinary Equinox transformer for one sequence, with unrolled or stacked layers."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.random as jr
+
+import eqx_lorax as lorax
+
+
+POLICIES: dict[str, Callable[..., bool]] = {
+    "checkpoint": jax.checkpoint_policies.nothing_saveable,
+    "dots_saveable": jax.checkpoint_policies.dots_saveable,
+    "policy": lorax.checkpoint_policy(),
+    "policy without attention": lorax.checkpoint_policy(attention=False),
+}
+"""What blocks keep for the backward pass. Without a policy they keep everything."""
 
 
 class Block(eqx.Module):
@@ -28,27 +40,33 @@ class Block(eqx.Module):
         return x + jax.vmap(self.down)(jax.nn.gelu(hidden))
 
 
+def checkpointed(block: Any, policy: str) -> Any:
+    """The block, with the policy of this name. `""` is none."""
+    if not policy:
+        return block
+    return eqx.filter_checkpoint(block, policy=POLICIES[policy])
+
+
 class Unrolled(eqx.Module):
     blocks: list[Block]
-    checkpoint: bool = eqx.field(static=True, default=False)
+    policy: str = eqx.field(static=True, default="")
 
     def __call__(self, x: Any) -> Any:
         for block in self.blocks:
-            x = (eqx.filter_checkpoint(block) if self.checkpoint else block)(x)
+            x = checkpointed(block, self.policy)(x)
         return x
 
 
 class Scanned(eqx.Module):
     blocks: Block
     """All of them, stacked."""
-    checkpoint: bool = eqx.field(static=True, default=False)
+    policy: str = eqx.field(static=True, default="")
 
     def __call__(self, x: Any) -> Any:
         arrays, rest = eqx.partition(self.blocks, eqx.is_array)
 
         def body(x: Any, arrays: Any) -> Any:
-            block = eqx.combine(arrays, rest)
-            return (eqx.filter_checkpoint(block) if self.checkpoint else block)(x), None
+            return checkpointed(eqx.combine(arrays, rest), self.policy)(x), None
 
         return lax.scan(body, x, arrays)[0]
 
@@ -56,9 +74,12 @@ class Scanned(eqx.Module):
 FORMS = ("unrolled", "scanned")
 
 
-def make_transformer(form: str, layers: int, width: int, heads: int) -> Any:
+def make_transformer(
+    form: str, layers: int, width: int, heads: int, policy: str = ""
+) -> Any:
     """A transformer with unrolled or stacked blocks."""
     keys = jr.split(jr.key(0), layers)
     if form == "scanned":
-        return Scanned(eqx.filter_vmap(lambda key: Block(width, heads, key))(keys))
-    return Unrolled([Block(width, heads, key) for key in keys])
+        blocks = eqx.filter_vmap(lambda key: Block(width, heads, key))(keys)
+        return Scanned(blocks, policy)
+    return Unrolled([Block(width, heads, key) for key in keys], policy)
