@@ -82,3 +82,27 @@ def test_devices(tmp_path):
     assert (tmp_path / "devices.png").read_bytes().startswith(b"\x89PNG")
     points = json.loads((tmp_path / "devices.json").read_text())["points"]
     assert {point["devices"] for point in points} == {1, 2, 4, 8}
+
+
+def test_memory(tmp_path):
+    flags = ["--small", "--rounds", "2", "--output", str(tmp_path)]
+    printed = run("memory", *flags)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    points = json.loads((tmp_path / "memory.json").read_text())["points"]
+    kept = {point["policy"]: point for point in points if "policy" in point}
+    for point in kept.values():
+        assert point["temporary_adapted"] > 0 and point["saved_adapted"] > 0
+    ours, computed, everything = (
+        kept[name]["saved_adapted"]
+        for name in (
+            "lorax.checkpoint_policy()",
+            "everything computed again",
+            "no checkpoint",
+        )
+    )
+    assert computed < ours < everything
+    settings = {point["name"]: point for point in points if "name" in point}
+    assert all(name in printed for name in (*kept, *settings))
+    start = settings["LoRA, all linear layers"]
+    assert settings["base: nf4"]["base"] < start["base"] / 4
+    assert start["adam"] > 2 * start["adapters"]
