@@ -42,15 +42,13 @@ import eqx_lorax as lorax
 
 
 HEAD, LENGTH, RANK = 64, 128, 8
-# The name in `transformer.POLICIES`, and whether layers keep base and update apart. On
-# a CPU JAX's policies do not see the products of those that choose by themselves.
+# By their names in `transformer.POLICIES`.
 ROWS = {
-    "no checkpoint": ("", False),
-    "everything computed again": ("checkpoint", False),
-    "dots_saveable": ("dots_saveable", False),
-    "dots_saveable, apart": ("dots_saveable", True),
-    "lorax.checkpoint_policy()": ("policy", False),
-    "the same without attention": ("policy without attention", False),
+    "": "no checkpoint",
+    "checkpoint": "everything computed again",
+    "dots_saveable": "dots_saveable",
+    "policy": "lorax.checkpoint_policy()",
+    "policy without attention": "the same without attention",
 }
 
 
@@ -103,14 +101,11 @@ def megabytes(program: Program) -> float:
     return program.temporary / 1e6
 
 
-def study_policy(name: str, layers: int, width: int, x: Any) -> Kept:
-    policy, is_apart = ROWS[name]
+def study_policy(policy: str, layers: int, width: int, x: Any) -> Kept:
     figures = []
     for form in ("scanned", "unrolled"):
         model = make_transformer(form, layers, width, width // HEAD, policy)
         adapted = adapted_by(model, RANK)
-        if is_apart:
-            adapted = lorax.merged_forward(adapted, enabled=False)
         nothing = jax.tree.map(lambda _: False, model)
         trained = lorax.trainable(adapted)
         if form == "scanned":
@@ -120,7 +115,7 @@ def study_policy(name: str, layers: int, width: int, x: Any) -> Kept:
         else:
             figures += [saved_megabytes(model, nothing, x)]
             figures += [saved_megabytes(adapted, trained, x)]
-    return Kept(name, *figures)
+    return Kept(ROWS[policy], *figures)
 
 
 FEW = ["query_proj", "value_proj"]
@@ -248,7 +243,7 @@ def main() -> None:
     layers, sequences = (2, 1) if flags.small else (6, 8)
     width = 64 if flags.small else 256
     x = jr.normal(jr.key(2), (sequences, LENGTH, width))
-    kept = [study_policy(name, layers, width, x) for name in ROWS]
+    kept = [study_policy(policy, layers, width, x) for policy in ROWS]
     print_policies(kept)
     names = list(SETTINGS)
     x = jr.normal(jr.key(2), (max(sequences // 2, 1), LENGTH, 2 * width))

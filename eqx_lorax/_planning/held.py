@@ -75,10 +75,10 @@ def format_held(held: Sequence[HeldArrays], least: float) -> str:
 
 # An array and its bytes.
 _Live = tuple[Origin, int]
-_UNKNOWN = Origin("input", "", False, (), "")
 
 
 def _find_live(program: Program) -> list[_Live]:
+    """What is live when most bytes are."""
     last: dict[Value, int] = {}
     for i, op in enumerate(program.operations):
         last |= dict.fromkeys((*op.writes, *op.reads), i)
@@ -121,7 +121,8 @@ def _describe(values: Iterable[Value]) -> list[_Live]:
     sizes = {
         v: v.nbytes // (v.weight.gathered_parts if v.weight else 1) for v in values
     }
-    return [(v.origin or _UNKNOWN, size) for v, size in sizes.items() if size]
+    # Inputs have no origin, and count as no bytes.
+    return [(v.origin, size) for v, size in sizes.items() if v.origin and size]
 
 
 def _count_bytes(arrays: Sequence[_Live]) -> int:
