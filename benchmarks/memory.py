@@ -245,7 +245,7 @@ def main() -> None:
     x = jr.normal(jr.key(2), (sequences, LENGTH, width))
     kept = [study_policy(policy, layers, width, x) for policy in ROWS]
     print_policies(kept)
-    names = list(SETTINGS)
+    names = list(SETTINGS)[:: 4 if flags.small else 1]
     x = jr.normal(jr.key(2), (max(sequences // 2, 1), LENGTH, 2 * width))
     settings = study_settings(names, layers, 2 * width, x, flags.rounds)
     print_settings(settings)
