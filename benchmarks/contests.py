@@ -232,8 +232,10 @@ def minilm_cases(texts: int, length: int) -> Iterator[Case]:
 class Convolutions(eqx.Module):
     layers: list[eqx.nn.Conv2d]
 
-    def __init__(self, key: Any):
-        sizes = [(3, 32, 1), (32, 64, 1), (64, 64, 64), (64, 128, 1), (128, 128, 1)]
+    def __init__(self, key: Any, depthwise: bool):
+        sizes = [(3, 32, 1), (32, 64, 1), (64, 128, 1), (128, 128, 1)]
+        if depthwise:
+            sizes.insert(2, (64, 64, 64))
         self.layers = [
             eqx.nn.Conv2d(ins, outs, 3, padding=1, groups=groups, key=k)
             for (ins, outs, groups), k in zip(sizes, jr.split(key, len(sizes)))
@@ -246,16 +248,18 @@ class Convolutions(eqx.Module):
 
 
 def convolution_cases(images: int) -> Iterator[Case]:
-    model = Convolutions(jr.key(0))
     x = jr.normal(jr.key(2), (images, 3, 32, 32))
-    adapted = adapted_by(model, 8)
-    every = jax.tree.map(eqx.is_inexact_array, model)
-    programs = [
-        step("lorax", on_batch, adapted, lorax.trainable(adapted), x),
-        step("full fine-tuning", on_batch, model, every, x),
-    ]
-    floor = frozen("Equinox, frozen", on_batch, model, x)
-    yield f"5 convolutions, one depthwise, {images} × 32², rank 8", floor, programs
+    for depthwise in (True, False):
+        model = Convolutions(jr.key(0), depthwise)
+        adapted = adapted_by(model, 8)
+        every = jax.tree.map(eqx.is_inexact_array, model)
+        programs = [
+            step("lorax", on_batch, adapted, lorax.trainable(adapted), x),
+            step("full fine-tuning", on_batch, model, every, x),
+        ]
+        count = "5 convolutions, one depthwise" if depthwise else "4 convolutions"
+        floor = frozen("Equinox, frozen", on_batch, model, x)
+        yield f"{count}, {images} × 32², rank 8", floor, programs
 
 
 def inference_cases(dtype: Any) -> Iterator[Case]:
