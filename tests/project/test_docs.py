@@ -8,11 +8,16 @@ from paths import ROOT
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# The pages take a minute in all. What a page shows is tested elsewhere too.
+RUN = [
+    pytest.param(page, marks=[pytest.mark.heavy] * (page.parent == ROOT / "docs"))
+    for page in PAGES
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.own_errors
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))
