@@ -50,7 +50,7 @@ def find_held(program: Program) -> tuple[HeldArrays, ...]:
     return tuple(sorted(alike, key=lambda x: -x.nbytes))
 
 
-def format_held(held: Sequence[HeldArrays], least: float) -> str:
+def format_held(held: Sequence[HeldArrays], least: int | float) -> str:
     """A table of the arrays. Those of fewer bytes than `least` are one line."""
     large = [x for x in held if x.nbytes >= least]
     small = [x for x in held if x.nbytes < least]
