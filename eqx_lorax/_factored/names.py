@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.core
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
