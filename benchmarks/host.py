@@ -11,12 +11,12 @@ median of the ratios of each round.
   thread that calls it.
 - A call without `jax.jit`, of one vector and of a batch, likewise.
 - Trace, lower and compile a gradient, for a batch and for one vector. The time is
-  that of all threads.
+  that of all threads. Apart is a model that never forms the sum of base and update.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -127,9 +127,10 @@ def report(rounds: int, *programs: tuple[str, Run]) -> None:
         print(f"{name:<44}{milliseconds:>10.2f}{ratio:>8.2f}", flush=True)
 
 
-def both(rounds: int, name: str, make: Callable[..., Run], pair: Sequence[Any]) -> None:
-    names = ("plain", "adapted")
-    report(rounds, *[(f"{name}, {x}", make(m)) for x, m in zip(names, pair)])
+def each(rounds: int, name: str, make: Callable[..., Run], *inputs: Any) -> None:
+    """Reports `make(x)` for the inputs of the plain and the adapted program."""
+    names = ("plain", "adapted", "adapted, apart")
+    report(rounds, *[(f"{name}, {label}", make(x)) for label, x in zip(names, inputs)])
 
 
 def main() -> None:
@@ -155,16 +156,19 @@ def main() -> None:
         run = lambda model: model(x) if x.ndim == 1 else jax.vmap(model)(x)  # noqa: E731
         return lambda model: of_thread(lambda: run(model))
 
-    both(flags.rounds, "eager, a vector", call(vector), (plain, adapted))
-    both(flags.rounds // 4 + 1, "eager, a batch", call(batch), (plain, adapted))
+    each(flags.rounds, "eager, a vector", call(vector), plain, adapted)
+    each(flags.rounds // 4 + 1, "eager, a batch", call(batch), plain, adapted)
 
     plain, adapted = make_models(flags.unrolled)
-    pair = eqx.partition(plain, eqx.is_array), lorax.partition(adapted)
+    apart = lorax.merged_forward(adapted, enabled=False)
+    whole = eqx.partition(plain, eqx.is_array)
+    adapters = map(lorax.partition, (adapted, apart))
+    programs = (whole, *adapters)
     for name, x, rounds in (
         ("compile, a batch", batch, flags.rounds // 8 + 1),
         ("compile, a vector", vector, 1 + flags.rounds // 30),
     ):
-        both(rounds, name, lambda parts, x=x: gradient(parts, x), pair)
+        each(rounds, name, lambda parts, x=x: gradient(parts, x), *programs)
 
 
 if __name__ == "__main__":
