@@ -11,9 +11,12 @@ from .._shared import accumulation_dtype
 from .form import Factored
 
 
-def choose_fusing(weight: Factored, x: Array, summed: Sequence[int]) -> float | None:
+def choose_fusing(
+    weight: Factored, x: Array, summed: Sequence[int], least_size: int = 0
+) -> float | None:
     """From how many tokens on a product with `x` over these axes of the base forms the
-    sum once, on a CPU; 0 for always, everywhere, and `None` for never.
+    sum once, on a CPU; 0 for always, everywhere, and `None` for never. A base of fewer
+    entries than `least_size` never does by itself.
 
     Cast to a narrow dtype the sum would lose small updates. That also keeps it from
     devices that multiply float32 in a narrower dtype, unless it is asked for.
@@ -27,6 +30,7 @@ def choose_fusing(weight: Factored, x: Array, summed: Sequence[int]) -> float | 
         jax.default_backend() == "cpu"
         and weight.gain is None
         and weight.rank > 0
+        and math.prod(weight.base.shape) >= least_size
         and not weight.batch_axes()
         and sorted(summed) in (sorted(weight.rows), sorted(weight.columns))
         and jnp.issubdtype(x.dtype, jnp.floating)

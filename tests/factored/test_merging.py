@@ -13,9 +13,9 @@ from helpers import assert_close, assert_no_dense, call64, trained
 import eqx_lorax as lorax
 
 
-OUT, IN = 12, 20
-# A sum is worthwhile from `12 * 20 / (12 + 20)` tokens on.
-FEW, MANY = 7, 8
+OUT, IN = 48, 96
+# A sum is worthwhile from `48 * 96 / (48 + 96)` tokens on.
+FEW, MANY = 31, 32
 KEY = jr.key(0)
 
 
@@ -57,12 +57,12 @@ def backward(layer, x):
     return jax.grad(lambda x: jnp.sum(jnp.sin(on_batch(layer, x))))(x)
 
 
-def count_sums(fn, layer, x, platform="cpu"):
+def count_sums(fn, layer, x, platform="cpu", rows=OUT):
     """The number of times that the program forms `b · a`."""
     arrays, rest = eqx.partition(layer, eqx.is_array)
     on_arrays = jax.jit(lambda arrays, x: fn(eqx.combine(arrays, rest), x))
     text = on_arrays.trace(arrays, x).lower(lowering_platforms=(platform,)).as_text()
-    return len(re.findall(rf"dot_general.*-> tensor<{OUT}x{IN}x", text))
+    return len(re.findall(rf"dot_general.*-> tensor<{rows}x{IN}x", text))
 
 
 @pytest.mark.parametrize("fn", [on_batch, by_matmul, backward])
@@ -86,6 +86,8 @@ def test_what_decides_otherwise():
     assert count_sums(on_batch, apart, x) == 0
     always = lorax.merged_forward(layer)
     assert count_sums(on_batch, always, normal(1, IN), "cuda") == 1
+    small = trained(lorax.loraify(eqx.nn.Linear(IN, 9, key=KEY), rank=3, key=KEY))
+    assert count_sums(on_batch, small, x, rows=9) == 0
     again = lorax.merged_forward(always, enabled=None)
     assert [count_sums(on_batch, again, normal(n, IN)) for n in (FEW, MANY)] == [0, 1]
 
