@@ -129,7 +129,7 @@ def report(rounds: int, *programs: tuple[str, Run]) -> None:
 
 def each(rounds: int, name: str, make: Callable[..., Run], *inputs: Any) -> None:
     """Reports `make(x)` for the inputs of the plain and the adapted program."""
-    names = ("plain", "adapted", "adapted, apart")
+    names = ("plain", "adapted")
     report(rounds, *[(f"{name}, {label}", make(x)) for label, x in zip(names, inputs)])
 
 
@@ -160,10 +160,8 @@ def main() -> None:
     each(flags.rounds // 4 + 1, "eager, a batch", call(batch), plain, adapted)
 
     plain, adapted = make_models(flags.unrolled)
-    apart = lorax.merged_forward(adapted, enabled=False)
     whole = eqx.partition(plain, eqx.is_array)
-    adapters = map(lorax.partition, (adapted, apart))
-    programs = (whole, *adapters)
+    programs = (whole, lorax.partition(adapted))
     for name, x, rounds in (
         ("compile, a batch", batch, flags.rounds // 8 + 1),
         ("compile, a vector", vector, 1 + flags.rounds // 30),
