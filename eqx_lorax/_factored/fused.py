@@ -24,7 +24,7 @@ def choose_fusing(
     if weight.fuses is False or x.dtype != accumulation_dtype(x.dtype):
         return None
     if weight.fuses:
-        return 0
+        return 0.0
     arrays = [y for y in (weight.b, weight.a, weight.gate) if y is not None]
     is_simple = (
         jax.default_backend() == "cpu"

@@ -117,6 +117,7 @@ def test_policies_compare_by_what_they_keep():
     assert hash(policy) == hash(lorax.checkpoint_policy("mine"))
 
 
+@pytest.mark.own_errors
 def test_a_function_is_no_name():
     with pytest.raises(TypeError, match=r"is no name.*policy=lorax\.checkpoint_policy"):
         lorax.checkpoint_policy(by_module)  # pyright: ignore

@@ -81,6 +81,7 @@ def test_flattening_looks_at_attributes_of_the_module_alone(linear, layer):
     assert count_looks(layer) == count_looks(linear) > 0
 
 
+@pytest.mark.own_errors
 def test_an_eager_call_runs_little_python(linear, layer):
     x = jnp.ones(3)
     linear(x), layer(x)  # compiles
