@@ -57,6 +57,7 @@ from .sharding import (
     committed_sharding as committed_sharding,
     create as create,
     explicit_sharding as explicit_sharding,
+    has_typed_mesh as has_typed_mesh,
     inherit_sharding as inherit_sharding,
     known_sharding as known_sharding,
     move_array as move_array,

@@ -54,6 +54,15 @@ def known_sharding(x: Any) -> Sharding | None:
     return NamedSharding(Mesh(np.array(devices), ("device",)), PartitionSpec())
 
 
+def has_typed_mesh(*arrays: Any) -> bool:
+    """Whether this runs on a mesh that types speak of: one with explicit axes, or below
+    `shard_map`."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(x).sharding.mesh for x in arrays]
+    kinds = {kind for mesh in meshes for kind in mesh.axis_types}
+    return bool(kinds - {AxisType.Auto})
+
+
 def explicit_sharding(x: Any) -> NamedSharding | None:
     """The sharding that the type of `x` has, if it is on a mesh with explicit axes."""
     sharding = jax.typeof(x).sharding

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
-from ..._shared import accumulation_dtype
+from ..._shared import accumulation_dtype, has_typed_mesh
 
 
 # The loop has as many terms as the window has entries.
@@ -32,14 +31,13 @@ def is_depthwise(x: Array, kernel: Array, conv: dict[str, Any]) -> bool:
     outputs, inputs, *window = (
         kernel.shape[axis] for axis in conv["dimension_numbers"].rhs_spec
     )
-    meshes = [get_abstract_mesh(), *(jax.typeof(y).sharding.mesh for y in (x, kernel))]
     return (
         outputs == conv.get("feature_group_count", 1)
         and inputs == 1
         and math.prod(window) <= _MAX_WINDOW
         and jnp.issubdtype(x.dtype, jnp.floating)
         # On meshes that types speak of, JAX knows best.
-        and {kind for mesh in meshes for kind in mesh.axis_types} <= {AxisType.Auto}
+        and not has_typed_mesh(x, kernel)
     )
 
 

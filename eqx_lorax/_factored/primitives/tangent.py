@@ -16,17 +16,16 @@ import jax.lax as lax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
+
+from ..._shared import has_typed_mesh
 
 
 def product_with_factor(x: Array, factor: Array, *, precision: Any = None) -> Array:
     """The sum of `x (*tokens, columns)` and `factor (rows, columns)` over the columns,
     of shape `(*tokens, rows)`."""
     # On meshes that types speak of, JAX knows best.
-    meshes = [get_abstract_mesh(), *(jax.typeof(y).sharding.mesh for y in (x, factor))]
-    kinds = {kind for mesh in meshes for kind in mesh.axis_types}
-    if kinds - {AxisType.Auto}:
+    if has_typed_mesh(x, factor):
         return _plain(x, factor, precision=precision)
     return _product.bind(x, factor, precision=precision)
 

@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AxisType, get_abstract_mesh
 from jaxtyping import Array
 
-from ..._shared import is_for_one_device
+from ..._shared import has_typed_mesh, is_for_one_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +57,13 @@ def unpack(product: Product, base: Any, x: Array) -> Array:
     needs it, and not kept until then: what is kept is the base, which is there
     anyway."""
     leaves, treedef = jax.tree.flatten(base)
-    if _is_typed(x, *leaves):
+    if has_typed_mesh(x, *leaves):
         # On meshes that types speak of, JAX knows best.
         if product.fused is not None:
             return product(base, x, False)
         return jax.checkpoint(lambda base, x: product(base, x, False))(base, x)
     out = jax.eval_shape(lambda base, x: product(base, x, False), base, x)
     return _unpack.bind(x, *leaves, run=_Forward(product, treedef, out))
-
-
-def _is_typed(*arrays: Any) -> bool:
-    meshes = [get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
-    kinds = {kind for mesh in meshes for kind in mesh.axis_types}
-    return bool(kinds - {AxisType.Auto})
 
 
 def trace_unpack(primitive: Primitive, params: dict[str, Any], avals: Any) -> Any:
