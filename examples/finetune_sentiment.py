@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> Result | None:
     print_sizes(plain, params, optimizer_state)
     difference = check_merging(model, plain, test_reviews, logits)
     picture = args.output / "sentiment.png"
-    draw(losses, before, after, picture)
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure.suptitle("LoRA fine-tuning of MiniLM on movie reviews", fontweight="bold")
+    toolbox.draw_training(figure, losses, before, after)
+    toolbox.save_figure(figure, picture)
     print(f"Loss curve                {picture}")
     adapters = save(model, args.output)
     evaluate_afresh(adapters, args)
@@ -201,17 +204,6 @@ def print_sizes(plain: Classifier, params: PyTree, optimizer_state: PyTree) -> N
     print(f"{'':24}{'trained':>12}{'optimizer state':>20}")
     print(f"{'Adapters and head':24}{ours[0]:>12}{ours[1]:>20}")
     print(f"{'Full fine-tuning':24}{theirs[0]:>12}{theirs[1]:>20}", end="\n\n")
-
-
-def draw(losses: Sequence[float], before: float, after: float, file: Path) -> None:
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    toolbox.plot_losses(axes, losses)
-    figure.suptitle("LoRA fine-tuning of MiniLM on movie reviews", fontweight="bold")
-    axes.set_title(
-        f"Held-out accuracy {before:.1%} before, {after:.1%} after", fontsize=10
-    )
-    toolbox.save_figure(figure, file)
 
 
 # Flags

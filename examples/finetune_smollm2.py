@@ -92,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> Result:
     for each in zip(questions, answers_before, answers_after):
         print("{}\n  before  {!r}\n  after   {!r}".format(*each), end="\n\n")
     picture = args.output / "smollm2.png"
-    draw(losses, before, after, picture)
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    figure.suptitle("SmolLM2 learns to judge film reviews", fontweight="bold")
+    toolbox.draw_training(figure, losses, before, after)
+    toolbox.save_figure(figure, picture)
     print(f"Loss curve         {picture}")
     adapters = save(model, args.output)
     check_memory(summary, peaks, args)
@@ -265,17 +268,6 @@ def save(model: llama.Llama, folder: Path) -> tuple[Path, Path]:
     print(f"Adapter            {file} ({file.stat().st_size / 1e6:.2f} MB)")
     print(f"The same for PEFT  {peft_folder}")
     return file, peft_folder
-
-
-def draw(losses: Sequence[float], before: float, after: float, file: Path) -> None:
-    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    toolbox.plot_losses(axes, losses)
-    figure.suptitle("SmolLM2 learns to judge film reviews", fontweight="bold")
-    axes.set_title(
-        f"Held-out accuracy {before:.1%} before, {after:.1%} after", fontsize=10
-    )
-    toolbox.save_figure(figure, file)
 
 
 # Flags

@@ -308,6 +308,17 @@ def plot_losses(axes: "Axes", losses: Sequence[float]) -> None:
     axes.legend(frameon=False)
 
 
+def draw_training(
+    figure: "Figure", losses: Sequence[float], before: float, after: float
+) -> None:
+    """Plots the losses, below the accuracy before and after training."""
+    axes = figure.subplots()
+    plot_losses(axes, losses)
+    axes.set_title(
+        f"Held-out accuracy {before:.1%} before, {after:.1%} after", fontsize=10
+    )
+
+
 def save_figure(figure: "Figure", file: Path) -> None:
     """Writes a PNG. It uses no window and no global state, so nothing is left open."""
     with install_hint():

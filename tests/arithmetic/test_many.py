@@ -113,7 +113,7 @@ def test_a_bank_copies_no_factors(getkey):
     assert all(e.params["dimension_numbers"][1] == ((), ()) for e in products)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="so on the CPU alone")
+@pytest.mark.cpu
 def test_factors_of_each_example_are_picked_when_they_are_needed():
     """Not those of all layers at the start."""
     keys = jr.split(jr.key(0), 8)

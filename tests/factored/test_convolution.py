@@ -20,9 +20,7 @@ def count_convolutions(fn, *args):
     return text.count(" convolution(")
 
 
-pytestmark = pytest.mark.skipif(
-    jax.default_backend() != "cpu", reason="The sum is chosen on a CPU alone."
-)
+pytestmark = pytest.mark.cpu
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
