@@ -185,6 +185,12 @@ def load(
 ) -> _Model:
     """Puts an adapter that PEFT, or `lorax.peft.save`, has written into a plain model.
 
+    !!! example
+
+        ```python
+        model = lorax.peft.load("adapter", plain_model, names=names)
+        ```
+
     **Arguments:**
 
     - `directory`: The folder with `adapter_config.json` and

@@ -49,7 +49,17 @@ _MALFORMED = (
 
 class AdapterFileError(ValueError):
     """A file is no adapter, or no checkpoint, is damaged, or belongs to another
-    model."""
+    model.
+
+    !!! example
+
+        ```python
+        try:
+            model = lorax.load_adapter("adapter.safetensors", other_model)
+        except lorax.AdapterFileError as error:
+            print(error)  # the paths and shapes that do not fit
+        ```
+    """
 
 
 # Tensors

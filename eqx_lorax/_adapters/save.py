@@ -148,6 +148,12 @@ def load_adapter(
 ) -> _Model:
     """Puts an adapter that `lorax.save_adapter` has written into a model.
 
+    !!! example
+
+        ```python
+        model = lorax.load_adapter("adapter.safetensors", plain_model)
+        ```
+
     **Arguments:**
 
     - `path`: The file.
@@ -187,6 +193,13 @@ def load_adapter(
 
 def adapter_info(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `lorax.save_adapter` wrote about an adapter.
+
+    !!! example
+
+        ```python
+        info = lorax.adapter_info("adapter.safetensors")
+        print(info["targets"], info["metadata"])
+        ```
 
     **Arguments:**
 

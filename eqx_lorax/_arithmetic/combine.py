@@ -35,6 +35,13 @@ def combine(params: _Model, frozen: _Model) -> _Model:
 
     This is `equinox.combine`, and says so if the two do not belong together.
 
+    !!! example
+
+        ```python
+        params, frozen = lorax.partition(model)
+        model = lorax.combine(params, frozen)
+        ```
+
     **Arguments:**
 
     - `params`: What is trained: the adapter. Any other adapter with the same targets

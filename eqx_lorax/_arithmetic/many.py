@@ -26,6 +26,13 @@ def scale(adapter: _Adapter, factor: ArrayLike) -> _Adapter:
     `-1` makes one that undoes it where both are added, `0` one that does nothing.
     Heads and whatever else is no factor stay as they are.
 
+    !!! example
+
+        ```python
+        half = lorax.scale(params_of_ada, 0.5)
+        undone = lorax.scale(params_of_ada, -1)
+        ```
+
     **Arguments:**
 
     - `adapter`: A pytree with factored weights.

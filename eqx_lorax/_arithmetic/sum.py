@@ -70,6 +70,13 @@ def weighted_sum(
 ) -> Any:
     """One adapter whose update is the weighted sum of the updates of several.
 
+    !!! example
+
+        ```python
+        both = lorax.weighted_sum([params_of_ada, params_of_bob], [0.7, 0.3])
+        model = lorax.attach(model, both)
+        ```
+
     **Arguments:**
 
     - `adapters`: Adapters of one model; ranks, scales and targets may differ. What

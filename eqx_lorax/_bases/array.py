@@ -32,6 +32,15 @@ class QuantisedArray(AbstractQuickModule):
     in its scales.
 
     It is made by `lorax.quantise` and by the functions of `lorax.quantised`.
+
+    !!! example
+
+        ```python
+        weight = lorax.quantise(model).layers[0].weight
+        weight.nbytes  # what is stored
+        weight.shape, weight.dtype  # of what it stands for
+        weight.dequantise()  # an array
+        ```
     """
 
     codes: tuple[Any, ...]

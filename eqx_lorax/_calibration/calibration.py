@@ -147,7 +147,7 @@ class Calibration(eqx.Module):
         !!! example
 
             ```python
-            ranks = calibration.allocate_ranks(budget=8 * 24)
+            ranks = calibration.allocate_ranks(budget=16)
             model = lorax.loraify(
                 model, list(ranks), rank=ranks, init=calibration.eva(), key=key
             )

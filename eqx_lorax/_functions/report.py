@@ -10,7 +10,14 @@ OnMaterialise: TypeAlias = Literal["allow", "warn", "error"]
 
 
 class MaterialiseWarning(UserWarning):
-    """A dense weight was formed where a factored one could not be used."""
+    """A dense weight was formed where a factored one could not be used.
+
+    !!! example
+
+        ```python
+        warnings.simplefilter("error", lorax.MaterialiseWarning)  # to find where
+        ```
+    """
 
 
 @dataclasses.dataclass(frozen=True)

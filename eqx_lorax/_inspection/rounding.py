@@ -22,7 +22,9 @@ class TargetError:
     """How far one weight is from that of another model."""
 
     path: str
+    """Where it is in the model."""
     shape: tuple[int, ...]
+    """That of the array it stands for."""
     format: str
     """How it is stored: a format of `lorax.quantise`, or a dtype."""
     error: float
@@ -38,6 +40,7 @@ class QuantisationError:
     """What `lorax.quantisation_error` found. Its `str` is a table."""
 
     targets: tuple[TargetError, ...]
+    """The weights, in the order of the model."""
 
     @property
     def worst(self) -> float:

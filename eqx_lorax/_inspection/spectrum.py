@@ -18,6 +18,7 @@ class TargetSpectrum:
     """The singular values of the update of one weight, or of one layer of a stack."""
 
     path: str
+    """Where the weight is in the model."""
     layer: tuple[int, ...]
     """The index of the layer in its stack; empty where there is none."""
     shape: tuple[int, int]

@@ -19,7 +19,16 @@ class AbstractLoraLayer(AbstractOpaque):
     """A layer in the place of a module, some of whose arrays are adapted.
 
     The layer passes for the module: attributes and `isinstance` answer as the module
-    does."""
+    does.
+
+    !!! example
+
+        ```python
+        layer = lorax.loraify(model, key=key).layers[0]
+        assert isinstance(layer, lorax.AbstractLoraLayer)
+        assert isinstance(layer, eqx.nn.Linear)
+        ```
+    """
 
     wrapped: eqx.AbstractVar[Any]
     """The module, with an `AbstractLoraWeight` in the place of each adapted array."""

@@ -35,6 +35,13 @@ class LoraWeight(AbstractLoraWeight):
 
     `scale` is `alpha / rank`, or `alpha / sqrt(rank)` if rank-stabilised.
 
+    !!! example
+
+        ```python
+        weight = lorax.LoraWeight(w, b, a, alpha=16)
+        y = weight @ x  # w @ x + 16 / rank * (b @ (a @ x))
+        ```
+
     ??? cite
 
         [LoRA: Low-Rank Adaptation of Large Language Models](https://arxiv.org/abs/2106.09685),

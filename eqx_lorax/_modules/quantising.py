@@ -192,6 +192,12 @@ def _fit(
 def dequantise(model: _Model) -> _Model:
     """The model with arrays in the place of quantised ones, also beneath adapters.
 
+    !!! example
+
+        ```python
+        model = lorax.dequantise(quantised)
+        ```
+
     **Arguments:**
 
     - `model`: What `lorax.quantise` returned, or any pytree with quantised arrays.

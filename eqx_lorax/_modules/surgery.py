@@ -216,6 +216,13 @@ def unloraify(
     merged: there are arrays in their place, of the dtypes that they stand for, and the
     structure is that from before `lorax.quantise`.
 
+    !!! example
+
+        ```python
+        merged = lorax.unloraify(model)
+        base = lorax.unloraify(model, merge=False)  # the very arrays of the base
+        ```
+
     **Arguments:**
 
     - `model`: A model with adapters.

@@ -28,7 +28,9 @@ class HeldArrays:
     shape: tuple[int, ...]
     """That of each. Arrays that a `scan` keeps have its length in front."""
     dtype: str
+    """Its name."""
     count: int
+    """The number of these arrays."""
     nbytes: int
     """The bytes of all of them on one device."""
 

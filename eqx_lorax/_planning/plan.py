@@ -37,11 +37,23 @@ from .held import find_held, format_held, HeldArrays
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """A kind of device, by the numbers in its datasheet."""
+    """A kind of device, by the numbers in its datasheet.
+
+    !!! example
+
+        ```python
+        h100 = lorax.Accelerator(
+            "H100", memory=80e9, flops=989e12, bandwidth=3.35e12, link=900e9
+        )
+        bound = lorax.plan(loss, model, batch).bound(h100)
+        bound.fits, bound.seconds
+        ```
+    """
 
     name: str
+    """Any name."""
     memory: int | float
-    """Bytes."""
+    """Bytes of memory."""
     flops: int | float
     """Floating point operations a second, of products in the dtype of the model."""
     bandwidth: int | float
@@ -56,6 +68,7 @@ class StepBound:
     each as if the step did one thing only."""
 
     accelerator: Accelerator
+    """What the bounds are for."""
     compute: float
     """For computing all products, on all devices at once, at full speed."""
     memory: float
@@ -78,11 +91,13 @@ class Plan:
     what is held."""
 
     devices: int
+    """The number of devices."""
     base: int
     """The bytes of all that is frozen, on one device. So are all bytes below."""
     adapters: int
     """The bytes of what is trained."""
     gradients: int
+    """The bytes of the gradients."""
     optimizer: int
     """The bytes of the optimizer's state."""
     activations: int

@@ -41,6 +41,13 @@ def wrap_optimizer(
     The optimizer inside never sees the frozen parameters: it has no state for them,
     decays none of them, and their norms do not count where it clips.
 
+    !!! example
+
+        ```python
+        optimizer = lorax.wrap_optimizer(optax.adamw(1e-3), spec)
+        state = optimizer.init(params)
+        ```
+
     **Arguments:**
 
     - `optimizer`: Any Optax optimizer. Pass a whole chain of transformations: one that

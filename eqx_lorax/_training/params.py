@@ -58,6 +58,13 @@ def init_lora(
     """Parameters with a `lorax.LoraWeight` wherever the spec gives a rank, for a
     function that is wrapped by `lorax.lora`.
 
+    !!! example
+
+        ```python
+        params = lorax.init_lora(params, spec, key)
+        y = lorax.lora(fn)(params, x)
+        ```
+
     **Arguments:**
 
     - `param_tree`: A pytree of arrays. They are not copied.
@@ -209,6 +216,13 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
 
     `equinox.combine(lorax.split_lora_params(params, spec), params)` is `params`.
 
+    !!! example
+
+        ```python
+        trained = lorax.split_lora_params(params, spec)
+        params = eqx.combine(trained, params)
+        ```
+
     **Arguments:**
 
     - `params`: What `lorax.init_lora` returned.
@@ -239,6 +253,13 @@ def merge_params(
 ) -> PyTree:
     """Parameters for the function without `lorax.lora`: every update is added to its
     base, in float32 or wider, and rounded once.
+
+    !!! example
+
+        ```python
+        merged = lorax.merge_params(params, destructive=False)
+        y = fn(merged, x)
+        ```
 
     **Arguments:**
 

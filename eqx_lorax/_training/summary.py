@@ -44,16 +44,19 @@ class TargetSummary:
     """One adapted weight, or one array that is trained as it is."""
 
     path: str
+    """Where it is in the model."""
     kind: str
     """The type of the module that holds it."""
     shape: tuple[int, ...]
+    """That of the base."""
     dtype: str
+    """That of the base."""
     method: str | None
-    """`None` for an array that is trained as it is."""
+    """The name of the method, or `None` for an array that is trained as it is."""
     rank: int | None
-    """`None` for an array that is trained as it is."""
+    """The rank of the update, or `None`."""
     scale: float | None
-    """`None` for an array that is trained as it is."""
+    """What multiplies the update, or `None`."""
     trained: int
     """The number of trained elements, which are those of the factors."""
     frozen: int
@@ -65,23 +68,28 @@ class Summary:
     """What `lorax.summary` found. Its `str` is a table."""
 
     targets: tuple[TargetSummary, ...]
+    """The adapted weights."""
     also: tuple[TargetSummary, ...]
     """The arrays that are trained as they are."""
     trained: int
     """The number of all trained elements."""
     trained_bytes: int
+    """Their bytes."""
     frozen: int
     """The number of all other elements."""
     frozen_bytes: int
+    """Their bytes."""
     adam_bytes: int
-    """The size of Adam's state for what is trained."""
+    """The bytes of Adam's state for what is trained."""
     full_adam_bytes: int
-    """The size of Adam's state for training the base model as a whole."""
+    """The bytes of Adam's state for training the base model as a whole."""
     device_trained_bytes: int
     """The trained bytes on one device, which may have parts of arrays."""
     device_frozen_bytes: int
+    """The other bytes on one device."""
     device_adam_bytes: int
-    """Each moment has the sharding of its parameter."""
+    """The bytes of Adam's state on one device: each moment has the sharding of its
+    parameter."""
 
     def __str__(self) -> str:
         return self.table()

@@ -33,6 +33,12 @@ def trainable(
 ) -> PyTree[bool]:
     """Which leaves of a model are trained: a filter spec for `equinox.partition`.
 
+    !!! example
+
+        ```python
+        params, frozen = eqx.partition(model, lorax.trainable(model, also="head"))
+        ```
+
     **Arguments:**
 
     - `model`: A model with adapters, or its `params`; or any model if `also` is given.
@@ -91,6 +97,13 @@ def partition(
     A mixture out of a `lorax.AdapterBank` is first multiplied into its factors, so that
     `params` contain all of it.
 
+    !!! example
+
+        ```python
+        params, frozen = lorax.partition(model, also="head")
+        state = optimizer.init(params)
+        ```
+
     **Arguments:**
 
     - `model`, `also`, `exclude`: See `lorax.trainable`.
@@ -118,6 +131,17 @@ def filter_value_and_grad(
 ) -> Callable[..., Any]:
     """`equinox.filter_value_and_grad` for the trained part of the first argument of
     `fun`: base weights are not differentiated.
+
+    !!! example
+
+        ```python
+        @lorax.filter_value_and_grad
+        def loss(model, x, y):
+            return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+        value, grads = loss(model, x, y)
+        updates, state = optimizer.update(grads, state, params)
+        ```
 
     **Arguments:**
 
@@ -163,7 +187,18 @@ def filter_grad(
     has_aux: bool = False,
 ) -> Callable[..., Any]:
     """`lorax.filter_value_and_grad` without the value. It returns the gradient, or the
-    gradient and the second result if `has_aux`, like `equinox.filter_grad`."""
+    gradient and the second result if `has_aux`, like `equinox.filter_grad`.
+
+    !!! example
+
+        ```python
+        @lorax.filter_grad
+        def grads(model, x, y):
+            return jnp.mean((jax.vmap(model)(x) - y) ** 2)
+
+        updates, state = optimizer.update(grads(model, x, y), state, params)
+        ```
+    """
     if fun is None:
         return functools.partial(
             filter_grad, also=also, exclude=exclude, has_aux=has_aux

@@ -95,10 +95,19 @@ DecisionFn: TypeAlias = Callable[["KeyPath", Any], SpecValue]
 
 class KeyPath(tuple[Any, ...]):
     """The path of a parameter: the tuple of JAX's keys. `"name" in path` asks for a
-    component of that name, and `str(path)` is `"these/names"`."""
+    component of that name, and `str(path)` is `"these/names"`.
+
+    !!! example
+
+        ```python
+        def decide(path, array):
+            return 4 if "dense" in path else lorax.LORA_FREEZE
+        ```
+    """
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The components of the path as strings."""
         return tuple(jax.tree_util.keystr((key,), simple=True) for key in self)
 
     def __contains__(self, item: object) -> bool:
@@ -115,6 +124,15 @@ def simple_spec(
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> PyTree[SpecValue]:
     """A spec for every parameter of a tree, for `lorax.init_lora`.
+
+    !!! example
+
+        ```python
+        def decide(path, array):
+            return 8 if "kernel" in path else lorax.LORA_FREEZE
+
+        spec = lorax.simple_spec(params, decide, tune_vectors=True)
+        ```
 
     **Arguments:**
 

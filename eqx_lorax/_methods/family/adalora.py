@@ -23,6 +23,12 @@ class AdaLoraWeight(AbstractScaledWeight):
     - `a`: `(*batch, rank, *columns)`,
     - `gate`: `(*batch, rank)`.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="adalora", rank=8, key=key)
+        ```
+
     ??? cite
 
         [AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient

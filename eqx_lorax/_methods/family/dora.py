@@ -30,6 +30,12 @@ class DoraWeight(AbstractScaledWeight):
     - `b_start`, `a_start`: of the same shapes, or none. If there are, `b · a` is
         measured from their product, as in a `lorax.RelativeLoraWeight`.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="dora", rank=8, key=key)
+        ```
+
     ??? cite
 
         [DoRA: Weight-Decomposed Low-Rank Adaptation](https://arxiv.org/abs/2402.09353),

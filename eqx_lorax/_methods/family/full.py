@@ -17,6 +17,12 @@ class FullWeight(AbstractSidedWeight):
     zero. As a normal form it is a product with the identity, on the smaller side. To
     train weights without keeping their base, leave them out of the adapters and name
     them in `also` of `lorax.partition`.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="full", key=key)
+        ```
     """
 
     w: Weight

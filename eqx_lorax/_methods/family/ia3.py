@@ -25,6 +25,16 @@ class Ia3Weight(AbstractSidedWeight):
     By default it scales the outputs. Those of a layer with a bias are refused, because
     PEFT scales the bias too, which no weight can do.
 
+    **Options:**
+
+    - `scale_inputs`: Whether inputs are scaled. `False` by default.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="ia3", scale_inputs=True, key=key)
+        ```
+
     ??? cite
 
         [Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context

@@ -20,6 +20,12 @@ class LohaWeight(AbstractScaledWeight):
     - `b1`, `b2`: `(*batch, *rows, rank)`; `a1`, `a2`: `(*batch, rank, *columns)`. `a2`
       starts at zero, the others are uniform on `±1 / sqrt(fan_in)`.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="loha", rank=4, key=key)
+        ```
+
     ??? cite
 
         [FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated

@@ -24,6 +24,19 @@ class LokrWeight(AbstractScaledWeight):
     The update has a rank of up to that of `w1` times that of `w2`, and products cost
     as much as of plain LoRA with that rank.
 
+    **Options:**
+
+    - `decompose_factor`: The smaller size of each pair, or the next below that divides
+        the axis. By default, -1, the two sizes are as equal as can be.
+    - `decompose_both`: Whether `w1` is a product of two factors too, where the rank is
+        below half its size. `False` by default.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="lokr", rank=4, decompose_factor=4, key=key)
+        ```
+
     ??? cite
 
         [Navigating Text-to-Image Customization: From LyCORIS Fine-Tuning to Model

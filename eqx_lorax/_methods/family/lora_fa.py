@@ -19,6 +19,12 @@ class LoraFaWeight(AbstractScaledWeight):
     - `b`: `(*batch, *rows, rank)`,
     - `a`: `(*batch, rank, *columns)`.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="lora_fa", rank=8, key=key)
+        ```
+
     ??? cite
 
         [LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models

@@ -23,6 +23,17 @@ class LoraXsWeight(AbstractScaledWeight):
     - `core`: `(*batch, rank, rank)`,
     - `a`: `(*batch, rank, *columns)`.
 
+    **Options:**
+
+    - `iterations`: The power iterations of a randomised decomposition, for large
+        weights. By default it is exact.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="lora_xs", rank=8, key=key)
+        ```
+
     ??? cite
 
         [LoRA-XS: Low-Rank Adaptation with Extremely Small Number of

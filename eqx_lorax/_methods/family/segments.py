@@ -23,6 +23,18 @@ class SegmentsWeight(AbstractScaledWeight):
     `parts` is the number of parts, and `segments` are those that are adapted. The
     others stay as they are. As plain LoRA it has the rank of all segments together.
 
+    **Options:**
+
+    - `parts`: The number of parts.
+    - `segments`: The numbers of those that are adapted.
+
+    !!! example
+
+        ```python
+        # The query and the value of a projection to query, key and value.
+        qkv = lorax.loraify(qkv, method="segments", parts=3, segments=[0, 2], key=key)
+        ```
+
     ??? cite
 
         `MergedLinear(enable_lora=[True, False, True])` of

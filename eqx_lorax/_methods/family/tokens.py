@@ -22,6 +22,16 @@ class TokensWeight(AbstractSidedWeight):
     For new tokens append rows to the table first. The normal form has a frozen `b` with
     a single one in each column, of which a lookup computes only the rows that it needs.
 
+    **Options:**
+
+    - `indices`: The numbers of the rows.
+
+    !!! example
+
+        ```python
+        words = lorax.loraify(words, "weight", method="tokens", indices=[7, 8], key=key)
+        ```
+
     ??? cite
 
         PEFT's `trainable_token_indices`.

@@ -34,6 +34,17 @@ class VeraWeight(AbstractSidedWeight):
     The entries are uniform on `±sqrt(6 / fan_in)`, with the fan-in of the layer itself:
     PEFT takes that of the widest one.
 
+    **Options:**
+
+    - `seed`: Of the random factors, 0 by default.
+    - `d_initial`: Where the `rank_gain` starts, 0.1 by default.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, method="vera", rank=8, seed=0, key=key)
+        ```
+
     ??? cite
 
         [VeRA: Vector-based Random Matrix Adaptation](https://arxiv.org/abs/2310.11454),

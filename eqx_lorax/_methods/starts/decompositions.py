@@ -16,6 +16,13 @@ class Pissa(AbstractStart):
     """The largest singular values and vectors of the base: `b = U sqrt(S / scale)`,
     `a = sqrt(S / scale) Vᴴ`.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(model, init="pissa", key=key)
+        model = lorax.loraify(plain_model, init=lorax.Pissa(iterations=4), key=key)
+        ```
+
     **Arguments:**
 
     - `iterations`: By default the decomposition is exact. Otherwise it is the
@@ -46,6 +53,12 @@ class Pissa(AbstractStart):
 class Milora(AbstractStart):
     """The smallest singular values and vectors of the base.
 
+    !!! example
+
+        ```python
+        model = lorax.loraify(plain_model, init="milora", key=key)
+        ```
+
     ??? cite
 
         [MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM
@@ -62,6 +75,12 @@ class Milora(AbstractStart):
 @dataclasses.dataclass(frozen=True)
 class Olora(AbstractStart):
     """The first columns of `Q` and the first rows of `R`, where the base is `Q R`.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(plain_model, init="olora", key=key)
+        ```
 
     ??? cite
 
@@ -80,6 +99,12 @@ class Olora(AbstractStart):
 class Orthogonal(AbstractStart):
     """Two factors with orthogonal components, whose product is zero. The rank has to be
     even.
+
+    !!! example
+
+        ```python
+        model = lorax.loraify(plain_model, init="orthogonal", key=key)
+        ```
 
     ??? cite
 
