@@ -8,7 +8,7 @@ import nox
 
 
 nox.options.default_venv_backend = "venv"
-WHOLE = ("-m", "not interop and not nightly")
+WHOLE = ("-m", "not interop and not nightly and not site")
 # As users compile. Without optimisation XLA of JAX 0.12 has derivatives of `tanh` near
 # its limits that are off by more than some tests allow.
 OPTIMISED = {"LORAX_OPTIMISED": "1"}

@@ -1,19 +1,42 @@
-"""Every code block in the README and the docs is executed, page by page."""
+"""Every code block in the README and the docs is executed, page by page, and on the
+pages of the API the examples in docstrings too."""
 
+import functools
+import inspect
 import re
 import subprocess
 
 import pytest
 from paths import ROOT
 
+import eqx_lorax as lorax
+
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# The pages take a minute in all. What a page shows is tested elsewhere too.
+# The pages take more than a minute in all. What a page shows is tested elsewhere too.
 RUN = [
-    pytest.param(page, marks=[pytest.mark.heavy] * (page.parent == ROOT / "docs"))
+    pytest.param(page, marks=[pytest.mark.heavy] * (page.parent != ROOT))
     for page in PAGES
 ]
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(
+    r"^```python\n(.*?)^```|^::: lorax\.(\S+)$", re.MULTILINE | re.DOTALL
+)
+EXAMPLE = re.compile(r"^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+
+
+def find_entry(name):
+    """What `lorax.name` is. A class may leave an attribute to its subclasses."""
+    return functools.reduce(lambda x, y: getattr(x, y, None), name.split("."), lorax)
+
+
+def list_examples(entry):
+    """The examples in the docstrings of something public, and of what is in it."""
+    members = vars(entry).values() if inspect.isclass(entry) else ()
+    for documented in (entry, *filter(inspect.isfunction, members)):
+        is_own = inspect.isclass(documented) or inspect.isfunction(documented)
+        text = inspect.cleandoc(documented.__doc__ or "") if is_own else ""
+        for indent, code in EXAMPLE.findall(text):
+            yield re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
 
 
 @pytest.mark.own_errors
@@ -25,9 +48,13 @@ def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
     for block in blocks:
-        # So that a traceback shows the line in the page.
-        code = "\n" * (text[: block.start()].count("\n") + 1) + block[1]
-        exec(compile(code, str(page), "exec"), namespace)
+        if block[2] is None:
+            # So that a traceback shows the line in the page.
+            code = "\n" * (text[: block.start()].count("\n") + 1) + block[1]
+            exec(compile(code, str(page), "exec"), namespace)
+        else:
+            for code in list_examples(find_entry(block[2])):
+                exec(compile(code, f"lorax.{block[2]}", "exec"), namespace)
 
 
 def test_links_lead_somewhere():

@@ -1,8 +1,11 @@
 """Rules for every file. `test_floors.py` has those for rooms and sizes."""
 
 import ast
+import collections
 import inspect
+import operator
 import pkgutil
+import re
 import sys
 import textwrap
 
@@ -56,6 +59,35 @@ def test_public_names_only():
         if isinstance(node, ast.ImportFrom) and node.level:
             exported |= {alias.asname or alias.name for alias in node.names}
     assert names == exported
+
+
+API = sorted((ROOT / "docs" / "api").glob("*.md"))
+
+
+def _entries():
+    """The entries of the API pages, as they are called after `lorax.`."""
+    text = "\n".join(page.read_text() for page in API)
+    return re.findall(r"^::: lorax\.(\S+)$", text, re.MULTILINE)
+
+
+def test_every_public_name_is_on_one_api_page():
+    modules = {"constants", "peft", "quantised", "jaxtyping"}
+    names = [x for x in dir(lorax) if not x.startswith("_") and x not in modules]
+    names += [f"peft.{x}" for x in lorax.peft.__all__]
+    inner = vars(lorax.quantised).items()
+    names += [f"quantised.{x}" for x, value in inner if inspect.isfunction(value)]
+    found = [x for x in _entries() if not x.startswith("AbstractLoraWeight.")]
+    assert collections.Counter(found) == collections.Counter(names)
+
+
+def test_every_function_has_an_example():
+    # What a method defines is shown as a whole, on another page.
+    names = [x for x in _entries() if not x.startswith("AbstractLoraWeight.")]
+    entries = {name: operator.attrgetter(name)(lorax) for name in names}
+    functions = {x: y for x, y in entries.items() if inspect.isfunction(y)}
+    assert len(functions) > 40
+    for name, function in functions.items():
+        assert "!!! example" in (function.__doc__ or ""), name
 
 
 def _annotated(function):

@@ -1,0 +1,244 @@
+"""The site as its readers see it: in a browser, wide and narrow, light and dark.
+
+They need the extra `site`, and Chromium, as Debian has it.
+"""
+
+import functools
+import html.parser
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlsplit
+
+import pytest
+from paths import ROOT
+
+
+pytestmark = pytest.mark.site
+
+HOME = "/eqx-lorax/"
+SIZES = {"wide": (1280, 900), "narrow": (390, 844)}
+SCHEMES = {"light": "default", "dark": "slate"}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the built site: `LORAX_SITE`, or a new one."""
+    if given := os.environ.get("LORAX_SITE"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    subprocess.run([*command, "--site-dir", folder], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    """The paths of all pages, from the root of the site."""
+    found = [x.relative_to(site).as_posix() for x in site.rglob("*.html")]
+    sources = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    assert len(found) >= len(sources) > 30
+    return sorted(found)
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the site where its `site_url` has it, below `HOME`."""
+
+    def translate_path(self, path):
+        assert path.startswith(HOME), path
+        return super().translate_path("/" + path.removeprefix(HOME))
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def host(site):
+    """The address of a server of the site."""
+    handler = functools.partial(_Handler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path is not None, "Install Chromium: `apt-get install chromium`."
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=path, args=["--no-sandbox"]
+        )
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, host):
+    """A new tab, with a list of all that goes wrong in it."""
+    context = browser.new_context(color_scheme="light")
+    page = context.new_page()
+    wrong = []
+
+    def note_request(request):
+        if not request.url.startswith((host, "data:", "blob:")):
+            wrong.append(f"asks for {request.url}")
+
+    def note_response(response):
+        if response.status >= 400:
+            wrong.append(f"has no {response.url}")
+
+    page.on("request", note_request)
+    page.on("response", note_response)
+    page.on("pageerror", lambda error: wrong.append(f"raises {error}"))
+    page.on(
+        "console",
+        lambda message: (
+            wrong.append(f"says {message.text}")
+            if message.type in ("error", "warning")
+            else None
+        ),
+    )
+    yield page, wrong
+    context.close()
+
+
+# What a reader would have to scroll the page sideways for, or would never see.
+LOOK = """
+() => {
+  const width = document.documentElement.clientWidth, wrong = [];
+  if (document.documentElement.scrollWidth > width)
+    wrong.push(`is ${document.documentElement.scrollWidth} pixels wide`);
+  for (const image of document.images)
+    if (!image.complete || image.naturalWidth === 0)
+      wrong.push(`does not show ${image.src}`);
+  const scrolls = element => {
+    for (let x = element; x.tagName !== "ARTICLE"; x = x.parentElement)
+      if (["auto", "scroll"].includes(getComputedStyle(x).overflowX)) return true;
+    return false;
+  };
+  for (const element of document.querySelectorAll("article *")) {
+    const box = element.getBoundingClientRect();
+    if (box.width > 1 && box.right > width + 1 && !scrolls(element.parentElement)) {
+      wrong.push(`cuts <${element.tagName.toLowerCase()} class="${element.className}">`
+        + ` ${element.textContent.trim().slice(0, 60)}`);
+      break;
+    }
+  }
+  return wrong;
+}
+"""
+
+
+def test_every_page_fits_and_loads(pages, tab, host):
+    page, wrong = tab
+    problems = []
+    for path in pages:
+        wrong.clear()
+        page.goto(host + HOME + path.removesuffix("index.html"))
+        for scheme, name in SCHEMES.items():
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_selector(f"body[data-md-color-scheme={name}]")
+            for size, (width, height) in SIZES.items():
+                page.set_viewport_size({"width": width, "height": height})
+                found = page.evaluate(LOOK)
+                problems += [f"{path}, {size}, {scheme}: {x}" for x in found]
+        problems += [f"{path}: {x}" for x in wrong]
+    assert not problems, "\n" + "\n".join(problems)
+
+
+def test_a_choice_of_colours_is_kept(tab, host):
+    page, wrong = tab
+    page.goto(host + HOME)
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    for _ in range(2):  # from what the system has to light, and from there to dark
+        page.click("form[data-md-component=palette] label:not([hidden])")
+    page.wait_for_selector("body[data-md-color-scheme=slate]")
+    page.goto(host + HOME + "mental-model/")
+    page.wait_for_selector("body[data-md-color-scheme=slate]")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "words, where",
+    [
+        ("LoRA+", ("optimizers/", "recipes/")),
+        ("loraify", ("api/adapting/",)),
+        ("peft.save", ("api/peft/",)),
+        ("nf4", ("quantised/", "api/quantised/")),
+        ("on_materialise", ("api/functions/", "materialised/", "function-door/")),
+    ],
+)
+def test_search_finds(words, where, tab, host):
+    page, wrong = tab
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(host + HOME)
+    page.focus(".md-search__input")
+    page.wait_for_selector(".md-search-result__meta >> text=Type to start")
+    page.keyboard.type(words)
+    page.wait_for_selector(".md-search-result__link", timeout=10_000)
+    first = page.get_attribute(".md-search-result__link", "href")
+    path = urlsplit(urljoin(host + HOME, first)).path.removeprefix(HOME)
+    assert path in where, first
+    assert not wrong
+
+
+class _Reader(html.parser.HTMLParser):
+    """The anchors of a page, and what it refers to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.anchors, self.targets = {"", "__skip"}, []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.anchors |= {found[x] for x in ("id", "name") if found.get(x)}
+        names = {"a": "href", "img": "src", "link": "href", "script": "src"}
+        if tag in names and found.get(names[tag]):
+            self.targets.append(found[names[tag]])
+
+
+def test_links_and_anchors_lead_somewhere(site, pages):
+    read = {path: _Reader((site / path).read_text()) for path in pages}
+    problems, count = [], 0
+    for path, reader in read.items():
+        for target in reader.targets:
+            parts = urlsplit(urljoin(f"https://here{HOME}{path}", target))
+            if parts.netloc != "here" or parts.scheme != "https":
+                continue
+            count += 1
+            file = unquote(parts.path).removeprefix(HOME)
+            if file.endswith("/") or not file:
+                file += "index.html"
+            anchor = unquote(parts.fragment)
+            if not (site / file).is_file():
+                problems.append(f"{path}: {target} is nowhere")
+            elif anchor and file in read and anchor not in read[file].anchors:
+                problems.append(f"{path}: {target} has no such anchor")
+    assert count > 1000
+    assert not problems, "\n" + "\n".join(sorted(set(problems)))
+
+
+def test_api_pages_have_public_names_alone(site):
+    problems = []
+    for page in sorted((site / "api").rglob("*.html")):
+        for found in re.findall(r"eqx_lorax\._\w+[\w.]*", page.read_text()):
+            problems.append(f"{page.parent.name}: {found}")
+    assert not problems, "\n" + "\n".join(sorted(set(problems)))
+
+
+def test_names_in_text_are_links(site):
+    page = (site / "mental-model" / "index.html").read_text()
+    assert '<code><a class="lorax-name" href="../api/adapting/#lorax.loraify">' in page
+    text = re.sub(r"<(pre|h\d|a)\b.*?</\1>", "", page, flags=re.DOTALL)
+    assert "<p>" in text and "<code>lorax." not in text
