@@ -105,7 +105,7 @@ def loraify(
         from patterns to values: a target has the value of the first pattern that
         matches it or a container around it, and the default where none does.
     - `alpha`: The numerator of `scale = alpha / rank`. Defaults to the rank, so that
-        the scale is 1.
+        the scale is 1. (The default of `lorax.init_lora` is an `alpha` of 1.)
     - `dropout`: The probability with which inputs of the low-rank branch are dropped in
         linear layers and convolutions. Dropout needs keys: see `lorax.dropout_key`.
     - `init`: How `a` starts: `"uniform"` for `U(±1 / sqrt(fan_in))`, `"gaussian"` for

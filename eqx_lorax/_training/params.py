@@ -76,7 +76,9 @@ def init_lora(
     - `stddev`: The standard deviation of the factor `a`, which is normal. The factor
         `b` is zero, so that the fresh adapter adds exactly nothing.
     - `dtype`: The dtype of the factors.
-    - `alpha`: The update is `alpha / rank * (b · a)`.
+    - `alpha`: The update is `alpha / rank * (b · a)`. By default it is scaled by
+        `1 / rank`, as in jax-lorax. `lorax.loraify` scales by 1 by default, and so does
+        `alpha=rank` here.
     - `is_leaf`: See `jax.tree.map`.
     - `sharding`: The placement of the factors, see `lorax.loraify`. A `lorax.LoraSpec`
         may say it for its parameter. By default they inherit the sharding of the
