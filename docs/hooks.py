@@ -74,22 +74,26 @@ def _first_sentence(member: Any) -> str:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> str:
     """Links to files that are no pages lead to the repository. On API pages each entry
-    has its name without `lorax.` in the table of contents, and what is hidden is left
-    out: the code that the examples begin with."""
+    is below the heading before it, and has its name without `lorax.` in the table of
+    contents. What is hidden is left out: the code that the examples begin with."""
     markdown = _OUTSIDE.sub(rf"]({config.repo_url}/blob/main/\1", markdown)
     if not page.file.src_uri.startswith("api/"):
         return markdown
     if page.file.src_uri == "api/index.md":
         return markdown.replace("<!-- names -->", "\n".join(_list_names(config)))
 
-    def label(entry: re.Match[str]) -> str:
+    markdown = _HIDDEN.sub("", markdown)
+
+    def set_options(entry: re.Match[str]) -> str:
         name, options = entry.groups()
         if "options:" not in options:
             options = f"    options:\n{options}"
-        options = options.replace("options:\n", f"options:\n      toc_label: {name}\n")
+        level = 3 if "\n## " in markdown[: entry.start()] else 2
+        more = f"options:\n      toc_label: {name}\n      heading_level: {level}\n"
+        options = options.replace("options:\n", more)
         return f"::: lorax.{name}\n{options}"
 
-    return _ENTRY.sub(label, _HIDDEN.sub("", markdown))
+    return _ENTRY.sub(set_options, markdown)
 
 
 def _list_names(config: Any) -> list[str]:
@@ -109,6 +113,12 @@ def _list_names(config: Any) -> list[str]:
 
 def _is_member(name: str) -> bool:
     return "." in name and not name.split(".")[0].islower()
+
+
+def on_page_context(context: Any, page: Any, **kwargs: Any) -> None:
+    """A page that is alone in its section needs no list of the pages there."""
+    if page.parent is None:
+        page.meta.setdefault("hide", ["navigation"])
 
 
 def on_page_content(html: str, page: Any, **kwargs: Any) -> str:

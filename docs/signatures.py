@@ -222,7 +222,8 @@ def _add_init(target: griffe.Class) -> None:
 
 
 def _list_attributes(target: griffe.Class) -> None:
-    """Puts fields and properties into the docstring, as lists, out of the members."""
+    """Puts what `__init__` says into the docstring, and fields and properties as lists,
+    and takes these out of the members. Sources come last."""
     init = target.members.get("__init__")
     names = {x.name for x in init.parameters} if init is not None else set()
     listed: dict[str, list[str]] = {"**Arguments:**": [], "**Attributes:**": []}
@@ -238,6 +239,9 @@ def _list_attributes(target: griffe.Class) -> None:
         listed[title].append(f"- `{name}{type_}`: {text}")
     assert target.docstring is not None
     text, cite, sources = target.docstring.value.partition("??? cite")
+    if init is not None and init.docstring is not None:
+        text = text.rstrip() + "\n\n" + init.docstring.value + "\n\n"
+        init.docstring = None
     for title, lines in listed.items():
         if lines:
             text = text.rstrip() + "\n\n" + "\n".join([title, "", *lines]) + "\n\n"

@@ -53,7 +53,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         assert path.startswith(HOME), path
         return super().translate_path("/" + path.removeprefix(HOME))
 
-    def log_message(self, *args):
+    def log_message(self, format, *args):
         pass
 
 
