@@ -37,6 +37,8 @@ from ._functions import (
 )
 from ._inspection import (
     allocate_ranks as allocate_ranks,
+    Info as Info,
+    info as info,
     quantisation_error as quantisation_error,
     QuantisationError as QuantisationError,
     Spectra as Spectra,

@@ -150,10 +150,15 @@ def _measure(place: Place, other: Place) -> TargetError:
     return TargetError(
         path=place.dotted,
         shape=tuple(place.node.shape),
-        format=base.format.name if is_quantised(base) else jnp.dtype(base.dtype).name,
+        format=name_format(base),
         error=_ratio(lost, size),
         update_error=_ratio(lost, update) if is_weight(other.node) else None,
     )
+
+
+def name_format(base: Any) -> str:
+    """How an array is stored: a format of `lorax.quantise`, or a dtype."""
+    return base.format.name if is_quantised(base) else jnp.dtype(base.dtype).name
 
 
 def _ratio(x: float, y: float) -> float:
