@@ -10,11 +10,18 @@ import equinox as eqx
 import jax
 import jax.lax as lax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
 from .._factored import Factored
 from .._methods import FactoredWeight, is_weight, list_weights, LoraWeight
-from .._shared import accumulation_dtype, as_array, check_real, multiply, promote
+from .._shared import (
+    accumulation_dtype,
+    as_array,
+    check_real,
+    multiply,
+    promote,
+    PyTree,
+)
 from .._trees import Place, Places, rebuild
 from .aligned import find_base_arrays, find_rank_axis, Weights
 from .many import stack

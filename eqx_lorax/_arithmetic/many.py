@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, ArrayLike
 
 from .._methods import AbstractLoraWeight, is_missing, is_weight, LoraWeight
-from .._shared import as_array, check_real, create, known_sharding, zeros
+from .._shared import as_array, check_real, create, known_sharding, PyTree, zeros
 from .aligned import align, find_base_array, find_base_arrays, share_rank
 
 

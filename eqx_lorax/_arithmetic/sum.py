@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from .._methods import is_missing, LoraWeight
-from .._shared import accumulation_dtype, check_real, multiply, promote, zeros
+from .._shared import accumulation_dtype, check_real, multiply, promote, PyTree, zeros
 from .aligned import (
     align,
     Column,

@@ -7,12 +7,12 @@ from typing import Any, get_args, Literal, TypeAlias
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from .._functions import lora
 from .._methods import check_key
 from .._modules import PerTarget
-from .._shared import follow, is_array, is_inexact, list_some
+from .._shared import follow, is_array, is_inexact, list_some, PyTree
 from .._trees import Filter, LoraSpec, SpecValue
 from .calibration import Calibration
 from .records import GradientRecord, InputRecord

@@ -8,7 +8,7 @@ import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._arithmetic import (
     as_matrices,
@@ -20,7 +20,7 @@ from .._arithmetic import (
 )
 from .._factored import Factored, is_factored
 from .._methods import check_whole, is_weight, unfuse
-from .._shared import follow
+from .._shared import follow, PyTree
 from .._trees import Place, Places
 from .spectrum import Spectra, TargetSpectrum
 

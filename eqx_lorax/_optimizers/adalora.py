@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._methods import AdaLoraWeight, is_weight, unfuse
-from .._shared import accumulation_dtype, as_array, is_array
+from .._shared import accumulation_dtype, as_array, is_array, PyTree
 from .budget import Budget
 from .importance import keep_best, list_parts, score, smooth
 from .trees import (

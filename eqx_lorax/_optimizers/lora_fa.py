@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._methods import is_weight, list_weights, LoraFaWeight, unfuse
+from .._shared import PyTree
 from .gram import adjoint, Gram, identity_like
 from .trees import (
     as_before,

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import PyTree
 
 from .._methods import AbstractLoraWeight
-from .._shared import is_inexact, multiply
+from .._shared import is_inexact, multiply, PyTree
 from .trees import (
     list_output_factors,
     map_weights_with_outputs,

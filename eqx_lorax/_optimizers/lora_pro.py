@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._methods import LoraWeight, RelativeLoraWeight, unfuse
+from .._shared import PyTree
 from .gram import adjoint, Gram, invert
 from .trees import (
     as_before,

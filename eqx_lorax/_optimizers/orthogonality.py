@@ -3,9 +3,10 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._methods import AdaLoraWeight, list_weights, unfuse
+from .._shared import PyTree
 from .gram import adjoint, identity_like
 from .trees import column_matrices, has_arrays, row_matrices
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from .._layers import find_layer, is_layer
 from .._methods import (
@@ -17,7 +17,7 @@ from .._methods import (
     list_weights,
     unfuse,
 )
-from .._shared import accumulation_dtype, explicit_sharding, is_inexact, unshard
+from .._shared import accumulation_dtype, explicit_sharding, is_inexact, PyTree, unshard
 
 
 Side: TypeAlias = Literal["rows", "columns"]

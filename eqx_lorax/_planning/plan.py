@@ -8,7 +8,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import optax
-from jaxtyping import PyTree
 
 from .._methods import check_whole
 from .._modules import remove_keys
@@ -21,6 +20,7 @@ from .._shared import (
     local_shape,
     mesh_axes,
     plan_optimizer_state,
+    PyTree,
 )
 from .._training import format_bytes, partition
 from .._trees import Filter

@@ -17,6 +17,7 @@ from .arrays import (
     is_traced as is_traced,
     multiply as multiply,
     promote as promote,
+    PyTree as PyTree,
     zeros as zeros,
 )
 from .compat import (

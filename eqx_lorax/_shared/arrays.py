@@ -10,6 +10,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
 
+# Any tree. The one of jaxtyping is unknown to type checkers, and in strict mode they
+# say so of every call. What is in the brackets is checked at run time alone.
+if TYPE_CHECKING:
+    from typing_extensions import TypeAliasType, TypeVar
+
+    _Leaf = TypeVar("_Leaf", default=Any)
+    PyTree = TypeAliasType("PyTree", Any, type_params=(_Leaf,))
+else:
+    from jaxtyping import PyTree as PyTree
+
+
 # An array to type checkers. At run time it may also be NumPy's, as in models just read
 # from a file, or only its shape and dtype, as in abstract models.
 if TYPE_CHECKING:

@@ -8,9 +8,8 @@ import jax
 import jax.tree_util as jtu
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import PyTree
 
-from .arrays import is_array
+from .arrays import is_array, PyTree
 from .sharding import mesh_names
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import optax
-from jaxtyping import PyTree
 
 from .._methods import is_packed, is_weight
+from .._shared import PyTree
 from .._trees import LORA_FREEZE, LORA_FULL, map_spec, SpecValue
 
 

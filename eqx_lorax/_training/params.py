@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax.typing import DTypeLike
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from .._factored import Factored, stands_for_array
 from .._methods import (
@@ -29,7 +29,7 @@ from .._methods import (
     resolve_init,
 )
 from .._modules import has_gate, PerTarget, unloraify
-from .._shared import as_array, is_array, is_inexact, list_some, Placement
+from .._shared import as_array, is_array, is_inexact, list_some, Placement, PyTree
 from .._trees import (
     explain_no_match,
     LORA_FREEZE,

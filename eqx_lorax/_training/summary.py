@@ -10,7 +10,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
 
 from .._factored import is_factored
 from .._methods import (
@@ -33,6 +32,7 @@ from .._shared import (
     list_arrays,
     name_group,
     plan_optimizer_state,
+    PyTree,
     star_numbers,
 )
 from .._trees import Filter, Place, Places

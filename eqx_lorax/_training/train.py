@@ -3,16 +3,15 @@ tree that is differentiated."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, overload, ParamSpec, TypeVar
 
 import equinox as eqx
 import jax
-from jaxtyping import PyTree
 
 from .._layers import is_layer
 from .._methods import check_whole, is_packed, is_weight
 from .._modules import without_gates
-from .._shared import is_inexact, list_some
+from .._shared import is_inexact, list_some, PyTree
 from .._trees import (
     exclude_places,
     Filter,
@@ -26,6 +25,8 @@ from .._trees import (
 
 
 _Model = TypeVar("_Model")
+_Parameters = ParamSpec("_Parameters")
+_Value = TypeVar("_Value")
 
 
 def trainable(
@@ -122,6 +123,28 @@ def partition(
     return eqx.partition(model, trainable(model, also, exclude=exclude))
 
 
+@overload
+def filter_value_and_grad(
+    fun: Callable[_Parameters, _Value],
+    *,
+    also: Filter = None,
+    exclude: Filter = None,
+    has_aux: bool = False,
+) -> Callable[_Parameters, tuple[_Value, Any]]: ...
+
+
+@overload
+def filter_value_and_grad(
+    fun: None = None,
+    *,
+    also: Filter = None,
+    exclude: Filter = None,
+    has_aux: bool = False,
+) -> Callable[
+    [Callable[_Parameters, _Value]], Callable[_Parameters, tuple[_Value, Any]]
+]: ...
+
+
 def filter_value_and_grad(
     fun: Callable[..., Any] | None = None,
     *,
@@ -177,6 +200,26 @@ def filter_value_and_grad(
         return transformed(params, *args, **kwargs)
 
     return value_and_grad
+
+
+@overload
+def filter_grad(
+    fun: Callable[_Parameters, Any],
+    *,
+    also: Filter = None,
+    exclude: Filter = None,
+    has_aux: bool = False,
+) -> Callable[_Parameters, Any]: ...
+
+
+@overload
+def filter_grad(
+    fun: None = None,
+    *,
+    also: Filter = None,
+    exclude: Filter = None,
+    has_aux: bool = False,
+) -> Callable[[Callable[_Parameters, Any]], Callable[_Parameters, Any]]: ...
 
 
 def filter_grad(

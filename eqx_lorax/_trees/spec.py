@@ -6,10 +6,9 @@ from typing import Any, cast, TypeAlias
 
 import jax
 import numpy as np
-from jaxtyping import PyTree
 
 from .._factored import stands_for_array
-from .._shared import axes_from_end, Placement
+from .._shared import axes_from_end, Placement, PyTree
 from .places import flatten_one_level
 
 

@@ -129,7 +129,8 @@ def test_public_signatures_have_public_types():
         module = sys.modules[inspect.unwrap(function).__module__]
         types = _annotated(function) & _ours(module)
         where = f"{function.__module__}.{function.__name__}"
-        for name in types - {"Weights"}:  # The coefficients of `weighted_sum`.
+        # The coefficients of `weighted_sum`, and what is that of jaxtyping.
+        for name in types - {"Weights", "PyTree"}:
             assert name in public, f"{where}: {name}"
             assert f"{name}\n" in pages, f"{name} has no page"
 
@@ -144,6 +145,7 @@ def test_core_imports_only_what_it_declares():
         "jaxtyping",
         "numpy",
         "wadler_lindig",  # Equinox prints with it.
+        "typing_extensions",  # For type checkers alone, which have it.
         "orbax",
         "matplotlib",  # The extra `plots`.
         "tqdm",  # For a progress bar, where it is installed.
