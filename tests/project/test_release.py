@@ -136,10 +136,9 @@ def test_the_wheel_in_a_clean_environment(built, tmp_path):
 @pytest.mark.processes
 def test_the_source_has_what_its_tests_need(built):
     source, _ = built
-    which = "not heavy and not interop and not nightly and not processes"
     tests = [sys.executable, "-m", "pytest", "-n", "0", "-q", "tests/project"]
     run = subprocess.run(
-        [*tests, "-m", which, "-k", "not code_blocks", "-p", "no:cacheprovider"],
+        [*tests, "-k", "not code_blocks and not test_running"],
         cwd=source,
         capture_output=True,
         text=True,
