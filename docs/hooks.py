@@ -22,6 +22,8 @@ _ENTRY = re.compile(r"^::: lorax\.(\S+)\n((?:    .*\n|\n(?=    ))*)", re.MULTILI
 _HIDDEN = re.compile(r"^<!--\n```python\n.*?^-->\n", re.MULTILINE | re.DOTALL)
 _OUTSIDE = re.compile(r"\]\((?:\.\./)+((?:examples|benchmarks|tests)/|[A-Z]+\.md)")
 _NAME = re.compile(r"(?<![\w.])lorax(?:\.[A-Za-z_]\w*)+")
+# On API pages classes and types are also known without `lorax.`.
+_NAME_IN_API = re.compile(rf"{_NAME.pattern}|(?<![\w.\"'])[A-Z]\w+(?![\w\"'])")
 _TAG = re.compile(r"<(/?)([a-zA-Z][\w-]*)((?:\"[^\"]*\"|'[^']*'|[^>\"'])*)>")
 _ID = re.compile(r'\sid="(lorax\.[^"]+)"')
 _PRIVATE = re.compile(r'\stitle="eqx_lorax\.[^"]*"| \(eqx_lorax\._[^)"]*\)(?=")')
@@ -89,7 +91,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **kwargs: Any) -> st
         if "options:" not in options:
             options = f"    options:\n{options}"
         level = 3 if "\n## " in markdown[: entry.start()] else 2
-        more = f"options:\n      toc_label: {name}\n      heading_level: {level}\n"
+        label = name.split(".")[-1] if _is_member(name) else name
+        more = f"options:\n      toc_label: {label}\n      heading_level: {level}\n"
         options = options.replace("options:\n", more)
         return f"::: lorax.{name}\n{options}"
 
@@ -138,10 +141,11 @@ def on_post_page(output: str, page: Any, **kwargs: Any) -> str:
 def link_names(html: str, url: str, source: str) -> str:
     """`html` with links at the names in inline code."""
     pieces, position, left_alone, in_code = [], 0, 0, 0
+    names = _NAME_IN_API if source.startswith("api/") else _NAME
     for tag in [*_TAG.finditer(html), None]:
         text = html[position : tag.start() if tag else None]
         if in_code and not left_alone:
-            text = _NAME.sub(lambda name: _link(name[0], url, source), text)
+            text = names.sub(lambda name: _link(name[0], url, source), text)
         pieces.append(text)
         if tag is None:
             break
@@ -153,15 +157,17 @@ def link_names(html: str, url: str, source: str) -> str:
     return "".join(pieces)
 
 
-def _link(name: str, url: str, source: str) -> str:
+def _link(text: str, url: str, source: str) -> str:
+    name = text if text.startswith("lorax.") else f"lorax.{text}"
     if name not in _names:
-        log.warning(f"{source}: `{name}` does not exist.")
-        return name
+        if name == text:
+            log.warning(f"{source}: `{name}` does not exist.")
+        return text
     # An attribute has no entry of its own: its class has it.
     for found in (name, name.rpartition(".")[0]):
         if found in _entries:
             page, anchor = _entries[found]
             path = "" if page == url else get_relative_url(page, url)
-            return f'<a class="lorax-name" href="{path}#{anchor}">{name}</a>'
+            return f'<a class="lorax-name" href="{path}#{anchor}">{text}</a>'
     log.warning(f"{source}: `{name}` has no entry on an API page.")
-    return name
+    return text

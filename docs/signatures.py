@@ -166,7 +166,10 @@ class _Found:
             return name
         if name.name in SHOWN:
             return _parse(SHOWN[name.name], self.collection["eqx_lorax"])
-        found = self.final(path)
+        try:
+            found = self.final(path)
+        except griffe.AliasResolutionError:  # of another package
+            return griffe.ExprName(name.name)
         if found.path in self.public:
             return name
         if name.name.startswith("_"):  # a type variable

@@ -6,6 +6,7 @@ They need the extra `site`, and Chromium, as Debian has it.
 import functools
 import html.parser
 import http.server
+import importlib.util
 import os
 import re
 import shutil
@@ -235,6 +236,54 @@ def test_api_pages_have_public_names_alone(site):
         for found in re.findall(r"eqx_lorax\._\w+[\w.]*", page.read_text()):
             problems.append(f"{page.parent.name}: {found}")
     assert not problems, "\n" + "\n".join(sorted(set(problems)))
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """The hooks of the site, after a build that knows of one entry."""
+    path = ROOT / "docs" / "hooks.py"
+    spec = importlib.util.spec_from_file_location("site_hooks", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._names |= {"lorax.plan": "", "lorax.Plan": "", "lorax.Plan.total": ""}
+    for name in ("lorax.plan", "lorax.Plan"):
+        module._entries[name] = ("api/planning/", name)
+    return module
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        ("<p><code>lorax.plan</code>", "<p><code>@lorax.plan</a></code>"),
+        ("<code>lorax.plan(loss)</code>", "<code>@lorax.plan</a>(loss)</code>"),
+        ("<code>lorax.Plan.total</code>", "<code>@lorax.Plan.total</a></code>"),
+        ("<p>lorax.plan", None),
+        ("<h2><code>lorax.plan</code></h2>", None),
+        ("<pre><code>lorax.plan</code></pre>", None),
+        ('<a href="x"><code>lorax.plan</code></a>', None),
+        ("<code>eqx_lorax.plan</code>", None),
+        ("<code>Plan</code>", None),
+    ],
+)
+def test_a_name_becomes_a_link(given, expected, hooks, caplog):
+    html = hooks.link_names(given, "speed/", "speed.md")
+    link = re.compile(r'<a class="lorax-name" href="../api/planning/#lorax.[pP]lan">')
+    assert link.sub("@", html) == (expected or given)
+    assert not caplog.records
+
+
+def test_api_pages_know_classes_by_their_short_names(hooks):
+    html = hooks.link_names("<code>held: Plan</code>", "api/x/", "api/x.md")
+    assert html.count("<a ") == 1 and 'href="../planning/#lorax.Plan"' in html
+
+
+def test_a_name_that_does_not_exist_is_told(hooks, caplog):
+    given = "<code>lorax.plann</code>"
+    assert hooks.link_names(given, "speed/", "speed.md") == given
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name.startswith("mkdocs.")
+    assert record.getMessage() == "speed.md: `lorax.plann` does not exist."
 
 
 def test_names_in_text_are_links(site):
