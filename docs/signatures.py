@@ -27,9 +27,9 @@ SHOWN = {
 
 # Classes that are made by functions of the library, so that no call of them is shown.
 RESULTS = {
-    *("Calibration", "Fresh", "HeldArrays", "KeyPath", "Plan", "QuantisationError"),
-    *("QuantisedArray", "Spectra", "StepBound", "Summary", "TargetError"),
-    *("TargetSpectrum", "TargetSummary"),
+    *("Calibration", "Fresh", "HeldArrays", "Info", "KeyPath", "Plan"),
+    *("QuantisationError", "QuantisedArray", "Spectra", "StepBound", "Summary"),
+    *("TargetError", "TargetSpectrum", "TargetSummary"),
 }
 
 # Of some classes not all attributes are for users.

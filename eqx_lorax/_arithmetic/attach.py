@@ -24,7 +24,7 @@ _Path = tuple[str, ...]
 
 
 def attach(model: _Model, params: Any) -> _Model:
-    """`model` with an adapter in the place of those that it has, if any.
+    """Puts an adapter into a model, and takes out those that are there.
 
     The adapter may have been made with other settings and for other targets than those
     of `model`: rank, alpha, dtype and targets of the result are its own, and so is

@@ -72,8 +72,8 @@ def as_lora(model: Any, rank: int | None = None, *, return_error: bool = False) 
 
     **Returns:**
 
-    The model, each adapted weight of which is a `lorax.LoraWeight` on the base array
-    itself, with factors in the dtypes that they had. With `return_error` also a
+    The model. Each adapted weight is a `lorax.LoraWeight` on the base array itself,
+    with factors in the dtypes that they had. With `return_error` also a
     dictionary from the path of each weight to what it has lost, relative to the
     Frobenius norm of its update (over all layers of a stack); it is zero where nothing
     was approximated. Without it, a loss of more than a percent is told by a

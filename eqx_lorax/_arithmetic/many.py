@@ -40,7 +40,7 @@ def scale(adapter: _Adapter, factor: ArrayLike) -> _Adapter:
 
     **Returns:**
 
-    An adapter of the same structure: it can be used in the place of the other without
+    An adapter of the same structure: it can be used instead of the other one without
     compiling anything again. Its `b` is rounded once, to the dtype that it had.
     """
     factor = as_array(factor)

@@ -114,9 +114,9 @@ def weighted_sum(
 
     **Raises:**
 
-    `ValueError` if the adapters are not of one model, if anything else than factors was
-    trained, differs, and there is no `base`, or if an argument is out of range or for
-    another method.
+    `ValueError` if the adapters are not of one model, if something other than factors
+    was trained, differs, and there is no `base`, or if an argument is out of range or
+    for another method.
 
     !!! note
 

@@ -18,7 +18,7 @@ from .formats import Format
 
 
 class QuantisedArray(AbstractQuickModule):
-    """Stands for an array of floats, of which it holds a few bits an entry.
+    """Stands for an array of floats. It holds a few bits for each entry.
 
     The last axes, `inner`, are one row of entries after another, in blocks. The entries
     of a block share a scale, and in some formats an offset. The axes before them lead

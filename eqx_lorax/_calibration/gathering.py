@@ -80,12 +80,12 @@ def calibrate(
     - `filter`, `exclude`: What is measured, as in `lorax.loraify`.
     - `rank`: The ranks to come, as in `lorax.loraify`. Their axes have to be those. Of
         gradients, the directions for twice the rank are kept.
-    - `spec`: For trees of parameters, in the place of the three above: as in
+    - `spec`: For trees of parameters, instead of the three above: as in
         `lorax.init_lora`.
     - `gather`: `"inputs"`, `"gradients"` or both. EVA, CorDA and
         `Calibration.allocate_ranks` need inputs, LoRA-GA needs gradients.
     - `sketch`: Of inputs of a larger size only the product `Σ x xᵀ Ω` with a random
-        matrix of so many columns is kept, `size · sketch` numbers in the place of
+        matrix of so many columns is kept, `size · sketch` numbers instead of
         `size²`. Use twice the largest rank or more. By default all is kept.
     - `key`: A `jax.random.key` for random matrices. Only inputs without a sketch need
         none.

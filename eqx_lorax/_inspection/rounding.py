@@ -97,8 +97,8 @@ def quantisation_error(model: Any, reference: Any) -> QuantisationError:
 
     **Arguments:**
 
-    - `model`: A model, or a tree of parameters, with or without adapters, of which each
-        weight counts as a whole.
+    - `model`: A model, or a tree of parameters, with or without adapters. Each weight
+        counts as a whole, with its adapter.
     - `reference`: Another one with the same paths.
 
     **Returns:**
@@ -110,7 +110,7 @@ def quantisation_error(model: Any, reference: Any) -> QuantisationError:
     **Raises:**
 
     `ValueError` if there is no such weight, if one is not in both, if there are shapes
-    in the place of numbers, or if either is a part of `lorax.partition`.
+    instead of numbers, or if either is a part of `lorax.partition`.
     """
     check_whole(model, "lorax.quantisation_error({}, reference)")
     check_whole(reference, "lorax.quantisation_error(model, {})", "reference")

@@ -16,7 +16,7 @@ from .forwarding import (
 
 
 class AbstractLoraLayer(AbstractOpaque):
-    """A layer in the place of a module, some of whose arrays are adapted.
+    """A layer that replaces a module with adapted arrays.
 
     The layer passes for the module: attributes and `isinstance` answer as the module
     does.

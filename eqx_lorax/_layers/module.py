@@ -11,7 +11,7 @@ from .layer import AbstractLoraLayer
 
 
 class LoraModule(AbstractLoraLayer):
-    """Any other module with factored weights in the place of some of its arrays.
+    """Any other module. Factored weights replace some of its arrays.
 
     It runs the module's own code through `lorax.lora`: calls, other methods, properties
     and operators such as `len`, `[]` and `@`. Weights stay factored where that code

@@ -60,7 +60,7 @@ def quantise(
     - `filter`: What is quantised, as in `lorax.loraify`. `None` is for every
         `equinox.nn.Linear` and convolution. In a tree without any module it is for
         every array of two axes or more.
-    - `format`: For weights of which the largest in each block, or channel, is `m`:
+    - `format`: How a weight is stored. `m` is the largest one in its block, or channel:
         - `"nf4"`: sixteen quantiles of the normal distribution times `m`, 0.5625 bytes
             a weight. Relative error 0.09 for normal weights.
         - `"fp4"`: floats of four bits times `m`; error 0.12.
@@ -190,7 +190,7 @@ def _fit(
 
 
 def dequantise(model: _Model) -> _Model:
-    """The model with arrays in the place of quantised ones, also beneath adapters.
+    """Replaces quantised arrays by plain ones, also beneath adapters.
 
     !!! example
 

@@ -86,7 +86,7 @@ def init_lora(
     - `method`: The name of a method, or its class, see `lorax.loraify`, or a mapping
         from patterns to these: a parameter has the method of the first pattern that
         matches its path or a part of the tree around it, and LoRA where none does.
-    - `init`: How the factors start, see `lorax.loraify`, in the place of `stddev`.
+    - `init`: How the factors start, see `lorax.loraify`. It replaces `stddev`.
     - `options`: Those of the method, see `lorax.loraify`.
 
     **Returns:**
@@ -233,7 +233,7 @@ def split_lora_params(params: PyTree, spec: PyTree[SpecValue]) -> PyTree:
     **Raises:**
 
     `ValueError` if the spec does not fit the tree, or if there is a mixture out of a
-    `lorax.AdapterBank` or a scaled weight, of which more than the factors is needed.
+    `lorax.AdapterBank` or a scaled weight: these need more than their factors.
     """
 
     def keep(path: str, x: Any, spec: SpecValue) -> Any:

@@ -11,10 +11,10 @@ from ..weight import Weight
 
 
 class LoraFaWeight(AbstractScaledWeight):
-    """`w + scale * (b · a)`, of which only `b`, which starts at zero, is trained.
+    """`w + scale * (b · a)`, where only `b` is trained. It starts at zero.
 
     Half as many numbers are trained, and the backward pass needs only the `rank` hidden
-    numbers of each input in the place of the input itself.
+    numbers of each input instead of the input itself.
 
     - `b`: `(*batch, *rows, rank)`,
     - `a`: `(*batch, rank, *columns)`.

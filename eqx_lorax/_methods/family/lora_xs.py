@@ -13,7 +13,7 @@ from ..weight import Weight
 
 
 class LoraXsWeight(AbstractScaledWeight):
-    """`w + scale * (b · core · a)`, of which only the `core` is trained.
+    """`w + scale * (b · core · a)`, where only the `core` is trained.
 
     `b` is the leading left singular vectors of the base times their singular values,
     and `a` the right ones. The `core` starts at zero, so `rank²` numbers are trained,

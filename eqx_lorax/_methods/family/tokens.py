@@ -14,13 +14,13 @@ from ..weight import Weight
 
 
 class TokensWeight(AbstractSidedWeight):
-    """A table of which some rows are trained: `w`, plus `delta` in those rows.
+    """A table with some trained rows: `w`, plus `delta` in those rows.
 
     - `delta`: `(*batch, tokens, *columns)`, starts at zero;
     - `indices`: the numbers of those rows.
 
     For new tokens append rows to the table first. The normal form has a frozen `b` with
-    a single one in each column, of which a lookup computes only the rows that it needs.
+    a single one in each column. A lookup computes only the rows that it needs.
 
     **Options:**
 
