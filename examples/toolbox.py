@@ -300,7 +300,7 @@ def plot_losses(axes: "Axes", losses: Sequence[float]) -> None:
     """Plots the loss of each step, with a smoothed curve."""
     steps = np.arange(1, len(losses) + 1)
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1, label="batch")
-    axes.plot(steps, _smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
+    axes.plot(steps, smooth(losses), color="tab:blue", linewidth=2, label="smoothed")
     axes.set(xlabel="Step", ylabel="Cross-entropy", xlim=(0, len(losses)))
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.25)
@@ -328,7 +328,7 @@ def save_figure(figure: "Figure", file: Path) -> None:
     FigureCanvasAgg(figure).print_png(str(file))
 
 
-def _smooth(losses: Sequence[float]) -> np.ndarray:
+def smooth(losses: Sequence[float]) -> np.ndarray:
     """The mean under a centred Gaussian with a fortieth of the length, so without a
     lag."""
     steps = np.arange(len(losses))

@@ -1,0 +1,136 @@
+"""The tutorials run at small size, and their notebooks are those of the programs."""
+
+import base64
+import importlib.util
+import json
+import runpy
+import sys
+
+import pytest
+from paths import ROOT
+
+
+FOLDER = ROOT / "docs" / "tutorials"
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _load("make")
+SOURCES = make.SOURCES
+# What needs no data and no package but the extras of the tests.
+PLAIN = {"eight-devices"}
+RUN = [
+    pytest.param(
+        source,
+        marks=pytest.mark.heavy if source.stem in PLAIN else pytest.mark.interop,
+        id=source.stem,
+    )
+    for source in SOURCES
+]
+
+
+@pytest.mark.eight_devices
+@pytest.mark.own_errors
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("source", RUN)
+def test_program(source, tmp_path, monkeypatch, as_for_users):
+    import matplotlib.pyplot as plt
+
+    monkeypatch.setenv("LORAX_SMALL", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    plt.switch_backend("agg")
+    try:
+        names = runpy.run_path(str(source))
+        assert names["SMALL"] and plt.get_fignums()
+    finally:
+        plt.close("all")
+
+
+def test_there_is_a_notebook_for_each_program():
+    notebooks = {file.stem for file in FOLDER.glob("*.ipynb")}
+    assert notebooks == {source.stem for source in SOURCES} and notebooks
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_notebook(source):
+    """It was made from this program, by a run that came to its end."""
+    file = source.with_suffix(".ipynb")
+    found, expected = json.loads(file.read_text()), make.notebook(source)
+    kept = "id", "cell_type", "source"
+    assert [{key: _joined(cell[key]) for key in kept} for cell in found["cells"]] == [
+        {key: cell[key] for key in kept} for cell in expected["cells"]
+    ]
+    code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in code)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert {output["output_type"] for output in outputs} <= {
+        "stream",
+        "display_data",
+        "execute_result",
+    }
+    assert any("image/svg+xml" in output.get("data", {}) for output in outputs)
+    assert file.stat().st_size < 300_000
+
+
+def _joined(text):
+    return text if isinstance(text, str) else "".join(text)
+
+
+def test_cells():
+    text = """# %% [markdown]
+# # A title
+#
+# Text.
+
+# %%
+import a
+
+
+# %% tags=["picture"]
+b = 1
+"""
+    assert make.cells(text) == [
+        ("markdown", "# A title\n\nText.", []),
+        ("code", "import a", []),
+        ("code", "b = 1", ["picture"]),
+    ]
+
+
+def test_page():
+    """What the site shows of a notebook."""
+    text, png = "A #333333 line on #ffffff.", base64.b64encode(b"dots").decode()
+    outputs = [
+        [{"output_type": "stream", "text": ["1\n", "2\n"]}],
+        [
+            {"output_type": "execute_result", "data": {"text/plain": ["3"]}},
+            {"output_type": "display_data", "data": {"image/svg+xml": [text]}},
+            {"output_type": "display_data", "data": {"image/png": png}},
+        ],
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": "# A title\n\nText.", "metadata": {}},
+        {"cell_type": "code", "source": "a", "metadata": {}},
+        {"cell_type": "code", "source": "b", "metadata": {"tags": ["picture"]}},
+    ]
+    for cell, output in zip(cells[1:], outputs):
+        cell["outputs"] = output
+    page, pictures = _load("pages").page({"cells": cells}, "name")
+    assert page.startswith("# A title\n\nText.\n\n[Download")
+    assert "(download/name.ipynb)" in page
+    assert "```python\na\n```\n\n```{ .text .output .no-copy }\n1\n2\n```" in page
+    assert "    ```python\n    b\n    ```" in page and "3\n```" in page
+    assert page.count("](name/1-dark.svg#only-dark)") == 1
+    assert pictures == {
+        "name/1-light.svg": b"A #333333 line on none.",
+        "name/1-dark.svg": b"A #d9dbe0 line on none.",
+        "name/2-light.png": b"dots",
+        "name/2-dark.png": b"dots",
+    }
