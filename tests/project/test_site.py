@@ -139,6 +139,29 @@ LOOK = """
 """
 
 
+@pytest.mark.parametrize(
+    "content, problems",
+    [
+        ("<p>short</p>", []),
+        ("<div style='overflow: auto'><p style='width: 3000px'>x</p></div>", []),
+        ("<p style='width: 3000px'>x</p>", ["is 3008 pixels wide", "cuts <p"]),
+        (
+            "<div style='overflow: hidden'><p style='width: 3000px'>x</p></div>",
+            ["cuts"],
+        ),
+        ("<img src='/eqx-lorax/nowhere.png'>", ["does not show"]),
+    ],
+)
+def test_what_is_wrong_is_seen(content, problems, tab, host):
+    page, wrong = tab
+    page.goto(host + HOME)
+    page.set_content(f"<!doctype html><article>{content}</article>")
+    found = page.evaluate(LOOK)
+    assert len(found) == len(problems)
+    assert all(x.startswith(y) for x, y in zip(found, problems))
+    assert bool(wrong) == ("img" in content)
+
+
 def test_every_page_fits_and_loads(pages, tab, host):
     page, wrong = tab
     problems = []
