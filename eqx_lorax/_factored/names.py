@@ -77,7 +77,7 @@ class _Policy:
 
     def __call__(self, primitive: Any, *avals: Any, **params: Any) -> bool:
         match primitive.name:
-            case "dot_general":
+            case "dot_general" | "lorax_multiply_vector":
                 _, batch = params["dimension_numbers"]
                 return self.keeps_attention or not batch[0]
             case "conv_general_dilated":

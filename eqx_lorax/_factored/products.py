@@ -27,6 +27,8 @@ from .primitives import (
     apart_on_cpu,
     convolve_depthwise,
     is_depthwise,
+    is_small_product,
+    multiply_vector,
     product_with_factor,
 )
 
@@ -168,6 +170,8 @@ def multiply_arrays(
     def dot_general(x, y, preferred_element_type):
         if x.dtype == jnp.bfloat16 and preferred_element_type is not None:
             x = apart_on_cpu(x)
+        if summed == list(x_labels) and is_small_product(x, y):
+            return multiply_vector(x, y, y_labels.index(summed[0]), precision)
         return lax.dot_general(
             x,
             y,

@@ -364,6 +364,7 @@ def _count_convolution_flops(equation: Any) -> int:
 
 _PRODUCTS = {
     "dot_general": _count_dot_flops,
+    "lorax_multiply_vector": _count_dot_flops,
     "conv_general_dilated": _count_convolution_flops,
     "lorax_convolve_depthwise": _count_convolution_flops,
 }

@@ -12,3 +12,7 @@ from .unpacking import (
     trace_unpack as trace_unpack,
     unpack as unpack,
 )
+from .vector import (
+    is_small_product as is_small_product,
+    multiply_vector as multiply_vector,
+)

@@ -35,7 +35,7 @@ from ..interpreter import Equation
 from ..registry import rule
 
 
-@rule("dot_general")
+@rule("dot_general", "lorax_multiply_vector")
 def _dot_general(equation: Equation, x: Any, y: Any) -> Sequence[Any]:
     (x_summed, y_summed), (x_batch, y_batch) = equation.params["dimension_numbers"]
     x_labels: list[Label] = [("x", i) for i in range(x.ndim)]
