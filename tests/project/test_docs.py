@@ -1,8 +1,13 @@
 """Every code block in the README and the docs is executed, page by page, and on the
-pages of the API the examples in docstrings too."""
+pages of the API the examples in docstrings too.
 
+A block of `output` is what the code since the last one prints.
+"""
+
+import contextlib
 import functools
 import inspect
+import io
 import re
 import subprocess
 
@@ -19,8 +24,10 @@ RUN = [
     for page in PAGES
 ]
 BLOCK = re.compile(
-    r"^```python\n(.*?)^```|^::: lorax\.(\S+)$", re.MULTILINE | re.DOTALL
+    r"^```(?P<kind>python|output)\n(?P<text>.*?)^```|^::: lorax\.(?P<entry>\S+)$",
+    re.MULTILINE | re.DOTALL,
 )
+NUMBER = re.compile(r"\d+\.\d+")
 EXAMPLE = re.compile(r"^( *)```python\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 
@@ -39,6 +46,13 @@ def list_examples(entry):
             yield re.sub(f"^{indent}", "", code, flags=re.MULTILINE)
 
 
+def assert_same_output(printed, shown):
+    """Equal, but for decimals that differ between processors."""
+    assert NUMBER.sub("#.#", printed.strip()) == NUMBER.sub("#.#", shown.strip())
+    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown)):
+        assert float(ours) == pytest.approx(float(theirs), rel=0.02, abs=0.002)
+
+
 @pytest.mark.own_errors
 @pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
 def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
@@ -47,14 +61,19 @@ def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
     assert blocks or page.parent.name == "api"
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": page.stem}
+    printed = io.StringIO()
     for block in blocks:
-        if block[2] is None:
-            # So that a traceback shows the line in the page.
-            code = "\n" * (text[: block.start()].count("\n") + 1) + block[1]
-            exec(compile(code, str(page), "exec"), namespace)
+        if block["entry"] is not None:
+            for code in list_examples(find_entry(block["entry"])):
+                exec(compile(code, f"lorax.{block['entry']}", "exec"), namespace)
+        elif block["kind"] == "output":
+            assert_same_output(printed.getvalue(), block["text"])
+            printed = io.StringIO()
         else:
-            for code in list_examples(find_entry(block[2])):
-                exec(compile(code, f"lorax.{block[2]}", "exec"), namespace)
+            # So that a traceback shows the line in the page.
+            code = "\n" * (text[: block.start()].count("\n") + 1) + block["text"]
+            with contextlib.redirect_stdout(printed):
+                exec(compile(code, str(page), "exec"), namespace)
 
 
 def test_links_lead_somewhere():
