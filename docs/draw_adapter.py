@@ -87,7 +87,7 @@ def draw(palette: Palette) -> str:
         measure(a_left, middle - 26, right, middle - 26, faint),
         write(a_middle, middle - 36, f"{COLUMNS} columns", text),
         measure(right + 18, middle - RANK // 2, right + 18, middle + RANK // 2, faint),
-        write(right + 54, middle + 5, f"rank {RANK}", text),
+        write(right + 60, middle + 5, f"rank {RANK}", text),
         write(a_middle, middle + 40, "trained", trained, 15, bold),
         # What that costs.
         write(LEFT + COLUMNS // 2, bottom + 30, f"{ROWS * COLUMNS:,} numbers", faint),

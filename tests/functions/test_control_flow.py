@@ -358,7 +358,7 @@ def test_checkpoint_stays():
             return lorax.lora(inner)(eqx.combine(p, frozen), x).sum()
 
         params, frozen = trained_part(TALL)
-        # A batch: JAX's policies know no products of one vector (`lorax_multiply_vector`).
+        # A batch: JAX's policies do not know the primitive for one vector.
         jaxpr = jax.make_jaxpr(jax.grad(loss))(params, normal(11, 4))
         remats = [e for e in equations(jaxpr.jaxpr) if "policy" in e.params]
         assert remats and all(e.params["policy"] is policy for e in remats)

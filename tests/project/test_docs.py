@@ -9,6 +9,7 @@ import functools
 import inspect
 import io
 import re
+import runpy
 import subprocess
 
 import pytest
@@ -74,6 +75,13 @@ def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
             code = "\n" * (text[: block.start()].count("\n") + 1) + block["text"]
             with contextlib.redirect_stdout(printed):
                 exec(compile(code, str(page), "exec"), namespace)
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs" / "draw_adapter.py"))
+    for name, palette in script["PALETTES"].items():
+        path = ROOT / "docs" / "assets" / f"adapter-{name}.svg"
+        assert path.read_text(encoding="utf-8") == script["draw"](palette)
 
 
 def test_links_lead_somewhere():
