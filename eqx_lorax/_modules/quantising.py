@@ -70,6 +70,7 @@ def quantise(
             one byte, error 0.008.
         - `"int8-block"`: the same with one `m` for each block; 1.0625 bytes, error
             0.006.
+
         In a tree without modules the outputs are the last axis, and axes before the
         last two number matrices.
     - `block`: The number of weights that share a scale, which is float32. Blocks go
