@@ -28,7 +28,8 @@ class Cell(NamedTuple):
     kind: str
     """`"code"` or `"markdown"`."""
     source: str
-    tags: list[str]
+    metadata: dict[str, Any]
+    """`tags`, of which `"picture"` folds the code, and `alt`, what the picture shows."""
 
 
 def cells(text: str) -> list[Cell]:
@@ -36,12 +37,13 @@ def cells(text: str) -> list[Cell]:
     found = []
     for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
         head, _, body = part.partition("\n")
-        tags = json.loads(re.sub(r".*tags=", "", head)) if "tags=" in head else []
+        pairs = re.findall(r'(\w+)=(\[.*?\]|".*?")', head)
+        metadata = {key: json.loads(value) for key, value in pairs}
         body = body.strip("\n")
         if "[markdown]" in head:
             body = re.sub(r"^# ?", "", body, flags=re.MULTILINE)
         kind = "markdown" if "[markdown]" in head else "code"
-        found.append(Cell(kind, body, tags))
+        found.append(Cell(kind, body, metadata))
     return found
 
 
@@ -52,7 +54,7 @@ def notebook(source: Path) -> dict[str, Any]:
         row: dict[str, Any] = {
             "cell_type": cell.kind,
             "id": f"cell-{index}",
-            "metadata": {"tags": cell.tags} if cell.tags else {},
+            "metadata": cell.metadata,
             "source": cell.source,
         }
         if cell.kind == "code":
@@ -102,11 +104,11 @@ def rewrite(source: Path) -> None:
     file = source.with_suffix(".ipynb")
     book, fresh = json.loads(file.read_text()), notebook(source)
     done = {"".join(x["source"]): x for x in book["cells"] if x["cell_type"] == "code"}
-    for index, cell in enumerate(fresh["cells"]):
+    for cell in fresh["cells"]:
         if cell["cell_type"] == "code":
             if cell["source"] not in done:
                 raise SystemExit(f"{source.name}: the code has changed, so run it.")
-            fresh["cells"][index] = done[cell["source"]] | {"id": cell["id"]}
+            cell |= {x: done[cell["source"]][x] for x in ("execution_count", "outputs")}
     # As Jupyter writes it.
     for cell in fresh["cells"]:
         if isinstance(cell["source"], str):

@@ -51,7 +51,8 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
             block = '??? abstract "The code of the picture"\n\n' + _indented(block)
         parts.append(block)
         for output in cell["outputs"]:
-            parts += _shown(output, name, pictures)
+            alt = cell["metadata"].get("alt", "A picture")
+            parts += _shown(output, name, alt, pictures)
     title, _, rest = parts[0].partition("\n")
     links = (
         f"[Download the notebook](download/{name}.ipynb){{ .md-button download }} "
@@ -60,7 +61,7 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join([title, rest.strip(), links, *parts[1:]]), pictures
 
 
-def _shown(output: Any, name: str, pictures: dict[str, bytes]) -> list[str]:
+def _shown(output: Any, name: str, alt: str, pictures: dict[str, bytes]) -> list[str]:
     if output["output_type"] == "stream":
         return [_text("".join(output["text"]))]
     data = output["data"]
@@ -76,7 +77,7 @@ def _shown(output: Any, name: str, pictures: dict[str, bytes]) -> list[str]:
                 pictures[file] = _painted(raw, scheme).encode()
             else:
                 pictures[file] = base64.b64decode(raw)
-            shown.append(f"![Picture {number}]({file}#only-{scheme})")
+            shown.append(f"![{alt}]({file}#only-{scheme})")
         return ["\n".join(shown)]
     return [_text("".join(data["text/plain"]))]
 

@@ -64,7 +64,7 @@ def test_notebook(source):
     """It was made from this program, by a run that came to its end."""
     file = source.with_suffix(".ipynb")
     found, expected = json.loads(file.read_text()), make.notebook(source)
-    kept = "id", "cell_type", "source"
+    kept = "id", "cell_type", "metadata", "source"
     assert [{key: _joined(cell[key]) for key in kept} for cell in found["cells"]] == [
         {key: cell[key] for key in kept} for cell in expected["cells"]
     ]
@@ -81,7 +81,7 @@ def test_notebook(source):
 
 
 def _joined(text):
-    return text if isinstance(text, str) else "".join(text)
+    return "".join(text) if isinstance(text, list) else text
 
 
 def test_cells():
@@ -94,13 +94,13 @@ def test_cells():
 import a
 
 
-# %% tags=["picture"]
+# %% tags=["picture"] alt="A line."
 b = 1
 """
     assert make.cells(text) == [
-        ("markdown", "# A title\n\nText.", []),
-        ("code", "import a", []),
-        ("code", "b = 1", ["picture"]),
+        ("markdown", "# A title\n\nText.", {}),
+        ("code", "import a", {}),
+        ("code", "b = 1", {"tags": ["picture"], "alt": "A line."}),
     ]
 
 
@@ -118,7 +118,11 @@ def test_page():
     cells = [
         {"cell_type": "markdown", "source": "# A title\n\nText.", "metadata": {}},
         {"cell_type": "code", "source": "a", "metadata": {}},
-        {"cell_type": "code", "source": "b", "metadata": {"tags": ["picture"]}},
+        {
+            "cell_type": "code",
+            "source": "b",
+            "metadata": {"tags": ["picture"], "alt": "Dots."},
+        },
     ]
     for cell, output in zip(cells[1:], outputs):
         cell["outputs"] = output
@@ -127,7 +131,7 @@ def test_page():
     assert "(download/name.ipynb)" in page
     assert "```python\na\n```\n\n```{ .text .output .no-copy }\n1\n2\n```" in page
     assert "    ```python\n    b\n    ```" in page and "3\n```" in page
-    assert page.count("](name/1-dark.svg#only-dark)") == 1
+    assert page.count("![Dots.](name/1-dark.svg#only-dark)") == 1
     assert pictures == {
         "name/1-light.svg": b"A #333333 line on none.",
         "name/1-dark.svg": b"A #d9dbe0 line on none.",
