@@ -197,6 +197,6 @@ print(
 #
 # - Fewer targets: `lorax.loraify(network, ["hidden", "output"], ...)`, or ranks of their own,
 #   `rank={"stem": 2, "*": 8}`. [Filters](../mental-model.md#putting-them-in) can name anything.
-# - [Many adapters](../many-adapters.md), one for each way in which a camera is mounted, in one batch.
+# - [Many adapters](many-adapters.ipynb), one for each way in which a camera is mounted, in one batch.
 # - [LoHa and LoKr](../methods.md#loha-and-lokr) are methods that were made for models of images.
 # - `examples/finetune_digits.py` is the same as a program with flags.

@@ -6,7 +6,6 @@ made for light pages and for dark ones.
 
 import base64
 import json
-import re
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -88,7 +87,7 @@ def _text(text: str) -> str:
 
 def _painted(picture: str, scheme: str) -> str:
     """A picture without its white card, in the ink of the page."""
-    picture = re.sub("#ffffff", "none", picture)
+    picture = picture.replace("#fefefe", "none")
     return picture.replace("#333333", "#d9dbe0") if scheme == "dark" else picture
 
 

@@ -106,7 +106,7 @@ b = 1
 
 def test_page():
     """What the site shows of a notebook."""
-    text, png = "A #333333 line on #ffffff.", base64.b64encode(b"dots").decode()
+    text, png = "A #333333 line on #fefefe.", base64.b64encode(b"dots").decode()
     outputs = [
         [{"output_type": "stream", "text": ["1\n", "2\n"]}],
         [
