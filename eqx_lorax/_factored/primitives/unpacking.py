@@ -212,28 +212,36 @@ def _run_in_turn(x: Array, *leaves: Array, run: _Run) -> Array:
     nothing but bases, and keep them until they are used: 2.5 times the temporary
     memory, in place of one buffer that stays in the cache. An optimization barrier does
     not stop it, as the compiler drops those before it orders the operations. So the
-    base is combined with a truth value of which it cannot know that it is false.
+    base would be another one if something were true of `x` that never is.
     """
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.size == 0:
         return _run(x, *leaves, run=run)
     is_fused = run.count_tokens(x.shape) >= run.origin.fuses_from
     never = x[(0,) * x.ndim] > jnp.asarray(jnp.inf, x.dtype)
-    dependent = [
-        leaf ^ never.astype(leaf.dtype)
-        if jnp.issubdtype(leaf.dtype, jnp.integer)
-        else leaf
-        for leaf in leaves
-    ]
-    if run.origin.fused is not None and is_fused:
-        factor = leaves[run.origin.factor]
-        dependent[run.origin.factor] = jnp.where(never, -factor, factor)
+    dependent = list(leaves)
+    for i in _find_dependent(leaves, run, is_fused):
+        dependent[i] = _change_if(never, leaves[i])
+    return run(x, *dependent, is_fused=is_fused)
+
+
+def _change_if(never: Array, leaf: Array) -> Array:
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+        return leaf ^ never.astype(leaf.dtype)
+    return jnp.where(never, -leaf, leaf)
+
+
+def _find_dependent(leaves: Sequence[Array], run: _Run, is_fused: bool) -> set[int]:
+    """The leaves that are to depend on the activation."""
+    if run.origin.fused is None:
+        # Those that are unpacked.
+        return {i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.integer)}
+    found = {run.origin.factor} if is_fused else set()
     batched = run.find_batched()
-    if run.origin.fused is not None and all(i >= run.origin.factor for i in batched):
+    if all(i >= run.origin.factor for i in batched):
         # Of a shared base each example has its own factors, picked by an index. They
         # too would all be copied at the start: now each layer's are when it needs them.
-        for i in batched:
-            dependent[i] = jnp.where(never, jnp.zeros((), leaves[i].dtype), leaves[i])
-    return run(x, *dependent, is_fused=is_fused)
+        found |= batched
+    return found
 
 
 def _lower_for_cpu(context: Any, *operands: Any, run: _Run) -> Any:
