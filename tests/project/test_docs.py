@@ -25,7 +25,8 @@ RUN = [
     for page in PAGES
 ]
 BLOCK = re.compile(
-    r"^```(?P<kind>python|output)\n(?P<text>.*?)^```|^::: lorax\.(?P<entry>\S+)$",
+    r"^(?P<indent> *)```(?P<kind>python|output)\n(?P<text>.*?)^(?P=indent)```"
+    r"|^::: lorax\.(?P<entry>\S+)$",
     re.MULTILINE | re.DOTALL,
 )
 NUMBER = re.compile(r"\d+\.\d+")
@@ -72,7 +73,8 @@ def test_code_blocks(page, tmp_path, monkeypatch, as_for_users):
             printed = io.StringIO()
         else:
             # So that a traceback shows the line in the page.
-            code = "\n" * (text[: block.start()].count("\n") + 1) + block["text"]
+            code = re.sub(f"^{block['indent']}", "", block["text"], flags=re.MULTILINE)
+            code = "\n" * (text[: block.start()].count("\n") + 1) + code
             with contextlib.redirect_stdout(printed):
                 exec(compile(code, str(page), "exec"), namespace)
 
