@@ -72,8 +72,9 @@ _SETUP = """
 """
 
 
-def run(source: Path) -> None:
+def run(source: Path, machine: str) -> None:
     """Runs a program and writes its notebook."""
+    import jax
     import nbformat
     from nbclient import NotebookClient
 
@@ -93,9 +94,12 @@ def run(source: Path) -> None:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = _kept(cell)
+    seconds = time.monotonic() - began
+    minutes = f"{max(1, round(seconds / 60))} min"
+    book.metadata["run"] = f"{machine}, JAX {jax.__version__}, {minutes}"
     file = source.with_suffix(".ipynb")
     nbformat.write(book, file)
-    kilobytes, seconds = file.stat().st_size / 1e3, time.monotonic() - began
+    kilobytes = file.stat().st_size / 1e3
     _tell(f"{file.name}: {kilobytes:.0f} kB, in {seconds:.0f} s\n")
 
 
@@ -149,6 +153,11 @@ def main() -> None:
         metavar="NAME",
         help=f"some of {', '.join(names)}; all by default",
     )
+    parser.add_argument(
+        "--machine",
+        default="two busy cores of an AMD EPYC with AVX-512",
+        help="where it runs, for the last line of the page",
+    )
     parser.add_argument("--text", action="store_true", help="text alone, without a run")
     args = parser.parse_args()
     # This library as it is here, also where another one is installed.
@@ -158,7 +167,7 @@ def main() -> None:
     os.environ.pop("LORAX_SMALL", None)
     for source in SOURCES:
         if source.stem in args.only:
-            rewrite(source) if args.text else run(source)
+            rewrite(source) if args.text else run(source, args.machine)
 
 
 if __name__ == "__main__":

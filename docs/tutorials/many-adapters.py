@@ -6,7 +6,7 @@
 #
 # Four cameras read digits. One hangs upside down, one is turned on its side, one looks into a mirror, and one delivers
 # negatives. All of them send their images to the same network, which learned ordinary digits. Each camera has an adapter.
-# This installs what is needed in a clone of the project. The tutorial takes about two minutes on two cores.
+# This installs what is needed in a clone of the project. The tutorial takes a few minutes on two cores.
 #
 # ```sh
 # pip install -e '.[examples]'

@@ -57,6 +57,8 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
         f"[Download the notebook](download/{name}.ipynb){{ .md-button download }} "
         f"[or the program]({name}.py){{ download }}"
     )
+    if "run" in notebook["metadata"]:
+        parts.append(f"*What is printed on this page: {notebook['metadata']['run']}.*")
     return "\n\n".join([title, rest.strip(), links, *parts[1:]]), pictures
 
 

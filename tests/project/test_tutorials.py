@@ -70,6 +70,7 @@ def test_notebook(source):
     ]
     code = [cell for cell in found["cells"] if cell["cell_type"] == "code"]
     assert all(cell["execution_count"] for cell in code)
+    assert "JAX" in found["metadata"]["run"]
     outputs = [output for cell in code for output in cell["outputs"]]
     assert {output["output_type"] for output in outputs} <= {
         "stream",
@@ -126,7 +127,10 @@ def test_page():
     ]
     for cell, output in zip(cells[1:], outputs):
         cell["outputs"] = output
-    page, pictures = _load("pages").page({"cells": cells}, "name")
+    page, pictures = _load("pages").page(
+        {"cells": cells, "metadata": {"run": "two cores, JAX 1"}}, "name"
+    )
+    assert page.endswith("two cores, JAX 1.*")
     assert page.startswith("# A title\n\nText.\n\n[Download")
     assert "(download/name.ipynb)" in page
     assert "```python\na\n```\n\n```{ .text .output .no-copy }\n1\n2\n```" in page
