@@ -120,9 +120,7 @@ def _is_member(name: str) -> bool:
 
 def on_page_context(context: Any, page: Any, **kwargs: Any) -> None:
     """A page that is alone in its section needs no list of the pages there."""
-    if page.is_homepage:
-        page.meta.setdefault("hide", ["navigation", "toc"])
-    elif page.parent is None:
+    if page.parent is None:
         page.meta.setdefault("hide", ["navigation"])
 
 
