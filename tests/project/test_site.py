@@ -156,13 +156,23 @@ LOOK = """
     ],
 )
 def test_what_is_wrong_is_seen(content, problems, tab, host):
-    page, wrong = tab
-    page.goto(host + HOME + "assets/site.css")  # where no script runs
-    page.set_content(f"<!doctype html><article>{content}</article>")
+    page, _ = tab
+    head = f"<!doctype html><base href='{host}'>"
+    page.set_content(f"{head}<article>{content}</article>")
     found = page.evaluate(LOOK)
     assert len(found) == len(problems)
     assert all(x.startswith(y) for x, y in zip(found, problems))
-    assert bool(wrong) == ("nowhere" in content)
+
+
+def test_what_is_asked_for_is_seen(tab, host):
+    page, wrong = tab
+    page.goto(host + HOME)
+    assert not wrong
+    page.evaluate("fetch('nowhere.png')")
+    assert wrong[0] == f"has no {host}{HOME}nowhere.png"
+    wrong.clear()
+    page.evaluate("fetch('https://elsewhere.invalid/').catch(() => console.error(1))")
+    assert {"asks for https://elsewhere.invalid/", "says 1"} <= set(wrong)
 
 
 def test_every_page_fits_and_loads(pages, tab, host):
