@@ -95,8 +95,8 @@ def run(source: Path, machine: str) -> None:
         if cell.cell_type == "code":
             cell.outputs = _kept(cell)
     seconds = time.monotonic() - began
-    minutes = f"{max(1, round(seconds / 60))} min"
-    book.metadata["run"] = f"{machine}, JAX {jax.__version__}, {minutes}"
+    where = f"on {machine} with JAX {jax.__version__}"
+    book.metadata["run"] = f"{where}, in {max(1, round(seconds / 60))} minutes"
     file = source.with_suffix(".ipynb")
     nbformat.write(book, file)
     kilobytes = file.stat().st_size / 1e3

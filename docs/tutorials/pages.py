@@ -58,7 +58,7 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
         f"[or the program]({name}.py){{ download }}"
     )
     if "run" in notebook["metadata"]:
-        parts.append(f"*What is printed on this page: {notebook['metadata']['run']}.*")
+        parts.append(f"*This page ran {notebook['metadata']['run']}.*")
     return "\n\n".join([title, rest.strip(), links, *parts[1:]]), pictures
 
 
