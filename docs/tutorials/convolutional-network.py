@@ -104,6 +104,7 @@ def accuracy(network, digits):
 
 # %%
 upright, upright_test = load_digits(seed=0)
+upright_test = toolbox.rows(upright_test, slice(64 if SMALL else 1000))
 turned, turned_test = turn(upright), turn(upright_test)
 
 network = Network(jax.random.key(0))
