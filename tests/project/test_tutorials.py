@@ -59,6 +59,14 @@ def test_there_is_a_notebook_for_each_program():
     assert notebooks == {source.stem for source in SOURCES} and notebooks
 
 
+def test_all_are_listed():
+    listed = (FOLDER / "index.md").read_text()
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for source in SOURCES:
+        assert f"]({source.stem}.ipynb)" in listed, source.stem
+        assert f" tutorials/{source.stem}.ipynb" in navigation, source.stem
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_notebook(source):
     """It was made from this program, by a run that came to its end."""
