@@ -1,6 +1,8 @@
+import contextlib
 import os
 import sys
 import zlib
+from pathlib import Path
 
 
 # Before JAX is imported: tests of sharded models need several devices.
@@ -28,8 +30,29 @@ if os.environ.get("LORAX_CHECK_ANNOTATIONS") == "1":
     assert "eqx_lorax" not in sys.modules
     jaxtyping.install_import_hook("eqx_lorax", "beartype.beartype")
 
+# Programs that an earlier run has compiled are not compiled again if both are given the
+# same folder. JAX finds them there by all that is in them, by its version and by flags.
+_COMPILED = os.environ.get("LORAX_COMPILED")
+if _COMPILED:
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    jax.config.update("jax_compilation_cache_dir", f"{_COMPILED}/{worker}")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """Before its workers start, each is given what all have compiled. While they run,
+    each writes into a folder of its own, so that none reads half a file."""
+    if not _COMPILED or hasattr(config, "workerinput"):
+        return
+    folders = [folder for folder in Path(_COMPILED).glob("*") if folder.is_dir()]
+    for file in [file for folder in folders for file in folder.iterdir()]:
+        for folder in folders:
+            with contextlib.suppress(FileExistsError):
+                (folder / file.name).hardlink_to(file)
 
 
 def pytest_runtest_setup(item):

@@ -81,7 +81,7 @@ def test_devices(tmp_path):
     )
     assert (tmp_path / "devices.png").read_bytes().startswith(b"\x89PNG")
     points = json.loads((tmp_path / "devices.json").read_text())["points"]
-    assert {point["devices"] for point in points} == {1, 2, 4, 8}
+    assert {point["devices"] for point in points} == {1, 8}
 
 
 def test_memory(tmp_path):
