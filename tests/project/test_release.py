@@ -166,3 +166,11 @@ def test_what_the_wheel_says(built):
     urls = dict(x.split(", ") for x in said.get_all("Project-URL", []))
     assert urls == URLS
     assert said["Description-Content-Type"] == "text/markdown"
+    # Its links and pictures lead somewhere from PyPI too.
+    text = str(said.get_payload())
+    links = re.findall(r"\]\(([^)]*)\)|src(?:set)?=\"([^\"]*)\"", text)
+    assert len(links) > 5
+    assert all("".join(link).startswith("https://") for link in links), links
+    own = {x for link in links for x in link if URLS["Source"] in x or "/raw." in x}
+    paths = {re.sub("^.*?/main/|#.*", "", link) for link in own}
+    assert paths and all((ROOT / path).exists() for path in paths), paths
