@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 
+import jax
 import pytest
 from paths import ROOT
 
@@ -47,10 +48,14 @@ def test_program(source, tmp_path, monkeypatch, as_for_users):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.chdir(tmp_path)
     plt.switch_backend("agg")
+    # Nearly all of the time goes to compiling.
+    optimised = not jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
     try:
         names = runpy.run_path(str(source))
         assert names["SMALL"] and plt.get_fignums()
     finally:
+        jax.config.update("jax_disable_most_optimizations", not optimised)
         plt.close("all")
 
 
