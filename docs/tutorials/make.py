@@ -29,7 +29,8 @@ class Cell(NamedTuple):
     """`"code"` or `"markdown"`."""
     source: str
     metadata: dict[str, Any]
-    """`tags`, of which `"picture"` folds the code, and `alt`, what the picture shows."""
+    """`tags`: `"picture"` folds the code, and `"prose"` wraps what is printed. `alt`: what
+    the picture shows."""
 
 
 def cells(text: str) -> list[Cell]:
@@ -131,7 +132,7 @@ def _kept(cell: Any) -> list[Any]:
             print(f"\n{output.text}", file=sys.stderr)
         elif output.output_type == "stream" and kept and "text" in kept[-1]:
             kept[-1].text += output.text
-        elif output.output_type != "execute_result" or not cell.metadata.get("tags"):
+        elif output.output_type != "execute_result" or not cell.metadata.get("alt"):
             kept.append(output)
     return kept
 

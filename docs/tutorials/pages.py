@@ -46,12 +46,13 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
             parts.append(source)
             continue
         block = f"```python\n{source}\n```"
-        if "picture" in cell["metadata"].get("tags", []):
+        tags = cell["metadata"].get("tags", [])
+        if "picture" in tags:
             block = '??? abstract "The code of the picture"\n\n' + _indented(block)
         parts.append(block)
         for output in cell["outputs"]:
             alt = cell["metadata"].get("alt", "A picture")
-            parts += _shown(output, name, alt, pictures)
+            parts += _shown(output, name, alt, pictures, "prose" in tags)
     title, _, rest = parts[0].partition("\n")
     links = (
         f"[Download the notebook](download/{name}.ipynb){{ .md-button download }} "
@@ -62,9 +63,11 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join([title, rest.strip(), links, *parts[1:]]), pictures
 
 
-def _shown(output: Any, name: str, alt: str, pictures: dict[str, bytes]) -> list[str]:
+def _shown(
+    output: Any, name: str, alt: str, pictures: dict[str, bytes], is_prose: bool
+) -> list[str]:
     if output["output_type"] == "stream":
-        return [_text("".join(output["text"]))]
+        return [_text("".join(output["text"]), is_prose)]
     data = output["data"]
     number = len(pictures) // 2 + 1
     for kind, ending in (("image/svg+xml", "svg"), ("image/png", "png")):
@@ -80,11 +83,12 @@ def _shown(output: Any, name: str, alt: str, pictures: dict[str, bytes]) -> list
                 pictures[file] = base64.b64decode(raw)
             shown.append(f"![{alt}]({file}#only-{scheme})")
         return ["\n".join(shown)]
-    return [_text("".join(data["text/plain"]))]
+    return [_text("".join(data["text/plain"]), is_prose)]
 
 
-def _text(text: str) -> str:
-    return f"```{{ .text .output .no-copy }}\n{text.rstrip()}\n```"
+def _text(text: str, is_prose: bool) -> str:
+    classes = ".text .output .no-copy" + " .prose" * is_prose
+    return f"```{{ {classes} }}\n{text.rstrip()}\n```"
 
 
 def _painted(picture: str, scheme: str) -> str:
