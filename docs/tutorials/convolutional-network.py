@@ -117,7 +117,7 @@ print(f"turned digits:  {accuracy(network, turned_test):.3f}")
 # ## Adapters on kernels
 #
 # With no filter, `lorax.loraify` adapts all linear layers and all convolutions. An adapter is a pair of small arrays, its
-# *factors* `a` and `b`, beside a frozen weight.
+# *factors* `a` and `b`, beside a frozen weight. Their product is added to the weight, and `rank` says how small they are.
 
 # %%
 adapted = lorax.loraify(network, rank=4, key=jax.random.key(1))
@@ -154,8 +154,8 @@ for name, ((params, frozen), learning_rate) in ways.items():
     print(f"{name:16}{count:10,}{scores[0]:10.3f}{scores[1]:10.3f}")
 
 # %% [markdown]
-# The last layer alone gets to 0.73: the features below it are those of upright digits. The adapters get to 0.89, with a
-# thirteenth of the numbers that the whole network has, which gets to 0.92. No way keeps the upright digits. But the
+# The last layer alone gets to 0.73: the features below it are those of upright digits. The adapters get to 0.89. Training
+# everything gets to 0.92, with thirteen times as many numbers. None of the three reads upright digits any more. But the
 # adapters come off again.
 
 # %% tags=["picture"] alt="The loss of the last layer stays near 0.9, that of adapters falls to 0.3, as that of everything does; and fifteen turned digits with the answers."
@@ -179,8 +179,8 @@ for i, axes in enumerate(right.subplots(3, 5).flat):
 # %% [markdown]
 # ## Taking them out
 #
-# Without its adapters, the network is what it was. With `merge=True`, the default, their product is added to the kernels,
-# and the result is a plain `Network` that reads turned digits.
+# Without its adapters, the network is what it was. With `merge=True`, the default, the products of the factors are added to the
+# kernels, and the result is a plain `Network` that reads turned digits.
 
 # %%
 dropped = lorax.unloraify(model, merge=False)

@@ -186,8 +186,9 @@ print(f"loss on Python programs, held out: {held_out_loss(plain):.3f}")
 # %% [markdown]
 # ## Adapters, split like their bases
 #
-# The model is on its mesh. Now [`lorax.loraify`](../sharding.md) puts factors `b` and `a` beside each matrix. `b` is split like
-# the rows of its base, `a` like the columns. Both have the axis of the layers.
+# The model is on its mesh. Now `lorax.loraify` puts an *adapter* beside each matrix `w`, its frozen *base*. An adapter is two
+# small *factors* `b` and `a`, and the layer computes with `w + b·a`. [`b` is split like the rows of its base, `a` like the
+# columns](../sharding.md#factors-are-sharded-like-their-base). Both have the axis of the layers.
 
 # %%
 adapted = lorax.loraify(plain, "blocks", rank=8, key=jax.random.key(1))
@@ -278,11 +279,11 @@ axes.set(title="Loss while the adapters learn programs", xlabel="step")
 axes.legend()
 
 # %% [markdown]
-# The losses are the same to 2e-06, which is the order in which float32 numbers are added up. The adapters bring the loss on
-# Python programs, for the next byte, from 2.61 to 2.12. Each device holds a third of the weights and half of the
-# adapters, since norms, embeddings and one of the two factors are whole on each of them. Eight virtual
-# devices on two cores are no faster than one. What adapters add to the time of a step
-# [was measured](../sharding.md#step-time-by-number-of-devices) for several meshes.
+# The losses agree to 2e-06: several devices add up float32 numbers in another order. The adapters bring the loss on Python
+# programs, for the next byte, from 2.61 to 2.12. Each device holds a third of the weights and half of the adapters, since
+# norms, embeddings and one of the two factors are whole on each of them. Eight virtual devices on two cores are no faster
+# than one. What adapters add to the time of a step [was measured](../sharding.md#step-time-by-number-of-devices) for
+# several meshes.
 #
 # ## Somewhere else
 #

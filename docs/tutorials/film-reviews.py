@@ -39,9 +39,8 @@ STEPS, LENGTH = (6, 16) if SMALL else (250, 32)
 TRAIN_ROWS, TEST_ROWS = (96, 64) if SMALL else (7000, 1024)
 
 # %% [markdown]
-# Three files of the examples are used here: `minilm.py` has the model in plain Equinox,
-# `sentiment.py` reads the reviews, and `toolbox.py` makes batches. None of them refers to
-# LoRA. Half of the reviews are positive, in the part to train on and in the part that is held out.
+# Three files of the examples are used here: `minilm.py` has the model in plain Equinox, `sentiment.py` reads the reviews, and
+# `toolbox.py` makes batches. Half of the reviews are positive, in the part to train on and in the part that is held out.
 
 # %%
 train, test = split(read_snippets(), TRAIN_ROWS, TEST_ROWS, seed=0)
@@ -68,7 +67,7 @@ model = Classifier(minilm.load_minilm(), key=jax.random.key(0))
 
 # %% [markdown]
 # [`lorax.loraify`](../mental-model.md#putting-them-in) puts an adapter beside each weight that a filter names, here those
-# of all layers called `query` or `value`. An adapter is a pair of small matrices `b` and `a`, the *factors*. The layer
+# of all layers called `query` or `value`. An *adapter* is a pair of small matrices `b` and `a`, the *factors*. The layer
 # then computes with `W + b·a`. The *rank* is the number of columns of `b` and rows of `a`. Here it is 8, beside weights
 # of 384 × 384.
 
@@ -205,7 +204,7 @@ print(f"accuracy of the merged model: {accuracy(merged):.3f}")
 #
 # - Other targets: `["attention", "feed_forward"]` adapts all 36 layers. [Filters](../mental-model.md#putting-them-in) can
 #   name anything.
-# - [Another method](../methods.md): `method="dora"`, or `method="ia3"` with a twentieth of the numbers.
+# - [Another method](../methods.md): with `method="dora"` the rest of the program stays as it is.
 # - LoRA+ and other [optimizers that know what an adapter is](../optimizers.md).
-# - `examples/finetune_sentiment.py` is the same as a program with flags. It saves the adapter
-#   for PEFT, too, as the page on [saving](../saving.md) explains.
+# - `examples/finetune_sentiment.py` is the same as a program with flags. It saves the adapter for PEFT, too, as the page on
+#   [saving](../saving.md) explains.

@@ -41,8 +41,7 @@ PRETRAIN_STEPS, STEPS = (4, 4) if SMALL else (600, 200)
 # %% [markdown]
 # ## Two sets of digits
 #
-# MNIST was written by people in the United States, and the digits of scikit-learn by 43 people in Turkey. They were also
-# scanned in different ways. To have both in one size, those of MNIST are cut and shrunk to 8 × 8. Of the other set, 50
+# MNIST and the digits of scikit-learn were written by different people, and scanned in different ways. To have both in one size, those of MNIST are cut and shrunk to 8 × 8. Of the other set, 50
 # digits are there to learn from, five of each kind, and 1,000 more are held out.
 
 
@@ -157,9 +156,9 @@ print(f"the other digits  {accuracy(logits_of, weights, test):.3f}")
 # trains the array itself. `lorax.simple_spec` asks a function of yours about each array but vectors, which stay frozen.
 #
 # An *adapter* is a pair of small arrays, its *factors*, beside a frozen array. Their product is an update of low *rank* as a
-# matrix, so it must be said what the *rows* and *columns* of an array are. If a spec has a number alone, which is the rank, the last axis is the
-# columns, and all others are rows. That is right for the kernel (in, out) of a linear layer. The
-# kernels of attention have three axes, (width, heads, size), and those of its output (heads, size, width). A
+# matrix, so it must be said what the *rows* and *columns* of an array are. With a rank alone, the last axis is the columns,
+# and all others are rows. That is right for the kernel (in, out) of a linear layer. The kernels of attention have three
+# axes, (width, heads, size), and those of its output (heads, size, width). A
 # [`lorax.LoraSpec`](../function-door.md#which-axes) says which of them belong together.
 
 
@@ -182,8 +181,8 @@ for name, layer in {"query": block["attention"]["query"], "up": block["up"]}.ite
 # ## Running and training it
 #
 # `lorax.lora(loss)` is the same function, for trees in which some arrays have adapters. With `on_materialise="error"`
-# it is an error if some operation needs the sum of a weight and its update as one dense array. `lorax.wrap_optimizer` keeps what is frozen out of the
-# optimizer.
+# it is an error if some operation needs the sum of a weight and its update as one dense array. `lorax.wrap_optimizer` keeps
+# what is frozen out of the optimizer.
 
 # %%
 adapted_logits_of = jax.jit(lorax.lora(logits_of, on_materialise="error"))

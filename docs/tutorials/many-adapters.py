@@ -84,9 +84,9 @@ def seen_by(camera, digits):
 # %% [markdown]
 # ## One adapter for each camera
 #
-# `lorax.loraify` puts an adapter of rank 4 beside each kernel, and `lorax.partition` takes the adapter out as a tree of its
-# own. A *kernel* is the weight of a convolution, and an adapter is a pair of small arrays that are trained while the kernel is
-# frozen. All four are trained by the same compiled step, since they differ in nothing but numbers.
+# An *adapter* is a pair of small arrays beside a weight. They are trained, and the weight is frozen. `lorax.loraify` puts
+# one of rank 4 beside the weight of each layer, and `lorax.partition` takes them out as a tree of its own. All four such
+# trees are trained by the same compiled step, since they differ in nothing but numbers.
 
 # %%
 adapted = lorax.loraify(network, rank=4, key=jax.random.key(1))

@@ -85,8 +85,8 @@ thick, thick_test = simulations(keys[0], MANY, 0.1), simulations(keys[1], 256, 0
 thin, thin_test = simulations(keys[2], 64, 0.03), simulations(keys[3], 256, 0.03)
 
 # %% [markdown]
-# There are 1,024 simulations of the thick liquid, of viscosity 0.1, and 64 of the thin one, of viscosity 0.03. For each of
-# them, 256 others are held out.
+# There are 1,024 simulations of the thick liquid, of viscosity 0.1, and 64 of the thin one, of viscosity 0.03. For each
+# liquid, 256 more are held out.
 
 # %% [markdown]
 # ## The model
@@ -245,4 +245,5 @@ print(f"a file of {os.path.getsize('thin.safetensors') / 1e3:.0f} kB")
 # - Modes as a batch axis, `LoraSpec(2, rows=(1,), columns=(2,), batch=(0, 3))`: an update for each mode by itself.
 # - Viscosities in between: [`lorax.scale`](../many-adapters.md#adding-up) takes half of an adapter.
 # - [What is materialised](../materialised.md), and what stays factored.
-# - Other models of PDEquinox, such as `ModernUNet`: their convolutions are adapted with no filter at all.
+# - Other models of PDEquinox, such as `ModernUNet`: its convolutions are adapted with no filter, and with
+#   `exclude=["lifting", "projection"]`, whose single channel leaves no room for a rank.
