@@ -245,5 +245,3 @@ print(f"a file of {os.path.getsize('thin.safetensors') / 1e3:.0f} kB")
 # - Modes as a batch axis, `LoraSpec(2, rows=(1,), columns=(2,), batch=(0, 3))`: an update for each mode by itself.
 # - Viscosities in between: [`lorax.scale`](../many-adapters.md#adding-up) takes half of an adapter.
 # - [What is materialised](../materialised.md), and what stays factored.
-# - Other models of PDEquinox, such as `ModernUNet`: its convolutions are adapted with no filter, and with
-#   `exclude=["lifting", "projection"]`, whose single channel leaves no room for a rank.
