@@ -11,9 +11,9 @@ from ..._trees import matches
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str | None]
 """The path of a module in PyTorch for its path here: a mapping, or a function of the
-dotted path. A mapping may have `*` in its keys. Each `*` matches one name, which takes
-the place of one `{}`, in order. Any other `{}` in a path of PyTorch stands for the index
-of a layer in a stack."""
+dotted path. A mapping may have `*` in its keys. Each `*` matches one name, which then
+replaces one `{}`, in order. Any other `{}` in a path of PyTorch stands for the index of
+a layer in a stack."""
 
 Index: TypeAlias = tuple[int, ...]
 
