@@ -203,8 +203,10 @@ def check_base(
     if wrong:
         raise AdapterFileError(
             f"{path} was trained on another base than `model`: "
-            f"{list_problems(wrong)}. Load it into the model that it was trained on, "
-            "or pass `allow_other_base=True` if these differences are meant."
+            f"{list_problems(wrong)}. Load it into the model that it was trained on. "
+            "What was trained beside the adapter, such as a head, has to be named in "
+            "`also` when it is saved. If these differences are meant, pass "
+            "`allow_other_base=True`: such arrays stay as they are in `model`."
         )
 
 

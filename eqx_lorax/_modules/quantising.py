@@ -137,11 +137,19 @@ def quantise(
         )
 
     bases = {array: base_of(array.node) for array in arrays}
-    # All errors come before anything is done.
-    planned = {array: make(array, to_shape(bases[array])) for array in arrays}
-    for target, array in _pair(targets):
-        if target.layer.is_lookup:
-            _check_rows(array, planned[array], block)
+    # All errors come before anything is done, and together.
+    planned, wrong = {}, []
+    lookups = {array for target, array in _pair(targets) if target.layer.is_lookup}
+    for array in arrays:
+        try:
+            planned[array] = make(array, to_shape(bases[array]))
+            if array in lookups:
+                _check_rows(array, planned[array], block)
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        # Some are the same for all weights, such as an unknown format.
+        raise ValueError(list_some(dict.fromkeys(wrong), separator=" "))
     fitted = _fit(arrays, make, loftq)
     # One array in several places is quantised once.
     made: dict[Any, Any] = {}

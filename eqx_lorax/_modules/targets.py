@@ -83,8 +83,14 @@ def find_targets(
     **Raises:**
 
     `ValueError` if either of the two, or any part of it, names nothing that can be
-    adapted.
+    adapted, or if there is no module.
     """
+    if not any(isinstance(place.node, eqx.Module) for place in places.all):
+        raise ValueError(
+            f"There is no `eqx.Module` in this model, and so nothing to {verb}. Arrays "
+            "outside of modules get adapters from `lorax.init_lora(params, spec, "
+            "key)`, and `lorax.lora(fn)` runs any function on them."
+        )
     if filter is None:
         found = _find_layers(places.root, places)
     else:

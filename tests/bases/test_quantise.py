@@ -134,6 +134,10 @@ ERRORS = {
     "odd block": (lambda: lorax.quantise(MODEL, block=63), "Pass 64"),
     "no number": (lambda: lorax.quantise(MODEL, block="64"), "such as 64"),
     "block": (lambda: lorax.quantise({"w": W}), r"300 entries of w.*`block=4`"),
+    "each block": (
+        lambda: lorax.quantise({"w": W, "v": W}),
+        r"300 entries of v.*300 entries of w",
+    ),
     "nan": (
         lambda: lorax.quantise({"w": W.at[0, 0].set(jnp.nan)}, block=4),
         "w has values that are not finite, and nothing was",

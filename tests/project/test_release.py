@@ -48,6 +48,8 @@ def test_the_changelog():
     assert len(headings) == len(re.findall("^## ", CHANGELOG, re.MULTILINE))
     names = [name for name, _ in headings]
     assert names[:2] == ["Unreleased", PROJECT["version"]]
+    landing = (ROOT / "docs" / "index.md").read_text()
+    assert f"This is version {PROJECT['version']}," in landing
     assert all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for _, date in headings if date)
     assert all(f"\n[{name}]: {URLS['Source']}/" in CHANGELOG for name in names)
 

@@ -376,9 +376,13 @@ def test_nothing_to_adapt_by_default():
         lorax.loraify(eqx.nn.LayerNorm(3), key=jax.random.key(0))
 
 
-def test_arrays_outside_modules():
+def test_arrays_outside_modules(model):
+    key, w = jax.random.key(0), jnp.ones((3, 4))
+    for filter in (None, "w"):
+        with pytest.raises(ValueError, match="`lorax.init_lora"):
+            lorax.loraify({"w": w}, filter, rank=1, key=key)
     with pytest.raises(ValueError, match="not an array of an `eqx.Module`"):
-        lorax.loraify({"w": jnp.ones((3, 4))}, "w", rank=1, key=jax.random.key(0))
+        lorax.loraify({"w": w, "model": model}, "w", rank=1, key=key)
 
 
 def test_the_same_target_twice_is_one(model):
