@@ -25,18 +25,15 @@ def _load(name):
 make = _load("make")
 SOURCES = make.SOURCES
 # What needs no data and no package but the extras of the tests.
-PLAIN = {"eight-devices"}
+PLAIN = {"eight-devices": [pytest.mark.heavy, pytest.mark.eight_devices]}
 RUN = [
     pytest.param(
-        source,
-        marks=pytest.mark.heavy if source.stem in PLAIN else pytest.mark.interop,
-        id=source.stem,
+        source, marks=PLAIN.get(source.stem, [pytest.mark.interop]), id=source.stem
     )
     for source in SOURCES
 ]
 
 
-@pytest.mark.eight_devices
 @pytest.mark.own_errors
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("source", RUN)
