@@ -27,6 +27,9 @@ _NAME_IN_API = re.compile(rf"{_NAME.pattern}|(?<![\w.\"'])[A-Z]\w+(?![\w\"'])")
 _TAG = re.compile(r"<(/?)([a-zA-Z][\w-]*)((?:\"[^\"]*\"|'[^']*'|[^>\"'])*)>")
 _ID = re.compile(r'\sid="(lorax\.[^"]+)"')
 _PRIVATE = re.compile(r'\stitle="eqx_lorax\.[^"]*"| \(eqx_lorax\._[^)"]*\)(?=")')
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_HEAD = re.compile(r"<th\b[^>]*>(.*?)</th>", re.DOTALL)
+_CELL = re.compile(r"<td\b([^>]*)>(.*?)</td>", re.DOTALL)
 # In these a name stays as it is.
 _LEFT_ALONE = {"a", "pre", "script", "style", "h1", "h2", "h3", "h4", "h5", "h6"}
 
@@ -128,7 +131,26 @@ def on_page_content(html: str, page: Any, **kwargs: Any) -> str:
     """Notes where the entries are."""
     for name in _ID.findall(html):
         _entries.setdefault(name, (page.url, name))
-    return html
+    return _TABLE.sub(lambda table: label_cells(table[0]), html)
+
+
+def label_cells(table: str) -> str:
+    """`table`, where it has many words, with the heading of its column in each cell.
+    Narrow pages show the cells of a row below each other, see `assets/site.css`."""
+    heads = [_TAG.sub("", head) for head in _HEAD.findall(table)]
+    rows = [_CELL.findall(row) for row in table.split("<tr>")]
+    longest = max((len(_TAG.sub("", x[1])) for row in rows for x in row[1:]), default=0)
+    if len(heads) < 3 or longest <= 60:
+        return table
+
+    def label(row: str) -> str:
+        left = iter(heads)
+        return _CELL.sub(
+            lambda cell: f'<td data-label="{next(left)}"{cell[0][3:]}', row
+        )
+
+    labelled = "<tr>".join(map(label, table.split("<tr>")))
+    return labelled.replace("<table>", "<table data-words>", 1)
 
 
 def on_post_page(output: str, page: Any, **kwargs: Any) -> str:

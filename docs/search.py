@@ -17,8 +17,8 @@ log = logging.getLogger("mkdocs.hooks.search")
 
 # Other words for pages and their sections.
 ALSO = {
-    "": "install installation pip requirements version license licence quickstart "
-    "getting started git clone",
+    "": "quickstart getting started",
+    "#installation": "install pip requirements version license licence git clone",
     "mental-model/": "quickstart getting started introduction",
     "mental-model/#training": "train",
     "mental-model/#taking-them-out": "merge unmerge fuse",

@@ -267,10 +267,10 @@ RESULTS = """
 @pytest.mark.parametrize(
     "words, where",
     [
-        ("install", ""),
-        ("pip install", ""),
-        ("requirements", ""),
-        ("license", ""),
+        ("install", "#installation"),
+        ("pip install", "#installation"),
+        ("requirements", "#installation"),
+        ("license", "#installation"),
         ("quickstart", ""),
         ("getting started", "mental-model/"),
         ("changelog", "changelog/"),
@@ -406,6 +406,45 @@ def test_a_name_that_does_not_exist_is_told(hooks, caplog):
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.name.startswith("mkdocs.")
     assert record.getMessage() == "speed.md: `lorax.plann` does not exist."
+
+
+LONG = "word " * 13
+
+
+@pytest.mark.parametrize(
+    "heads, cells, labelled",
+    [
+        (["a", "b", "<code>c</code>"], ["1", "2", LONG], ["a", "b", "c"]),
+        (["a", "b", "c"], [LONG, "2", "3"], None),
+        (["a", "b"], ["1", LONG], None),
+    ],
+)
+def test_a_table_of_words_says_what_its_cells_are(heads, cells, labelled, hooks):
+    def made(labels):
+        top = "".join(f"<th>{x}</th>" for x in heads)
+        row = "".join(f"<td{y}>{x}</td>" for x, y in zip(cells, labels))
+        return f"<thead><tr>{top}</tr></thead><tr>{row}</tr><tr>{row}</tr></table>"
+
+    plain = "<table>" + made([""] * 3)
+    expected = plain
+    if labelled is not None:
+        expected = "<table data-words>" + made([f' data-label="{x}"' for x in labelled])
+    assert hooks.label_cells(plain) == expected
+
+
+def test_a_table_of_words_needs_no_columns_on_a_narrow_page(tab, host):
+    page, wrong = tab
+    for width, height in SIZES.values():
+        page.set_viewport_size({"width": width, "height": height})
+        page.goto(host + HOME + "from-peft/")
+        table = page.locator("table[data-words]").first
+        first, second = table.locator("tbody td").all()[:2]
+        beside = first.bounding_box()["y"] == second.bounding_box()["y"]
+        assert beside == (width > 1000)
+        assert second.bounding_box()["x"] < width
+        label = second.evaluate("x => getComputedStyle(x, '::before').content")
+        assert label == ("none" if beside else '"here"')
+    assert not wrong
 
 
 def test_names_in_text_are_links(site):
