@@ -6,10 +6,14 @@
 # loaded on one.
 #
 # No accelerator is needed: XLA can divide a CPU into eight devices. This has to be said before JAX starts. On eight real
-# devices, leave out the line with `XLA_FLAGS`. This installs what is needed in a clone of the project:
+# devices, leave out the line with `XLA_FLAGS`. The tutorial shares files with the examples of the project, so it runs in
+# a clone. This makes one, and installs what is needed:
 #
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[examples]'
+# cd docs/tutorials
 # ```
 
 # %%
@@ -36,8 +40,7 @@ sys.path.append("../../examples")
 import toolbox
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-STEPS, WIDTH = (3, 32) if SMALL else (200, 128)
+STEPS, WIDTH = 200, 128
 LENGTH, LAYERS = 64, 4
 print(jax.devices())
 

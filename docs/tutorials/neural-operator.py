@@ -9,9 +9,15 @@
 # equations. The package has no trained weights. So the model is trained here first, on simulations that are made here, too.
 # All of it takes a few minutes on two cores.
 #
+# The tutorial shares a file with the examples of the project, so it runs in a clone. This makes one, and installs what is
+# needed:
+#
 # ```sh
+# git clone https://github.com/eqx-lorax/eqx-lorax
+# cd eqx-lorax
 # pip install -e '.[examples]'
 # pip install --no-deps pdequinox==0.1.2
+# cd docs/tutorials
 # ```
 
 # %%
@@ -35,8 +41,7 @@ sys.path.append("../../examples")
 import toolbox
 
 
-SMALL = "LORAX_SMALL" in os.environ  # a quick run, for the tests
-PRETRAIN_STEPS, STEPS, MANY = (4, 4, 32) if SMALL else (1500, 300, 1024)
+PRETRAIN_STEPS, STEPS, MANY = 1500, 300, 1024
 POINTS = 128
 
 # %% [markdown]
@@ -185,7 +190,7 @@ ways = {
     "all weights": (eqx.partition(operator, eqx.is_inexact_array), 1e-3),
     "adapters": (lorax.partition(adapted), 3e-3),
 }
-counts = [16] if SMALL else [4, 16, 64]
+counts = [4, 16, 64]
 models, errors = {}, {name: [] for name in ways}
 print(f"{'simulations':14}" + "".join(f"{count:8}" for count in counts))
 for name, ((params, frozen), learning_rate) in ways.items():
