@@ -82,7 +82,7 @@ print(lorax.summary(adapted, also="head"))
 # What is trained is a tree of its own, `params`. Everything else is in `frozen`: it has no gradient and no optimizer
 # state. So the three ways differ in one line each. The learning rates of the head and of the adapters are those that
 # [a comparison of methods](../methods.md#what-they-learn) chose by reviews that are not held out. That of the whole model
-# is a usual one.
+# is the best of 0.00003, 0.0001 and 0.0003 on 1,000 of the reviews to train on.
 
 # %%
 ways = {
