@@ -46,8 +46,8 @@ WEIGHT = {
     "api/peft/#lorax.peft.save_weights": 0.4,
     "api/saving/#lorax.save_adapter": 1.5,
     "architecture/": 0.7,
-    "changelog/": 0.5,
-    "faq/#not-adapted": 4.0,
+    "changelog/": 0.1,
+    "faq/#not-adapted": 2.0,
 }
 # `also` counts as a title does, and `spelt` as text.
 FIELDS = {"also": {"boost": 1000.0}, "spelt": {"boost": 1.0}}

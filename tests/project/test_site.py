@@ -293,6 +293,9 @@ RESULTS = """
         ("peft.save", "api/peft/#lorax.peft.save"),
         ("on_materialise", "materialised/"),
         ("save_adapter", "api/saving/#lorax.save_adapter"),
+        ("also", "mental-model/#where-also-is-needed"),
+        ("head not saved", "faq/#my-new-head-is-not-trained-or-is-lost-on-saving"),
+        ("how do i save an adapter", "api/saving/#lorax.save_adapter"),
     ],
 )
 def test_search_finds(words, where, search):
