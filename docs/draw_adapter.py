@@ -27,7 +27,7 @@ PALETTES = {
     "dark": Palette("#e6edf5", "#a3b3c4", "#2b5378", "#ffb03a", "#ffb03a"),
 }
 ON_FACTOR = "#17324d"
-TOP, LEFT = 64, 84
+TOP, LEFT = 64, 60
 
 
 def rectangle(x: int, y: int, width: int, height: int, fill: str) -> str:
@@ -37,7 +37,7 @@ def rectangle(x: int, y: int, width: int, height: int, fill: str) -> str:
     )
 
 
-def write(x: int, y: int, text: str, fill: str, size: int = 15, extra: str = "") -> str:
+def write(x: int, y: int, text: str, fill: str, size: int = 18, extra: str = "") -> str:
     return (
         f'<text x="{x}" y="{y}" fill="{fill}" font-size="{size}" '
         f'text-anchor="middle" {extra}>{text}</text>'
@@ -63,8 +63,8 @@ def draw(palette: Palette) -> str:
     shapes = [
         # The base.
         rectangle(LEFT, TOP, COLUMNS, ROWS, base),
-        write(LEFT + COLUMNS // 2, middle + 4, "W", text, 30, bold),
-        write(LEFT + COLUMNS // 2, middle + 30, "frozen", faint),
+        write(LEFT + COLUMNS // 2, middle + 4, "W", text, 32, bold),
+        write(LEFT + COLUMNS // 2, middle + 34, "frozen", faint),
         measure(LEFT, TOP - 18, LEFT + COLUMNS, TOP - 18, faint),
         write(LEFT + COLUMNS // 2, TOP - 28, f"{COLUMNS} columns: inputs", text),
         measure(LEFT - 18, TOP, LEFT - 18, bottom, faint),
@@ -87,8 +87,8 @@ def draw(palette: Palette) -> str:
         measure(a_left, middle - 26, right, middle - 26, faint),
         write(a_middle, middle - 36, f"{COLUMNS} columns", text),
         measure(right + 18, middle - RANK // 2, right + 18, middle + RANK // 2, faint),
-        write(right + 60, middle + 5, f"rank {RANK}", text),
-        write(a_middle, middle + 40, "trained", trained, 15, bold),
+        write(right + 66, middle + 5, f"rank {RANK}", text),
+        write(a_middle, middle + 42, "trained", trained, 18, bold),
         # What that costs.
         write(LEFT + COLUMNS // 2, bottom + 30, f"{ROWS * COLUMNS:,} numbers", faint),
         write(
@@ -98,7 +98,7 @@ def draw(palette: Palette) -> str:
             faint,
         ),
     ]
-    width, height = right + 100, bottom + 48
+    width, height = right + 104, bottom + 48
     title = (
         f"A frozen matrix W with {ROWS} rows and {COLUMNS} columns, plus a scale times "
         f"B, with {ROWS} rows and {RANK} columns, times A, with {RANK} rows and "
