@@ -62,7 +62,7 @@ def find_names() -> dict[str, str]:
         for name, member in module.members.items():
             path = f"{module.path}.{name}"
             names[path] = _first_sentence(member)
-            if not member.is_alias:
+            if not isinstance(member, griffe.Alias):
                 todo.append(member)
             elif member.is_class:
                 # The extension takes attributes out of classes.
