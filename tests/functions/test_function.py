@@ -425,6 +425,25 @@ def check_convolution(kernel, images, axes, dtype, **options):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("padding, window", [((-1, 1), 1), ((-1, 1), 3), ((-2, 1), 2)])
+def test_edges_that_are_cut_off(padding, window, groups, dilation):
+    """XLA for the CPU is wrong at the gradients of some of these kernels."""
+    check_convolution(
+        (2 * groups, 2, window),
+        (2, 2 * groups, 6),
+        [(0,), (1, 2)],
+        "float32",
+        window_strides=(1,),
+        padding=(padding,),
+        lhs_dilation=(dilation,),
+        rhs_dilation=(1,),
+        dimension_numbers=lax.ConvDimensionNumbers(*[(0, 1, 2)] * 3),
+        feature_group_count=groups,
+    )
+
+
 @pytest.mark.heavy
 @given(convolutions())
 @settings(deadline=None, max_examples=12)
