@@ -26,6 +26,7 @@ from .._shared import accumulation_dtype, relabel
 from .primitives import (
     apart_on_cpu,
     convolve_depthwise,
+    convolve_padded,
     is_depthwise,
     is_small_product,
     multiply_vector,
@@ -225,32 +226,9 @@ def convolve_arrays(
     """
 
     is_fast = is_depthwise(x, kernel, conv)
-    product = convolve_depthwise if is_fast else _convolve_padded
+    product = convolve_depthwise if is_fast else convolve_padded
 
     def convolve(x, kernel, preferred_element_type):
         return product(x, kernel, **conv, preferred_element_type=preferred_element_type)
 
     return _multiply(convolve, x.astype(dtype), kernel.astype(dtype), kernel_is_frozen)
-
-
-def _convolve_padded(
-    x: Array, kernel: Array, *, padding: Any, lhs_dilation: Any = None, **conv: Any
-) -> Array:
-    """`jax.lax.conv_general_dilated`, with edges that are cut off by `jax.lax.pad`.
-
-    XLA for the CPU is wrong at the gradient of a float32 kernel for some negative
-    paddings (until JAX 0.10).
-    """
-    spatial = conv["dimension_numbers"].lhs_spec[2:]
-    dilation = list(lhs_dilation or [1] * len(spatial))
-    if not isinstance(padding, str) and any(min(pair) < 0 for pair in padding):
-        edges = [(0, 0, 0)] * x.ndim
-        for i, axis in enumerate(spatial):
-            if min(padding[i]) < 0:
-                edges[axis] = (*padding[i], dilation[i] - 1)
-        padding = [(0, 0) if min(pair) < 0 else tuple(pair) for pair in padding]
-        dilation = [1 if any(edges[axis]) else d for axis, d in zip(spatial, dilation)]
-        x = lax.pad(x, jnp.zeros((), x.dtype), edges)
-    return lax.conv_general_dilated(
-        x, kernel, padding=padding, lhs_dilation=dilation, **conv
-    )

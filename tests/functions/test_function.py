@@ -426,13 +426,13 @@ def check_convolution(kernel, images, axes, dtype, **options):
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups, channels", [(1, 2), (2, 2), (4, 1)])
 @pytest.mark.parametrize("padding, window", [((-1, 1), 1), ((-1, 1), 3), ((-2, 1), 2)])
-def test_edges_that_are_cut_off(padding, window, groups, dilation):
+def test_edges_that_are_cut_off(padding, window, groups, channels, dilation):
     """XLA for the CPU is wrong at the gradients of some of these kernels."""
     check_convolution(
-        (2 * groups, 2, window),
-        (2, 2 * groups, 6),
+        (groups if channels == 1 else 2 * groups, channels, window),
+        (2, channels * groups, 6),
         [(0,), (1, 2)],
         "float32",
         window_strides=(1,),

@@ -5,6 +5,7 @@ from .depthwise import (
     convolve_depthwise as convolve_depthwise,
     is_depthwise as is_depthwise,
 )
+from .padding import convolve_padded as convolve_padded
 from .tangent import product_with_factor as product_with_factor
 from .unpacking import (
     Product as Product,

@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from ..._shared import accumulation_dtype, has_typed_mesh
+from .padding import convolve_padded
 
 
 # The loop has as many terms as the window has entries.
@@ -66,13 +67,11 @@ def _dilate(size: int, by: int) -> int:
     return (size - 1) * by + 1 if size else 0
 
 
-def _plain(x: Array, kernel: Array, **conv: Any) -> Array:
-    return lax.conv_general_dilated(x, kernel, **conv)
-
-
 def _shifted(x: Array, kernel: Array, **conv: Any) -> Array:
     lhs_spec, rhs_spec, out_spec = conv["dimension_numbers"]
-    out = jax.eval_shape(lambda x, kernel: _plain(x, kernel, **conv), x, kernel)
+    out = jax.eval_shape(
+        lambda x, kernel: convolve_padded(x, kernel, **conv), x, kernel
+    )
     if out.size == 0:
         return jnp.zeros(out.shape, out.dtype)
     spatial, shape = lhs_spec[2:], list(x.shape)
@@ -120,7 +119,7 @@ def _gradient_in_x(cotangent: Array, x: Any, kernel: Array, **conv: Any) -> Arra
 
 def _gradient_in_kernel(cotangent: Array, x: Array, kernel: Any, **conv: Any) -> Array:
     zeros = jnp.zeros(kernel.aval.shape, kernel.aval.dtype)
-    _, pull = jax.vjp(lambda kernel: _plain(x, kernel, **conv), zeros)
+    _, pull = jax.vjp(lambda kernel: convolve_padded(x, kernel, **conv), zeros)
     return pull(cotangent)[0]
 
 
@@ -157,7 +156,9 @@ def _split(x: Array, axis: int, size: int) -> Array:
 
 
 def _abstract(x: Any, kernel: Any, **conv: Any) -> Any:
-    out = jax.eval_shape(lambda x, kernel: _plain(x, kernel, **conv), x, kernel)
+    out = jax.eval_shape(
+        lambda x, kernel: convolve_padded(x, kernel, **conv), x, kernel
+    )
     return x.update(shape=out.shape, dtype=out.dtype, weak_type=False)
 
 
@@ -175,7 +176,9 @@ _depthwise.def_impl(
 _depthwise.def_abstract_eval(_abstract)
 ad.defbilinear(_depthwise, _gradient_in_x, _gradient_in_kernel)
 batching.primitive_batchers[_depthwise] = _batched
-mlir.register_lowering(_depthwise, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(
+    _depthwise, mlir.lower_fun(convolve_padded, multiple_results=False)
+)
 mlir.register_lowering(
     _depthwise, mlir.lower_fun(_shifted, multiple_results=False), platform="cpu"
 )
