@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, assert_no_dense, call64, trained
+from helpers import assert_close, assert_no_dense, call64, DERIVATIVES, trained
 
 import eqx_lorax as lorax
 
@@ -100,19 +100,11 @@ def test_no_gradient_has_the_shape_of_the_base():
 
 
 TRANSFORMATIONS = {
-    "gradients": lambda f: jax.grad(f, (0, 1, 2)),
+    **DERIVATIVES,
     "each example": lambda f: (
         lambda b, a, x: jax.vmap(jax.grad(f, (0, 1, 2)), (None, None, 0))(
             b, a, jnp.stack([x, x[::-1]])
         )
-    ),
-    "forward": lambda f: lambda *args: jax.jvp(f, args, args),
-    "forward over reverse": lambda f: (
-        lambda *args: jax.jvp(jax.grad(f, (0, 1, 2)), args, args)
-    ),
-    "reverse over reverse": lambda f: jax.grad(
-        lambda *args: sum(jnp.sum(y**2) for y in jax.grad(f, (0, 1, 2))(*args)),
-        (0, 1, 2),
     ),
     "recomputed": lambda f: jax.grad(jax.checkpoint(f), (0, 1, 2)),
 }

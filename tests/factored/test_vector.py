@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, call64, equations, trained
+from helpers import assert_close, call64, DERIVATIVES, equations, trained
 
 import eqx_lorax as lorax
 
@@ -56,15 +56,7 @@ def test_what_becomes_a_sum():
 
 TRANSFORMATIONS = {
     "values": lambda f: f,
-    "gradients": lambda f: jax.grad(f, (0, 1, 2)),
-    "forward": lambda f: lambda *args: jax.jvp(f, args, args),
-    "forward over reverse": lambda f: (
-        lambda *args: jax.jvp(jax.grad(f, (0, 1, 2)), args, args)
-    ),
-    "reverse over reverse": lambda f: jax.grad(
-        lambda *args: sum(jnp.sum(y**2) for y in jax.grad(f, (0, 1, 2))(*args)),
-        (0, 1, 2),
-    ),
+    **DERIVATIVES,
     "each of several": lambda f: (
         lambda b, a, x: jax.vmap(jax.grad(f, (0, 1, 2)))(
             jnp.stack([b, 2 * b]), jnp.stack([a, -a]), jnp.stack([x, x])

@@ -178,3 +178,17 @@ def assert_no_dense(fn, model: Any, *args: Any, of: Any = None) -> None:
         if tuple(out.aval.shape) in shapes and equation.primitive.name not in untouched
     ]
     assert not computed, computed
+
+
+# Of a function of three arrays, that returns a number.
+DERIVATIVES = {
+    "gradients": lambda f: jax.grad(f, (0, 1, 2)),
+    "forward": lambda f: lambda *args: jax.jvp(f, args, args),
+    "forward over reverse": lambda f: (
+        lambda *args: jax.jvp(jax.grad(f, (0, 1, 2)), args, args)
+    ),
+    "reverse over reverse": lambda f: jax.grad(
+        lambda *args: sum(jnp.sum(y**2) for y in jax.grad(f, (0, 1, 2))(*args)),
+        (0, 1, 2),
+    ),
+}
